@@ -1,0 +1,45 @@
+// From the statistics of the rows to their losses and to the denominator of the mean.
+#pragma once
+
+#include "loss.h"
+#include "macros.h"
+#include "params.h"
+
+namespace llmloss {
+
+enum class Reduction : int { none = 0, mean = 1, sum = 2 };
+
+template <typename Real>
+struct LossRows {
+  LossOptions<Real> options;
+  Targets targets;
+  int64_t rows = 0;
+  int64_t vocab_size = 0;
+  const Real* class_weight = nullptr;
+  const Real* token_weight = nullptr;
+  const Real* log_prob = nullptr;
+  const Real* lse = nullptr;
+  const Real* mean_log_prob = nullptr;
+
+  // w_y; 1 without class weights, for probability targets (whose weights are in the mean) and for a
+  // target out of range (whose statistics are nan already).
+  LLMLOSS_HD Real target_weight(int64_t row) const {
+    if (class_weight == nullptr || !targets.are_indices()) return Real(1);
+    return targets.in_range(row, vocab_size) ? class_weight[targets[row]] : Real(1);
+  }
+
+  // What the row adds to the mean's denominator: token weight times class weight.
+  LLMLOSS_HD Real denominator(int64_t row) const {
+    if (targets.ignored(row)) return Real(0);
+    return target_weight(row) * (token_weight ? token_weight[row] : Real(1));
+  }
+
+  LLMLOSS_HD Real loss(int64_t row) const {
+    if (targets.ignored(row)) return Real(0);
+    const Real loss = row_loss(options, log_prob[row], lse[row],
+                               mean_log_prob ? mean_log_prob[row] : Real(0), target_weight(row));
+    return token_weight ? token_weight[row] * loss : loss;
+  }
+};
+
+}  // namespace llmloss

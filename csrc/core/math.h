@@ -1,0 +1,31 @@
+// Scalar mathematics by overloads that mean the same on the host and on the device.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "macros.h"
+
+namespace llmloss {
+
+template <typename Real>
+LLMLOSS_HD constexpr Real infinity() {
+  return std::numeric_limits<Real>::infinity();
+}
+
+LLMLOSS_HD float exp_of(float x) { return ::expf(x); }
+LLMLOSS_HD double exp_of(double x) { return ::exp(x); }
+LLMLOSS_HD float expm1_of(float x) { return ::expm1f(x); }
+LLMLOSS_HD double expm1_of(double x) { return ::expm1(x); }
+LLMLOSS_HD float log_of(float x) { return ::logf(x); }
+LLMLOSS_HD double log_of(double x) { return ::log(x); }
+LLMLOSS_HD float tanh_of(float x) { return ::tanhf(x); }
+LLMLOSS_HD double tanh_of(double x) { return ::tanh(x); }
+
+// The larger of two numbers; b if either is nan.
+template <typename Real>
+LLMLOSS_HD Real max_of(Real a, Real b) {
+  return a > b ? a : b;
+}
+
+}  // namespace llmloss

@@ -1,0 +1,151 @@
+// What a row kernel is asked to do: plain structs of raw pointers and numbers, the same for every
+// backend. Pointers are to the memory of the device that runs the kernel; null means "not asked".
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+#include "logit_transform.h"
+#include "loss.h"
+#include "macros.h"
+
+namespace llmloss {
+
+// Where row r of a (rows, columns) or (outer, inner, columns) tensor starts. Strides in elements;
+// columns are adjacent. A slice such as logits[:, :-1] is read in place through it.
+struct RowLayout {
+  int64_t inner = 1;
+  int64_t outer_stride = 0;
+  int64_t inner_stride = 0;
+
+  LLMLOSS_HD int64_t offset(int64_t row) const {
+    return (row / inner) * outer_stride + (row % inner) * inner_stride;
+  }
+};
+
+// Class indices, int32 or int64, contiguous.
+struct Targets {
+  const void* data = nullptr;  // null: probability targets
+  bool is_int64 = true;
+  int64_t ignore_index = -100;
+
+  LLMLOSS_HD int64_t operator[](int64_t row) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[row]
+                    : int64_t{static_cast<const int32_t*>(data)[row]};
+  }
+  LLMLOSS_HD bool are_indices() const { return data != nullptr; }
+  LLMLOSS_HD bool ignored(int64_t row) const {
+    return are_indices() && (*this)[row] == ignore_index;
+  }
+  LLMLOSS_HD bool in_range(int64_t row, int64_t vocab_size) const {
+    return !are_indices() || ((*this)[row] >= 0 && (*this)[row] < vocab_size);
+  }
+};
+
+// The weights a_i of the weighted mean of log-probabilities:
+//   class indices:         a_i = w_i beta                     (beta = 1 / vocab_size)
+//   probability targets q: a_i = w_i (alpha q_i + beta)       (alpha = 1 - eps, beta = eps /
+//   vocab_size)
+template <typename T>
+struct ColumnWeights {
+  const real_t<T>* class_weight = nullptr;  // w, one per column; null: 1
+  const T* probabilities = nullptr;         // q, laid out by rows
+  RowLayout rows;
+  real_t<T> alpha = 0;
+  real_t<T> beta = 0;
+
+  LLMLOSS_HD bool is_constant() const {
+    return class_weight == nullptr && probabilities == nullptr;
+  }
+  LLMLOSS_HD real_t<T> of_class(int64_t column) const {
+    return class_weight == nullptr ? real_t<T>(1) : class_weight[column];
+  }
+  LLMLOSS_HD real_t<T> at(int64_t row, int64_t column) const {
+    const real_t<T> share = probabilities == nullptr
+                                ? beta
+                                : alpha * to_real(probabilities[rows.offset(row) + column]) + beta;
+    return of_class(column) * share;
+  }
+};
+
+// What every row kernel reads.
+template <typename T>
+struct RowInputs {
+  const T* logits = nullptr;
+  RowLayout layout;
+  int64_t rows = 0;
+  int64_t columns = 0;     // of the tensor
+  int64_t vocab_size = 0;  // columns that take part, 1..columns
+  LogitTransform<real_t<T>> transform;
+  Targets targets;
+  ColumnWeights<T> weights;
+};
+
+// What the statistics kernel writes, one number a row.
+// Ignored rows: 0, with argmax -1 and rank vocab_size, and their logits are not read.
+// Rows whose target lies outside [0, vocab_size): nan, with argmax -1 and rank vocab_size. (The CPU
+// operators refuse such targets; a GPU cannot without a synchronisation.)
+template <typename Real>
+struct RowOutputs {
+  Real* log_prob = nullptr;
+  Real* lse = nullptr;
+  Real* entropy = nullptr;        // asks for the entropy
+  Real* mean_log_prob = nullptr;  // asks for the weighted mean
+  int64_t* argmax = nullptr;      // asks for argmax
+  int64_t* rank = nullptr;        // asks for rank
+  Real* reference = nullptr;      // the next three are what the backward kernel needs
+  Real* log_sum = nullptr;
+  Real* sum_weights = nullptr;
+};
+
+// The statistics that the backward kernel reads again.
+template <typename Real>
+struct SavedStats {
+  const Real* reference = nullptr;
+  const Real* log_sum = nullptr;
+  const Real* sum_weights = nullptr;  // read only where the weighted mean has a gradient
+  const Real* entropy = nullptr;      // read only where the entropy has a gradient
+};
+
+// Where the backward kernel finds a row's upstream gradient: either one array per statistic, or the
+// gradient of a loss together with the loss's options.
+template <typename Real>
+struct GradSource {
+  // Statistics. Null: that statistic was not used.
+  const Real* log_prob = nullptr;
+  const Real* lse = nullptr;
+  const Real* mean_log_prob = nullptr;
+  const Real* entropy = nullptr;
+
+  // Loss: grad_loss * token_weight / denominator for each row.
+  bool from_loss = false;
+  LossOptions<Real> options;
+  const Real* grad_loss = nullptr;  // null: 1
+  int64_t grad_loss_stride = 0;     // 0: one number for all rows
+  const Real* token_weight = nullptr;
+  const Real* denominator = nullptr;  // one number; null: 1
+
+  LLMLOSS_HD RowUpstream<Real> upstream(int64_t row, Real row_lse, Real target_weight) const {
+    if (!from_loss) {
+      return {.log_prob = log_prob ? log_prob[row] : Real(0),
+              .lse = lse ? lse[row] : Real(0),
+              .mean_log_prob = mean_log_prob ? mean_log_prob[row] : Real(0),
+              .entropy = entropy ? entropy[row] : Real(0)};
+    }
+    Real grad = grad_loss ? grad_loss[row * grad_loss_stride] : Real(1);
+    if (token_weight) grad *= token_weight[row];
+    if (denominator) grad /= denominator[0];
+    return loss_upstream(options, grad, row_lse, target_weight);
+  }
+};
+
+// What the gradient kernels write: every column, zeros from vocab_size on and in rows without a
+// valid target. The gradient may lie over the logits.
+template <typename T>
+struct GradOutputs {
+  T* grad = nullptr;
+  RowLayout layout;
+  real_t<T>* grad_scale = nullptr;  // one per row: sum_i dL/dx_i dx_i/dscale; null: not asked
+};
+
+}  // namespace llmloss

@@ -1,0 +1,69 @@
+// One gradient for every loss over the row statistics.
+//
+// Any upstream gradient of (log_prob, lse, mean_log_prob, entropy) collapses to four coefficients:
+//   dL/dx_i = p_i (c_p + c_plogp log p_i) + c_weight a_i + [i = target] c_target.
+#pragma once
+
+#include "macros.h"
+#include "math.h"
+
+namespace llmloss {
+
+// dL/d(statistic) of one row.
+template <typename Real>
+struct RowUpstream {
+  Real log_prob = 0;
+  Real lse = 0;
+  Real mean_log_prob = 0;
+  Real entropy = 0;
+};
+
+template <typename Real>
+struct RowCoefficients {
+  Real p = 0;
+  Real plogp = 0;
+  Real weight = 0;
+  Real target = 0;
+};
+
+// entropy is read only where its upstream gradient is not 0; sum_weights is sum a of the row.
+template <typename Real>
+LLMLOSS_HD RowCoefficients<Real> collapse(const RowUpstream<Real>& upstream, Real entropy,
+                                          Real sum_weights) {
+  RowCoefficients<Real> c;
+  c.p = upstream.lse - upstream.log_prob;
+  c.target = upstream.log_prob;
+  if (upstream.mean_log_prob != Real(0)) {
+    c.p -= upstream.mean_log_prob * sum_weights;
+    c.weight = upstream.mean_log_prob;
+  }
+  if (upstream.entropy != Real(0)) {
+    c.p -= upstream.entropy * entropy;
+    c.plogp = -upstream.entropy;
+  }
+  return c;
+}
+
+// Far enough down that e^x is 0 in every type, near enough that 0 * x stays 0.
+template <typename Real>
+LLMLOSS_HD constexpr Real lowest_log_prob() {
+  return Real(-1e4);
+}
+
+// dL/dx_i of a column that is not the target; a is the column's weight.
+template <typename Real>
+LLMLOSS_HD Real column_gradient(const RowCoefficients<Real>& c, Real log_prob, Real a) {
+  const Real clamped = max_of(lowest_log_prob<Real>(), log_prob);
+  return exp_of(clamped) * (c.p + c.plogp * clamped) + c.weight * a;
+}
+
+// dL/dx of the target's column. p - 1 is formed by expm1, before any rounding: as p -> 1 the
+// gradient keeps its relative precision.
+template <typename Real>
+LLMLOSS_HD Real target_gradient(const RowCoefficients<Real>& c, Real log_prob, Real a) {
+  const Real clamped = max_of(lowest_log_prob<Real>(), log_prob);
+  return c.p * expm1_of(clamped) + c.plogp * clamped * exp_of(clamped) + (c.p + c.target) +
+         c.weight * a;
+}
+
+}  // namespace llmloss

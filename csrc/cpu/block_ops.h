@@ -1,0 +1,235 @@
+// Passes over one block of a row: a few thousand columns that lie in the L1 cache, so that a pass
+// costs arithmetic and no memory traffic.
+#pragma once
+
+#include "../core/row_grad.h"
+#include "vec_math.h"
+
+namespace llmloss::cpu::LLMLOSS_ISA {
+
+inline constexpr int block_columns = 2048;
+inline constexpr int unroll = 4;  // independent accumulators hide the latency of the additions
+
+// A vector of the first `count` elements of p, then `fill`.
+template <typename Real, typename T>
+inline Reg<Real> load_part(const T* p, int count, Real fill) {
+  using V = Vec<Real>;
+  T buffer[V::width];
+  for (int i = 0; i < V::width; ++i) {
+    if (i < count) {
+      buffer[i] = p[i];
+    } else {
+      from_real(fill, buffer[i]);
+    }
+  }
+  return V::load(buffer);
+}
+
+template <typename Real, typename T>
+inline void store_part(T* p, int count, Reg<Real> v) {
+  T buffer[Vec<Real>::width];
+  Vec<Real>::store(buffer, v);
+  for (int i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+// Calls step(lane, x) for every vector of x[0..n); `lane` names one of `unroll` accumulators. The
+// last vector is filled up with `fill`, which must not change the result.
+template <typename Real, typename T, typename Step>
+inline void for_each_vector(const T* x, int n, Real fill, Step&& step) {
+  using V = Vec<Real>;
+  int i = 0;
+  for (; i + unroll * V::width <= n; i += unroll * V::width) {
+    for (int lane = 0; lane < unroll; ++lane) step(lane, V::load(x + i + lane * V::width));
+  }
+  for (; i + V::width <= n; i += V::width) step(0, V::load(x + i));
+  if (i < n) step(0, load_part<Real>(x + i, n - i, fill));
+}
+
+// One accumulator vector per lane, summed in double.
+template <typename Real>
+struct Accumulators {
+  Reg<Real> lanes[unroll];
+
+  explicit Accumulators(Real initial) {
+    for (auto& lane : lanes) lane = Vec<Real>::broadcast(initial);
+  }
+  double sum() const {
+    const Reg<Real> total = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    Real parts[Vec<Real>::width];
+    Vec<Real>::store(parts, total);
+    double sum = 0;
+    for (Real part : parts) sum += part;
+    return sum;
+  }
+};
+
+// The largest element, nan left out; -inf of an empty block.
+template <typename Real, typename T>
+inline Real block_max(const T* x, int n) {
+  using V = Vec<Real>;
+  Accumulators<Real> acc(-infinity<Real>());
+  for_each_vector<Real>(x, n, -infinity<Real>(), [&](int lane, Reg<Real> v) {
+    acc.lanes[lane] = V::max(v, acc.lanes[lane]);
+  });
+  Real parts[V::width];
+  V::store(parts, V::max(V::max(acc.lanes[0], acc.lanes[1]), V::max(acc.lanes[2], acc.lanes[3])));
+  Real max = parts[0];
+  for (Real part : parts) max = part > max ? part : max;
+  return max;
+}
+
+// out = transform(z), all in the arithmetic type.
+template <typename Real, typename T>
+inline void block_transform(const T* z, int n, const LogitTransform<Real>& transform, Real* out) {
+  using V = Vec<Real>;
+  const bool identity = transform.kind() == TransformKind::identity;
+  const auto apply = [&](Reg<Real> v) { return identity ? v : transform_logits(transform, v); };
+  int i = 0;
+  for (; i + V::width <= n; i += V::width) V::store(out + i, apply(V::load(z + i)));
+  if (i < n) store_part<Real>(out + i, n - i, apply(load_part<Real>(z + i, n - i, Real(0))));
+}
+
+struct ExpSums {
+  double sum_exp;
+  double sum_x_exp;
+};
+
+// sum e^(x - reference) and, if asked, sum (x - reference) e^(x - reference).
+template <bool with_entropy, typename Real, typename T>
+inline ExpSums block_exp_sums(const T* x, int n, Real reference) {
+  using V = Vec<Real>;
+  const Reg<Real> ref = V::broadcast(reference);
+  Accumulators<Real> sum_exp(0), sum_x_exp(0);
+  for_each_vector<Real>(x, n, -infinity<Real>(), [&](int lane, Reg<Real> v) {
+    const Reg<Real> d = v - ref;
+    const Reg<Real> e = exp_nonpositive<Real>(d);
+    sum_exp.lanes[lane] = sum_exp.lanes[lane] + e;
+    if constexpr (with_entropy) {
+      // -inf * 0 must be 0: e is 0 long before the clamp.
+      const Reg<Real> clamped = V::max(V::broadcast(lowest_log_prob<Real>()), d);
+      sum_x_exp.lanes[lane] = V::fma(clamped, e, sum_x_exp.lanes[lane]);
+    }
+  });
+  return {sum_exp.sum(), with_entropy ? sum_x_exp.sum() : 0.0};
+}
+
+// sum (x - reference)
+template <typename Real, typename T>
+inline double block_sum(const T* x, int n, Real reference) {
+  const Reg<Real> ref = Vec<Real>::broadcast(reference);
+  Accumulators<Real> acc(0);
+  for_each_vector<Real>(x, n, reference, [&](int lane, Reg<Real> v) {
+    acc.lanes[lane] = acc.lanes[lane] + (v - ref);
+  });
+  return acc.sum();
+}
+
+struct WeightedSums {
+  double sum;
+  double weights;
+};
+
+// sum a (x - reference) and sum a; a weight of 0 takes a -inf logit out.
+template <typename Real, typename T>
+inline WeightedSums block_weighted_sum(const T* x, const Real* a, int n, Real reference) {
+  using V = Vec<Real>;
+  const Reg<Real> ref = V::broadcast(reference);
+  Accumulators<Real> sum(0), weights(0);
+  int i = 0;
+  for (; i < n; i += V::width) {
+    const int part = n - i < V::width ? n - i : V::width;
+    const bool full = part == V::width;
+    const Reg<Real> weight = full ? V::load(a + i) : load_part<Real>(a + i, part, Real(0));
+    const Reg<Real> v = full ? V::load(x + i) : load_part<Real>(x + i, part, Real(0));
+    const int lane = (i / V::width) % unroll;
+    const Reg<Real> term = V::zero_where_zero(weight, weight * (v - ref));
+    sum.lanes[lane] = sum.lanes[lane] + term;
+    weights.lanes[lane] = weights.lanes[lane] + weight;
+  }
+  return {sum.sum(), weights.sum()};
+}
+
+// Elements strictly above the threshold.
+template <typename Real, typename T>
+inline int64_t block_count_greater(const T* x, int n, Real threshold) {
+  using V = Vec<Real>;
+  const Reg<Real> bound = V::broadcast(threshold);
+  int counts[unroll] = {};
+  for_each_vector<Real>(x, n, -infinity<Real>(),
+                        [&](int lane, Reg<Real> v) { counts[lane] += V::count_greater(v, bound); });
+  return int64_t{counts[0]} + counts[1] + counts[2] + counts[3];
+}
+
+// The first element equal to a value that the block holds.
+template <typename Real, typename T>
+inline int block_find(const T* x, int n, Real value) {
+  using V = Vec<Real>;
+  const Reg<Real> wanted = V::broadcast(value);
+  int i = 0;
+  while (i + V::width <= n && !V::any_equal(V::load(x + i), wanted)) i += V::width;
+  while (i < n && to_real(x[i]) != value) ++i;
+  return i;
+}
+
+// What a row's gradient needs besides its coefficients.
+template <typename Real>
+struct GradRow {
+  RowCoefficients<Real> c;
+  Real reference;
+  Real log_sum;
+  Real constant;  // c.weight times the constant column weight
+};
+
+// out = dL/dx by column_gradient of every column; out may be x. a is null unless the columns'
+// weights differ.
+template <bool with_entropy, bool with_weights, typename Real, typename In, typename Out>
+inline void block_gradient_of(const In* x, const Real* a, int n, const GradRow<Real>& row,
+                              Out* out) {
+  using V = Vec<Real>;
+  const Reg<Real> ref = V::broadcast(row.reference), log_sum = V::broadcast(row.log_sum);
+  const Reg<Real> c_p = V::broadcast(row.c.p), c_plogp = V::broadcast(row.c.plogp);
+  const Reg<Real> c_weight = V::broadcast(row.c.weight), constant = V::broadcast(row.constant);
+  const Reg<Real> lowest = V::broadcast(lowest_log_prob<Real>());
+  const auto gradient = [&](Reg<Real> v, const Real* weights, int part) {
+    const Reg<Real> log_prob = (v - ref) - log_sum;
+    Reg<Real> factor = c_p;
+    if constexpr (with_entropy) factor = V::fma(c_plogp, V::max(lowest, log_prob), c_p);
+    Reg<Real> rest = constant;
+    if constexpr (with_weights) {
+      rest = c_weight *
+             (part == V::width ? V::load(weights) : load_part<Real>(weights, part, Real(0)));
+    }
+    return V::fma(exp_nonpositive<Real>(log_prob), factor, rest);
+  };
+  int i = 0;
+  for (; i + 2 * V::width <= n; i += 2 * V::width) {
+    const Reg<Real> first = gradient(V::load(x + i), a + i, V::width);
+    const Reg<Real> second = gradient(V::load(x + i + V::width), a + i + V::width, V::width);
+    V::store(out + i, first);
+    V::store(out + i + V::width, second);
+  }
+  for (; i < n; i += V::width) {
+    const int part = n - i < V::width ? n - i : V::width;
+    const Reg<Real> v = part == V::width ? V::load(x + i) : load_part<Real>(x + i, part, Real(0));
+    const Reg<Real> g = gradient(v, a + i, part);
+    if (part == V::width) {
+      V::store(out + i, g);
+    } else {
+      store_part<Real>(out + i, part, g);
+    }
+  }
+}
+
+template <typename Real, typename In, typename Out>
+inline void block_gradient(const In* x, const Real* a, int n, const GradRow<Real>& row, Out* out) {
+  const bool entropy = row.c.plogp != Real(0);
+  if (a != nullptr) {
+    entropy ? block_gradient_of<true, true>(x, a, n, row, out)
+            : block_gradient_of<false, true>(x, a, n, row, out);
+  } else {
+    entropy ? block_gradient_of<true, false>(x, a, n, row, out)
+            : block_gradient_of<false, false>(x, a, n, row, out);
+  }
+}
+
+}  // namespace llmloss::cpu::LLMLOSS_ISA

@@ -1,0 +1,66 @@
+// Which instruction set runs.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace llmloss::cpu {
+
+Isa detected_isa() {
+#if defined(__x86_64__)
+  static const Isa isa = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
+  }();
+  return isa;
+#else
+  return Isa::portable;
+#endif
+}
+
+Isa active_isa() {
+  const char* asked = std::getenv("LLMLOSS_CPU_ISA");
+  if (asked == nullptr) return detected_isa();
+  const Isa isa = std::strcmp(asked, "portable") == 0 ? Isa::portable
+                  : std::strcmp(asked, "avx2") == 0   ? Isa::avx2
+                                                      : Isa::avx512;
+  return std::min(isa, detected_isa());
+}
+
+namespace portable {
+template <typename T>
+const Kernels<T>& kernels_of();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+template <typename T>
+const Kernels<T>& kernels_of();
+}
+namespace avx512 {
+template <typename T>
+const Kernels<T>& kernels_of();
+}
+#endif
+
+template <typename T>
+const Kernels<T>& kernels(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) return avx512::kernels_of<T>();
+  if (isa == Isa::avx2) return avx2::kernels_of<T>();
+#else
+  (void)isa;
+#endif
+  return portable::kernels_of<T>();
+}
+
+template const Kernels<float>& kernels(Isa);
+template const Kernels<double>& kernels(Isa);
+template const Kernels<BFloat16>& kernels(Isa);
+template const Kernels<Half>& kernels(Isa);
+
+}  // namespace llmloss::cpu

@@ -1,0 +1,38 @@
+// The CPU kernels: one body per operation, compiled once per instruction set, chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/params.h"
+
+namespace llmloss::cpu {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+// The best instruction set of this processor.
+Isa detected_isa();
+
+// The one to use: LLMLOSS_CPU_ISA (portable, avx2 or avx512) clamped to the processor's.
+Isa active_isa();
+
+// Each kernel works through `count` rows named by `rows`. Every row is computed on its own: its
+// bits depend neither on the other rows nor on which thread runs it.
+template <typename T>
+struct Kernels {
+  // Reads each row once, writes the asked statistics.
+  void (*row_stats)(const RowInputs<T>&, const RowOutputs<real_t<T>>&, const int64_t* rows,
+                    int64_t count);
+  // Reads each row once, writes its gradient.
+  void (*row_grad)(const RowInputs<T>&, const SavedStats<real_t<T>>&, const GradSource<real_t<T>>&,
+                   const GradOutputs<T>&, const int64_t* rows, int64_t count);
+  // Both in one visit: one read and one write of memory where a row fits the L2 cache.
+  void (*fused)(const RowInputs<T>&, const RowOutputs<real_t<T>>&, const GradSource<real_t<T>>&,
+                const GradOutputs<T>&, const int64_t* rows, int64_t count);
+  // data[i] *= factor.
+  void (*scale)(T* data, int64_t count, real_t<T> factor);
+};
+
+template <typename T>
+const Kernels<T>& kernels(Isa isa);
+
+}  // namespace llmloss::cpu

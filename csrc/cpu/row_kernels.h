@@ -1,0 +1,307 @@
+// The CPU kernels over rows. A row is walked in blocks that fit the L1 cache: a block's logits are
+// read once from memory, and every pass after that finds them there.
+#pragma once
+
+#include "../core/row_stats.h"
+#include "block_ops.h"
+#include "kernels.h"
+
+namespace llmloss::cpu::LLMLOSS_ISA {
+
+// Blocks of one row, with its logits transformed and its column weights filled in where needed.
+template <typename T>
+class RowReader {
+ public:
+  using Real = real_t<T>;
+
+  RowReader(const RowInputs<T>& in, const LogitTransform<Real>& transform, int64_t row)
+      : in_(in),
+        transform_(transform),
+        row_(row),
+        logits_(in.logits + in.layout.offset(row)),
+        identity_(transform.kind() == TransformKind::identity) {}
+
+  bool is_identity() const { return identity_; }
+  const T* raw(int64_t column) const { return logits_ + column; }
+
+  // x of a column, to the same bits as in a block.
+  Real logit(int64_t column) const {
+    Real x;
+    block_transform(raw(column), 1, transform_, &x);
+    return x;
+  }
+
+  // The block's x in the arithmetic type.
+  const Real* transformed(int64_t column, int n) {
+    block_transform(raw(column), n, transform_, x_);
+    return x_;
+  }
+
+  // The block's weights a, or null where all columns have the weight beta.
+  const Real* weights(int64_t column, int n) {
+    if (in_.weights.is_constant()) return nullptr;
+    for (int i = 0; i < n; ++i) a_[i] = in_.weights.at(row_, column + i);
+    return a_;
+  }
+
+ private:
+  const RowInputs<T>& in_;
+  const LogitTransform<Real>& transform_;
+  int64_t row_;
+  const T* logits_;
+  bool identity_;
+  alignas(64) Real x_[block_columns];
+  alignas(64) Real a_[block_columns];
+};
+
+inline int block_size(int64_t column, int64_t end) {
+  return int(end - column < block_columns ? end - column : block_columns);
+}
+
+// Which of the optional statistics a call asks for.
+struct Wanted {
+  bool entropy;
+  bool mean;
+  bool argmax;
+  bool rank;
+
+  template <typename Real>
+  static Wanted by(const RowOutputs<Real>& out) {
+    return {out.entropy != nullptr, out.mean_log_prob != nullptr, out.argmax != nullptr,
+            out.rank != nullptr};
+  }
+};
+
+// The state of one block, relative to a maximum no smaller than `floor`.
+template <typename Real, typename X>
+PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
+                                 int64_t first_column, Real floor, Real target_logit,
+                                 const Wanted& wanted) {
+  PartialState<double> part;
+  const Real max = block_max<Real>(x, n);
+  if (wanted.argmax && (max > floor || floor == -infinity<Real>())) {
+    part.argmax = first_column + (max == -infinity<Real>() ? 0 : block_find<Real>(x, n, max));
+  }
+  part.max = max > floor ? max : floor;
+  const Real reference = Real(part.reference());
+  const ExpSums sums = wanted.entropy ? block_exp_sums<true>(x, n, reference)
+                                      : block_exp_sums<false>(x, n, reference);
+  part.sum_exp = sums.sum_exp;
+  part.sum_x_exp = sums.sum_x_exp;
+  if (wanted.mean) {
+    if (a != nullptr) {
+      const WeightedSums weighted = block_weighted_sum(x, a, n, reference);
+      part.sum_weighted = weighted.sum;
+      part.sum_weights = weighted.weights;
+    } else {
+      part.sum_weighted = beta * block_sum<Real>(x, n, reference);
+      part.sum_weights = beta * n;
+    }
+  }
+  if (wanted.rank) part.rank = block_count_greater(x, n, target_logit);
+  return part;
+}
+
+template <typename T>
+RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, Wanted wanted,
+                                real_t<T> target_logit) {
+  using Real = real_t<T>;
+  PartialState<double> state;
+  for (int64_t column = 0; column < in.vocab_size; column += block_columns) {
+    const int n = block_size(column, in.vocab_size);
+    const Real* a = wanted.mean ? reader.weights(column, n) : nullptr;
+    const auto state_of = [&](const auto* x) {
+      return block_state<Real>(x, a, double(in.weights.beta), n, column, Real(state.max),
+                               target_logit, wanted);
+    };
+    state = merge(state, reader.is_identity() ? state_of(reader.raw(column))
+                                              : state_of(reader.transformed(column, n)));
+  }
+  return finalize(state, double(target_logit), in.vocab_size);
+}
+
+template <typename Real>
+void write_statistics(const RowOutputs<Real>& out, int64_t row, const RowStats<double>& stats) {
+  const auto write = [row](Real* to, double value) {
+    if (to != nullptr) to[row] = Real(value);
+  };
+  write(out.log_prob, stats.log_prob);
+  write(out.lse, stats.lse);
+  write(out.entropy, stats.entropy);
+  write(out.mean_log_prob, stats.mean_log_prob);
+  write(out.reference, stats.reference);
+  write(out.log_sum, stats.log_sum);
+  write(out.sum_weights, stats.sum_weights);
+  if (out.argmax != nullptr) out.argmax[row] = stats.argmax;
+  if (out.rank != nullptr) out.rank[row] = stats.rank;
+}
+
+// What stands in the outputs of a row that has no statistics: 0 where it is ignored, nan where its
+// target is out of range.
+inline RowStats<double> absent_statistics(double value, int64_t vocab_size) {
+  return {.log_prob = value,
+          .lse = value,
+          .entropy = value,
+          .mean_log_prob = value,
+          .reference = 0,
+          .log_sum = 0,
+          .sum_weights = 0,
+          .argmax = -1,
+          .rank = vocab_size};
+}
+
+template <typename T>
+RowStats<double> statistics_of(RowReader<T>& reader, const RowInputs<T>& in, const Wanted& wanted,
+                               int64_t row) {
+  if (in.targets.ignored(row)) return absent_statistics(0, in.vocab_size);
+  if (!in.targets.in_range(row, in.vocab_size)) return absent_statistics(NAN, in.vocab_size);
+  const bool has_target = in.targets.are_indices();
+  return row_statistics(reader, in, wanted,
+                        has_target ? reader.logit(in.targets[row]) : real_t<T>(0));
+}
+
+template <typename T>
+void row_stats(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out, const int64_t* rows,
+               int64_t count) {
+  const LogitTransform<real_t<T>> transform = in.transform.resolved();
+  for (int64_t i = 0; i < count; ++i) {
+    RowReader<T> reader(in, transform, rows[i]);
+    write_statistics(out, rows[i], statistics_of(reader, in, Wanted::by(out), rows[i]));
+  }
+}
+
+template <typename T>
+void fill_zero(T* out, int64_t n) {
+  __builtin_memset(static_cast<void*>(out), 0, size_t(n) * sizeof(T));
+}
+
+// g = dL/dx of a block becomes dL/dz; returns sum g dx/dscale.
+template <typename T>
+double chain_block(const LogitTransform<real_t<T>>& transform, const T* z, const real_t<T>* x,
+                   int n, real_t<T>* g) {
+  using Real = real_t<T>;
+  double grad_scale = 0;
+  for (int i = 0; i < n; ++i) {
+    // From x = cap tanh u: dx/dz = scale (1 - tanh^2 u), and no second tanh.
+    const Real tanh = transform.cap > 0 ? x[i] / transform.cap : Real(0);
+    const Real slope = Real(1) - tanh * tanh;
+    grad_scale += slope == Real(0) || g[i] == Real(0) ? 0.0 : double(g[i] * slope) * to_real(z[i]);
+    g[i] *= transform.scale * slope;
+  }
+  return grad_scale;
+}
+
+// The gradient of one row whose coefficients are known. The target's logit was read before: out may
+// lie over the logits.
+template <typename T>
+void write_gradient(RowReader<T>& reader, const RowInputs<T>& in,
+                    const LogitTransform<real_t<T>>& transform, const GradRow<real_t<T>>& row,
+                    int64_t target, real_t<T> target_logit, T* out, real_t<T>* grad_scale) {
+  using Real = real_t<T>;
+  alignas(64) Real g[block_columns];
+  double sum_scale = 0;
+  for (int64_t column = 0; column < in.vocab_size; column += block_columns) {
+    const int n = block_size(column, in.vocab_size);
+    const Real* a = row.c.weight != Real(0) ? reader.weights(column, n) : nullptr;
+    const bool has_target = target >= column && target < column + n;
+    Real at_target = 0;
+    if (has_target) {
+      const Real weight = a != nullptr              ? a[target - column]
+                          : row.c.weight != Real(0) ? in.weights.beta
+                                                    : Real(0);
+      at_target = target_gradient(row.c, (target_logit - row.reference) - row.log_sum, weight);
+    }
+    if (reader.is_identity() && grad_scale == nullptr) {
+      block_gradient(reader.raw(column), a, n, row, out + column);
+      if (has_target) from_real(at_target, out[target]);
+      continue;
+    }
+    const Real* x = reader.transformed(column, n);
+    block_gradient(x, a, n, row, g);
+    if (has_target) g[target - column] = at_target;
+    sum_scale += chain_block(transform, reader.raw(column), x, n, g);
+    for (int i = 0; i < n; ++i) from_real(g[i], out[column + i]);
+  }
+  fill_zero(out + in.vocab_size, in.columns - in.vocab_size);
+  if (grad_scale != nullptr) *grad_scale = Real(sum_scale);
+}
+
+// The row's gradient from its statistics and its upstream gradient.
+template <typename T>
+void row_gradient(RowReader<T>& reader, const RowInputs<T>& in,
+                  const LogitTransform<real_t<T>>& transform, const GradSource<real_t<T>>& source,
+                  const GradOutputs<T>& out, int64_t row, real_t<T> reference, real_t<T> log_sum,
+                  real_t<T> entropy, real_t<T> sum_weights) {
+  using Real = real_t<T>;
+  T* grad = out.grad + out.layout.offset(row);
+  Real* grad_scale = out.grad_scale != nullptr ? out.grad_scale + row : nullptr;
+  if (in.targets.ignored(row) || !in.targets.in_range(row, in.vocab_size)) {
+    fill_zero(grad, in.columns);
+    if (grad_scale != nullptr) *grad_scale = 0;
+    return;
+  }
+  const bool has_target = in.targets.are_indices();
+  const int64_t target = has_target ? in.targets[row] : -1;
+  const Real target_logit = has_target ? reader.logit(target) : Real(0);
+  const Real target_weight = has_target ? in.weights.of_class(target) : Real(1);
+  const RowUpstream<Real> upstream = source.upstream(row, reference + log_sum, target_weight);
+  GradRow<Real> grad_row{.c = collapse(upstream, entropy, sum_weights),
+                         .reference = reference,
+                         .log_sum = log_sum,
+                         .constant = 0};
+  if (grad_row.c.weight != Real(0)) grad_row.constant = grad_row.c.weight * in.weights.beta;
+  write_gradient(reader, in, transform, grad_row, target, target_logit, grad, grad_scale);
+}
+
+template <typename T>
+void row_grad(const RowInputs<T>& in, const SavedStats<real_t<T>>& saved,
+              const GradSource<real_t<T>>& source, const GradOutputs<T>& out, const int64_t* rows,
+              int64_t count) {
+  using Real = real_t<T>;
+  const LogitTransform<Real> transform = in.transform.resolved();
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = rows[i];
+    RowReader<T> reader(in, transform, row);
+    row_gradient(reader, in, transform, source, out, row, saved.reference[row], saved.log_sum[row],
+                 saved.entropy != nullptr ? saved.entropy[row] : Real(0),
+                 saved.sum_weights != nullptr ? saved.sum_weights[row] : Real(0));
+  }
+}
+
+template <typename T>
+void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
+           const GradSource<real_t<T>>& source, const GradOutputs<T>& grad, const int64_t* rows,
+           int64_t count) {
+  using Real = real_t<T>;
+  const LogitTransform<Real> transform = in.transform.resolved();
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = rows[i];
+    RowReader<T> reader(in, transform, row);
+    const RowStats<double> stats = statistics_of(reader, in, Wanted::by(out), row);
+    write_statistics(out, row, stats);
+    row_gradient(reader, in, transform, source, grad, row, Real(stats.reference),
+                 Real(stats.log_sum), Real(stats.entropy), Real(stats.sum_weights));
+  }
+}
+
+template <typename T>
+void scale(T* data, int64_t count, real_t<T> factor) {
+  using V = Vec<real_t<T>>;
+  const auto by = V::broadcast(factor);
+  int64_t i = 0;
+  for (; i + V::width <= count; i += V::width) V::store(data + i, V::load(data + i) * by);
+  for (; i < count; ++i) from_real(to_real(data[i]) * factor, data[i]);
+}
+
+template <typename T>
+const Kernels<T>& kernels_of() {
+  static constexpr Kernels<T> table{row_stats<T>, row_grad<T>, fused<T>, scale<T>};
+  return table;
+}
+
+template const Kernels<float>& kernels_of();
+template const Kernels<double>& kernels_of();
+template const Kernels<BFloat16>& kernels_of();
+template const Kernels<Half>& kernels_of();
+
+}  // namespace llmloss::cpu::LLMLOSS_ISA

@@ -1,0 +1,252 @@
+// From torch tensors to the plain structs of core: shapes, dtypes and devices are checked here,
+// once for every device. What users type is checked, with friendlier words, in
+// llmloss_ext.functional; these checks keep a direct call of an operator from reading or writing
+// out of bounds.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "../core/loss_rows.h"
+#include "../core/params.h"
+
+namespace llmloss::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+template <typename T>
+inline constexpr ScalarType scalar_type_of = ScalarType::Float;
+template <>
+inline constexpr ScalarType scalar_type_of<double> = ScalarType::Double;
+
+inline bool is_integer(ScalarType type) {
+  return type == ScalarType::Long || type == ScalarType::Int;
+}
+
+// Calls body.template operator()<T>() with the storage type of the logits.
+template <typename Body>
+auto dispatch(const Tensor& input, const Body& body) {
+  switch (input.scalar_type()) {
+    case ScalarType::Float:
+      return body.template operator()<float>();
+    case ScalarType::Double:
+      return body.template operator()<double>();
+    case ScalarType::BFloat16:
+      return body.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return body.template operator()<Half>();
+    default:
+      STD_TORCH_CHECK(false, "llmloss: input must be float32, bfloat16, float16 or float64");
+  }
+  __builtin_unreachable();
+}
+
+// Contiguous and of the arithmetic type. Only called for what has one number a row or a column.
+template <typename Real>
+Tensor as_real(const Tensor& t) {
+  const Tensor converted =
+      t.scalar_type() == scalar_type_of<Real> ? t : torch::stable::to(t, scalar_type_of<Real>);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+
+template <typename Real>
+MaybeTensor as_real(const MaybeTensor& t) {
+  return t.has_value() ? MaybeTensor(as_real<Real>(*t)) : std::nullopt;
+}
+
+template <typename Real>
+const Real* pointer(const MaybeTensor& t) {
+  return t.has_value() && t->numel() > 0 ? static_cast<const Real*>(t->data_ptr()) : nullptr;
+}
+
+// An uninitialised contiguous tensor on the device of `like`. The C function spares a small call
+// the dispatcher's boxing, several times.
+inline Tensor new_tensor(const Tensor& like, std::span<const int64_t> sizes, ScalarType type) {
+  int64_t strides[8];
+  STD_TORCH_CHECK(sizes.size() <= std::size(strides), "llmloss: too many dimensions");
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+      like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+template <typename Real>
+Tensor new_real(const Tensor& like, std::span<const int64_t> sizes) {
+  return new_tensor(like, sizes, scalar_type_of<Real>);
+}
+
+template <typename Real>
+Tensor new_real(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_real<Real>(like, std::span(sizes.begin(), sizes.size()));
+}
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+inline std::span<const int64_t> sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.data(), sizes.size()};
+}
+
+// Rows of a (rows, columns) or (outer, inner, columns) tensor whose columns are adjacent.
+inline RowLayout layout_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 || t.dim() == 3, "llmloss: expected 2 or 3 dimensions, got ",
+                  t.dim());
+  STD_TORCH_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1,
+                  "llmloss: the columns of a row must be adjacent in memory");
+  if (t.dim() == 2) return {std::max<int64_t>(t.size(0), 1), 0, t.stride(0)};
+  return {std::max<int64_t>(t.size(1), 1), t.stride(0), t.stride(1)};
+}
+
+// Whether two rows share memory, so that the tensor cannot be written in place.
+inline bool rows_overlap(const Tensor& t) {
+  const int64_t columns = t.size(t.dim() - 1);
+  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
+  for (int64_t dim = 0; dim + 1 < t.dim(); ++dim) {
+    if (t.size(dim) > 1) axes.emplace_back(t.stride(dim), t.size(dim));
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t extent = columns;
+  for (const auto& [stride, size] : axes) {
+    if (stride < extent) return true;
+    extent += (size - 1) * stride;
+  }
+  return false;
+}
+
+// What every operator is told of the logits besides the tensors themselves.
+struct LogitArguments {
+  MaybeTensor weight;       // (columns), class weights
+  MaybeTensor logit_scale;  // 0-d; replaces scale
+  double scale;
+  double softcap;  // 0: none
+  int64_t ignore_index;
+  int64_t vocab_size;
+};
+
+struct LossArguments {
+  MaybeTensor token_weight;  // like the target of indices, one per row
+  MaybeTensor num_items;     // 0-d; replaces the mean's denominator
+  double label_smoothing;
+  double z_loss;
+  Reduction reduction;
+};
+
+// The tensors of one call, checked, with the converted ones kept alive.
+template <typename T>
+struct Problem {
+  using Real = real_t<T>;
+
+  Problem(const Tensor& input, const Tensor& target, const LogitArguments& logits,
+          double label_smoothing = 0.0)
+      : input(input),
+        target(target.is_contiguous() || !is_integer(target.scalar_type())
+                   ? target
+                   : torch::stable::contiguous(target)),
+        weight(as_real<Real>(logits.weight)),
+        logit_scale(as_real<Real>(logits.logit_scale)) {
+    const int64_t columns = input.size(input.dim() - 1);
+    rows.layout = layout_of(input);
+    rows.logits = static_cast<const T*>(input.data_ptr());
+    rows.columns = columns;
+    rows.rows = columns == 0 ? 0 : input.numel() / columns;
+    rows.vocab_size = logits.vocab_size;
+    STD_TORCH_CHECK(logits.vocab_size >= 1 && logits.vocab_size <= columns,
+                    "llmloss: vocab_size must be in [1, ", columns, "], got ", logits.vocab_size);
+    rows.transform = {Real(logits.scale), Real(logits.softcap), pointer<Real>(logit_scale)};
+    check_device(this->target, "target");
+    if (weight.has_value()) {
+      check_device(*weight, "weight");
+      STD_TORCH_CHECK(weight->numel() == columns, "llmloss: weight must have one number per class");
+    }
+    if (logit_scale.has_value()) {
+      check_device(*logit_scale, "logit_scale");
+      STD_TORCH_CHECK(logit_scale->numel() == 1, "llmloss: logit_scale must hold one number");
+    }
+    rows.weights.class_weight = pointer<Real>(weight);
+    rows.weights.beta = Real(1.0 / double(logits.vocab_size));
+    if (is_integer(this->target.scalar_type())) {
+      STD_TORCH_CHECK(this->target.numel() == rows.rows, "llmloss: expected ", rows.rows,
+                      " targets, got ", this->target.numel());
+      rows.targets = {this->target.data_ptr(), this->target.scalar_type() == ScalarType::Long,
+                      logits.ignore_index};
+      // No rows: data_ptr may be null, which would mean probability targets.
+      if (rows.targets.data == nullptr) rows.targets.data = this;
+    } else {
+      STD_TORCH_CHECK(this->target.scalar_type() == input.scalar_type() &&
+                          std::ranges::equal(sizes_of(this->target), sizes_of(input)),
+                      "llmloss: probability targets must have the input's shape and dtype");
+      rows.weights.probabilities = static_cast<const T*>(this->target.data_ptr());
+      rows.weights.rows = layout_of(this->target);
+      rows.weights.alpha = Real(1.0 - label_smoothing);
+      rows.weights.beta = Real(label_smoothing / double(logits.vocab_size));
+    }
+  }
+
+  bool has_indices() const { return rows.targets.are_indices(); }
+
+  // The shape of one number a row.
+  std::span<const int64_t> row_shape() const {
+    const auto sizes = sizes_of(input);
+    return sizes.first(sizes.size() - 1);
+  }
+
+  Tensor input;
+  Tensor target;
+  MaybeTensor weight;
+  MaybeTensor logit_scale;
+  RowInputs<T> rows;
+
+ private:
+  void check_device(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(t.device() == input.device(), "llmloss: ", name,
+                    " must be on the input's device");
+  }
+};
+
+// The state that forward leaves to backward: rows of one number per token.
+template <typename Real>
+struct State {
+  static constexpr int64_t size = 3;
+
+  explicit State(const Tensor& state)
+      : reference(data<Real>(state)),
+        log_sum(reference + state.size(1)),
+        sum_weights(log_sum + state.size(1)) {}
+
+  void write_to(RowOutputs<Real>& out) const {
+    out.reference = reference;
+    out.log_sum = log_sum;
+    out.sum_weights = sum_weights;
+  }
+  SavedStats<Real> saved(const Real* entropy = nullptr) const {
+    return {reference, log_sum, sum_weights, entropy};
+  }
+
+  Real* reference;
+  Real* log_sum;
+  Real* sum_weights;
+};
+
+}  // namespace llmloss::ops

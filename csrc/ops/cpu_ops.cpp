@@ -1,0 +1,170 @@
+// The operators on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include <sstream>
+#include <stdexcept>
+
+#include "../cpu/kernels.h"
+#include "operators.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace llmloss::ops {
+namespace {
+
+// Rows that have work to do first, so that threads share it evenly wherever the ignored rows lie.
+struct RowOrder {
+  template <typename T>
+  explicit RowOrder(const RowInputs<T>& in) : rows(size_t(in.rows)) {
+    int64_t front = 0, back = in.rows;
+    for (int64_t row = 0; row < in.rows; ++row) {
+      rows[size_t(in.targets.ignored(row) ? --back : front++)] = row;
+    }
+    active = front;
+  }
+
+  std::vector<int64_t> rows;
+  int64_t active = 0;
+};
+
+struct CpuBackend {
+  explicit CpuBackend(const Tensor&) {}
+
+  template <typename T>
+  void check_targets(const Problem<T>& problem) const {
+    const RowInputs<T>& in = problem.rows;
+    for (int64_t row = 0; row < in.rows; ++row) {
+      if (in.targets.ignored(row) || in.targets.in_range(row, in.vocab_size)) [[likely]]
+        continue;
+      std::ostringstream message;
+      message << "Target " << in.targets[row] << " at position ";
+      if (problem.target.dim() == 2) {
+        const int64_t inner = problem.target.size(1);
+        message << "(" << row / inner << ", " << row % inner << ")";
+      } else {
+        message << row;
+      }
+      message << " is out of bounds: expected a class in [0, " << in.vocab_size
+              << ") or ignore_index = " << in.targets.ignore_index << ".";
+      throw std::runtime_error(message.str());  // llmloss_ext.ops makes it an IndexError
+    }
+  }
+
+  template <typename T>
+  void row_stats(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out) const {
+    for_rows(in, [&](const int64_t* rows, int64_t count) {
+      cpu::kernels<T>(cpu::active_isa()).row_stats(in, out, rows, count);
+    });
+  }
+
+  template <typename T>
+  void row_grad(const RowInputs<T>& in, const SavedStats<real_t<T>>& saved,
+                const GradSource<real_t<T>>& source, const GradOutputs<T>& out) const {
+    for_rows(in, [&](const int64_t* rows, int64_t count) {
+      cpu::kernels<T>(cpu::active_isa()).row_grad(in, saved, source, out, rows, count);
+    });
+  }
+
+  template <typename T>
+  void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
+             const GradSource<real_t<T>>& source, const GradOutputs<T>& grad) const {
+    for_rows(in, [&](const int64_t* rows, int64_t count) {
+      cpu::kernels<T>(cpu::active_isa()).fused(in, out, source, grad, rows, count);
+    });
+  }
+
+  template <typename Real>
+  void denominator(const LossRows<Real>& rows, Real* total) const {
+    double sum = 0;
+    for (int64_t row = 0; row < rows.rows; ++row) sum += rows.denominator(row);
+    *total = Real(sum);
+  }
+
+  template <typename Real>
+  void reduce_loss(const LossRows<Real>& rows, Reduction reduction, const Real* denominator,
+                   Real* loss) const {
+    double sum = 0;
+    for (int64_t row = 0; row < rows.rows; ++row) {
+      const Real row_loss = rows.loss(row);
+      if (reduction == Reduction::none) loss[row] = row_loss;
+      sum += row_loss;
+    }
+    if (reduction == Reduction::none) return;
+    *loss = Real(denominator != nullptr ? sum / *denominator : sum);
+  }
+
+  template <typename Real>
+  void sum(const Real* values, int64_t count, Real* total) const {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += values[i];
+    *total = Real(sum);
+  }
+
+  template <typename T>
+  void scale(T* x, const RowLayout& layout, int64_t rows, int64_t columns,
+             const real_t<T>* factor) const {
+    if (*factor == real_t<T>(1)) return;
+    torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        cpu::kernels<T>(cpu::active_isa()).scale(x + layout.offset(row), columns, *factor);
+      }
+    });
+  }
+
+  // Contiguous, of the input's shape. A fresh gradient of hundreds of megabytes costs more in page
+  // faults than in arithmetic; huge pages take most of that away.
+  Tensor new_gradient(const Tensor& input) const {
+    Tensor grad = new_tensor(input, sizes_of(input), input.scalar_type());
+#if defined(__linux__)
+    constexpr uintptr_t huge = uintptr_t{1} << 21;
+    const auto begin = reinterpret_cast<uintptr_t>(grad.data_ptr());
+    const uintptr_t end = begin + uintptr_t(grad.numel()) * grad.element_size();
+    const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+    return grad;
+  }
+
+ private:
+  // Rows that a thread takes at least: below some ten thousand columns a thread costs more to wake
+  // than it saves.
+  static int64_t grain(int64_t columns) { return 1 + 32768 / std::max<int64_t>(columns, 1); }
+
+  template <typename T, typename Run>
+  static void for_rows(const RowInputs<T>& in, const Run& run) {
+    const RowOrder order(in);
+    const int64_t* rows = order.rows.data();
+    const auto in_parallel = [&](int64_t first, int64_t last) {
+      if (first == last) return;
+      torch::stable::parallel_for(first, last, grain(in.columns), [&](int64_t begin, int64_t end) {
+        run(rows + begin, end - begin);
+      });
+    };
+    in_parallel(0, order.active);
+    in_parallel(order.active, in.rows);
+  }
+};
+
+using Cpu = Operators<CpuBackend>;
+
+int64_t cpu_isa() { return int64_t(cpu::active_isa()); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(llmloss, CPU, m) {
+  m.impl("token_stats", TORCH_BOX(&Cpu::token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&Cpu::token_stats_backward));
+  m.impl("cross_entropy", TORCH_BOX(&Cpu::cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&Cpu::cross_entropy_backward));
+  m.impl("cross_entropy_backward_", TORCH_BOX(&Cpu::cross_entropy_backward_inplace));
+  m.impl("cross_entropy_fused_", TORCH_BOX(&Cpu::cross_entropy_fused));
+  m.impl("scale_", TORCH_BOX(&Cpu::scale));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llmloss, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}
+
+}  // namespace llmloss::ops

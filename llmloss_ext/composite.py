@@ -1,0 +1,140 @@
+"""The statistics as differentiable torch arithmetic.
+
+The kernels give values and first-order gradients. Whatever asks for more, that is second-order
+gradients, forward-mode derivatives and gradients under ``vmap``, is derived by torch from the few
+lines here. They keep several copies of the logits: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LogitOptions(NamedTuple):
+    """How an operator reads the logits. ``softcap`` 0 means none."""
+
+    scale: float
+    softcap: float
+    ignore_index: int
+    vocab_size: int
+
+
+class Stats(NamedTuple):
+    """The differentiable statistics, one number per row."""
+
+    log_prob: Tensor
+    lse: Tensor
+    entropy: Tensor
+    mean_log_prob: Tensor
+
+
+class Weights(NamedTuple):
+    """The column weights a: ``class_weight * (share_of_target * target + uniform_share)``."""
+
+    share_of_target: float
+    uniform_share: float
+
+
+def is_indices(target: Tensor) -> bool:
+    """Whether a target holds class indices (as opposed to probabilities)."""
+    return not target.is_floating_point()
+
+
+def token_stats(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    logit_scale: Tensor | None,
+    options: LogitOptions,
+    weights: Weights | None = None,
+) -> Stats:
+    """Statistics of the rows of ``input`` (..., columns), for their derivatives.
+
+    A logit of -inf stands as the lowest finite number here: its probability is 0 all the same, and
+    no derivative meets inf - inf.
+    """
+    real = torch.float64 if input.dtype == torch.float64 else torch.float32
+    x = input[..., : options.vocab_size].to(real)
+    x = x * (logit_scale.to(real) if logit_scale is not None else options.scale)
+    if options.softcap > 0:
+        x = options.softcap * torch.tanh(x / options.softcap)
+    x = x.clamp_min(torch.finfo(real).min / 4)
+    lse = torch.logsumexp(x, dim=-1)
+    log_p = x - lse.unsqueeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    class_weight = None if weight is None else weight[: options.vocab_size].to(real)
+    if is_indices(target):
+        valid = target != options.ignore_index
+        index = torch.where(valid, target, 0).long().unsqueeze(-1)
+        log_prob = log_p.gather(-1, index).squeeze(-1)
+        terms = log_p if class_weight is None else log_p * class_weight
+        mean = terms.sum(-1) / options.vocab_size
+        zero = torch.zeros((), dtype=real, device=input.device)
+        return Stats(*(torch.where(valid, s, zero) for s in (log_prob, lse, entropy, mean)))
+    assert weights is not None
+    a = weights.share_of_target * target[..., : options.vocab_size].to(real) + weights.uniform_share
+    mean = ((a if class_weight is None else a * class_weight) * log_p).sum(-1)
+    return Stats(torch.zeros_like(lse), lse, entropy, mean)
+
+
+class LossOptions(NamedTuple):
+    """What a cross entropy adds to `LogitOptions`. ``reduction``: 0 none, 1 mean, 2 sum."""
+
+    label_smoothing: float
+    z_loss: float
+    reduction: int
+
+
+def target_weights(
+    target: Tensor, weight: Tensor | None, ignore_index: int, real: torch.dtype
+) -> Tensor:
+    """The class weight of each row's target: 1 without class weights, 0 where ignored."""
+    valid = target != ignore_index
+    if weight is None:
+        return valid.to(real)
+    return torch.where(valid, weight[torch.where(valid, target, 0).long()].to(real), 0.0)
+
+
+def denominator(
+    input: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, ignore: int
+) -> Tensor:
+    """What the mean divides by: the sum over the rows of token weight times class weight."""
+    real = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if is_indices(target):
+        rows = target_weights(target, weight, ignore, real)
+    else:
+        rows = torch.ones(input.shape[:-1], dtype=real, device=input.device)
+    return (rows if token_weight is None else rows * token_weight.to(real)).sum()
+
+
+def row_losses(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    logit_scale: Tensor | None,
+    options: LogitOptions,
+    loss: LossOptions,
+) -> Tensor:
+    """The loss of every row, 0 where ignored."""
+    eps = loss.label_smoothing
+    shares = Weights(1.0 - eps, eps / options.vocab_size)
+    stats = token_stats(input, target, weight, logit_scale, options, shares)
+    if is_indices(target):
+        w_y = target_weights(target, weight, options.ignore_index, stats.lse.dtype)
+        rows = -(1.0 - eps) * w_y * stats.log_prob - eps * stats.mean_log_prob
+    else:
+        rows = -stats.mean_log_prob
+    rows = rows + loss.z_loss * stats.lse.square()
+    return rows if token_weight is None else rows * token_weight.to(rows.dtype)
+
+
+def reduce(rows: Tensor, denominator: Tensor, reduction: int) -> Tensor:
+    """Applies the reduction; ``denominator`` is read for the mean only."""
+    if reduction == 0:
+        return rows
+    total = rows.sum()
+    return total / denominator if reduction == 1 else total
