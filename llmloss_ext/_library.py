@@ -16,7 +16,7 @@ def load() -> Path:
             f"llmloss_ext: the compiled operators (_C*.so) are not in {folder}. Build them with "
             "`make` in the checkout, or `pip install --no-build-isolation .`"
         )
-    torch.ops.load_library(found[0])
+    torch.ops.load_library(found[0])  # type: ignore[no-untyped-call]
     return found[0]
 
 

@@ -98,16 +98,16 @@ def target_weights(
     return torch.where(valid, weight[torch.where(valid, target, 0).long()].to(real), 0.0)
 
 
-def denominator(
+def denominators(
     input: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, ignore: int
 ) -> Tensor:
-    """What the mean divides by: the sum over the rows of token weight times class weight."""
+    """What each row adds to the mean's denominator: token weight times class weight."""
     real = torch.float64 if input.dtype == torch.float64 else torch.float32
     if is_indices(target):
         rows = target_weights(target, weight, ignore, real)
     else:
         rows = torch.ones(input.shape[:-1], dtype=real, device=input.device)
-    return (rows if token_weight is None else rows * token_weight.to(real)).sum()
+    return rows if token_weight is None else rows * token_weight.to(real)
 
 
 def row_losses(

@@ -232,7 +232,7 @@ class _Call:
         if self.rows.stride(-1) != 1 and columns != 1:
             self.rows = self.rows.contiguous()
         if target.dtype not in (torch.int64, torch.int32):
-            self._check_probabilities(input, target)
+            self._check_probabilities(input, target, ignore_index)
         self._check_weight(weight, columns, input)
         self.scale: Tensor | None = None
         if isinstance(logit_scale, Tensor):
@@ -286,7 +286,7 @@ class _Call:
             input = input.reshape(-1, columns)
         self.rows, self.targets = input, target
 
-    def _check_probabilities(self, input: Tensor, target: Tensor) -> None:
+    def _check_probabilities(self, input: Tensor, target: Tensor, ignore_index: int) -> None:
         if not self.has_probabilities:
             raise RuntimeError(f"expected class indices of int64 or int32, got {target.dtype}")
         if target.dtype != input.dtype:
@@ -294,6 +294,8 @@ class _Call:
                 f"expected probability targets of the input's dtype {input.dtype}, got "
                 f"{target.dtype}"
             )
+        if ignore_index >= 0:
+            raise RuntimeError("ignore_index is not supported for floating point target")
         if self.targets.stride(-1) != 1:
             self.targets = self.targets.contiguous()
 
@@ -404,11 +406,11 @@ def _differentiable_token_weight(
     if reduction != "mean":
         return composite.reduce(rows, rows, _REDUCTIONS[reduction])
     if num_items is None:
-        num_items = composite.denominator(
+        num_items = composite.denominators(
             call.rows,
             call.targets,
             weight,
             token_weight.reshape(call.rows.shape[:-1]),
             call.options.ignore_index,
-        )
+        ).sum()
     return rows.sum() / num_items

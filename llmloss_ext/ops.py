@@ -1,8 +1,10 @@
 """The autograd of the C++ operators.
 
-Each differentiable operator is a `torch.autograd.Function` over ``torch.ops.llmloss.*``. Backward
-runs the gradient kernel; under ``create_graph=True`` and under torch.func transforms it runs the
-differentiable arithmetic of `llmloss_ext.composite` instead.
+Each differentiable operator has two `torch.autograd.Function` classes that share their code: a
+lean one, which a small call can afford and torch.compile can trace, and one with
+``setup_context``, ``jvp`` and ``vmap``, which torch.func and forward mode need. Backward runs the
+gradient kernel; under ``create_graph=True`` and under transforms it is derived from
+`llmloss_ext.composite` instead.
 """
 
 from __future__ import annotations
@@ -12,17 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from llmloss_ext import composite, fake
 from llmloss_ext.composite import LogitOptions, LossOptions
 
-__all__ = ["LIBRARY", "cross_entropy", "cross_entropy_inplace", "token_stats"]
+__all__ = ["LIBRARY", "cross_entropy", "cross_entropy_inplace", "in_transform", "token_stats"]
 
 LIBRARY = fake.LIBRARY
 _ops = torch.ops.llmloss
 
 Dims = tuple[int | None, ...]
+Tensors = tuple[Tensor, ...]
+MaybeTensors = tuple[Tensor | None, ...]
 
 
 def _call(operator: Callable[..., Any], *args: Any) -> Any:
@@ -39,58 +43,78 @@ def _call(operator: Callable[..., Any], *args: Any) -> Any:
 
 
 def in_transform() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp ...) is active."""
+    """Whether a torch.func transform (grad, vmap, jvp ...) or forward mode is active."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _needs_differentiable_backward() -> bool:
-    # Backward runs with gradients enabled exactly under create_graph=True. While compiling, torch
-    # traces it with gradients enabled or not at will, and a compiled graph has no second order.
+    # Backward runs with gradients enabled exactly under create_graph=True. A compiled graph has no
+    # second order.
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or in_transform()
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
-def _vjp(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    input: Tensor,
-    logit_scale: Tensor | None,
-    grads: Tensor | tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor | None]:
-    """Differentiable gradients of input and logit_scale by torch."""
-    if logit_scale is None:
-        _, pullback = torch.func.vjp(lambda z: function(z, None), input)
-        return pullback(grads)[0], None
-    _, pullback = torch.func.vjp(function, input, logit_scale)
-    return pullback(grads)
+def _apply(forward: Any, lean: Any, full: Any, args: tuple[Any, ...]) -> Any:
+    """The cheapest of an operator's three ways that the situation allows."""
+    if in_transform():
+        return full.apply(*args)
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return lean.apply(*args)
+    return forward(*args)
 
 
-def _jvp(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    input: tuple[Tensor, Tensor | None],
-    logit_scale: tuple[Tensor | None, Tensor | None],
-) -> Tensor | tuple[Tensor, ...]:
-    """Forward-mode derivative of ``function`` of (primal, tangent) pairs, by torch."""
+class _Composite:
+    """An operator's composite as a function of those of its inputs that have derivatives."""
 
-    def tangent_of(primal: Tensor, tangent: Tensor | None) -> Tensor:
-        return torch.zeros_like(primal) if tangent is None else tangent
+    def __init__(self, function: Callable[..., Tensors], inputs: Tensors, at: list[int]) -> None:
+        self.function, self.inputs = function, inputs
+        self.at = [i for i in at if inputs[i] is not None and inputs[i].is_floating_point()]
 
-    primals: tuple[Tensor, ...] = (input[0],)
-    tangents: tuple[Tensor, ...] = (tangent_of(*input),)
-    if logit_scale[0] is None:
-        return torch.func.jvp(lambda z: function(z, None), primals, tangents)[1]
-    primals += (logit_scale[0],)
-    tangents += (tangent_of(logit_scale[0], logit_scale[1]),)
-    return torch.func.jvp(function, primals, tangents)[1]
+    def __call__(self, *primals: Tensor) -> Tensors:
+        inputs = list(self.inputs)
+        for i, primal in zip(self.at, primals, strict=True):
+            inputs[i] = primal
+        return self.function(*inputs)
+
+    @property
+    def primals(self) -> Tensors:
+        return tuple(self.inputs[i] for i in self.at)
+
+    def vjp(self, grads: Tensors) -> dict[int, Tensor]:
+        """The gradients of the inputs, differentiable again, by position."""
+        pullback: Any = torch.func.vjp(self, *self.primals)[1]
+        return dict(zip(self.at, pullback(grads), strict=True))
+
+    def jvp(self, tangents: MaybeTensors) -> Tensors:
+        """The outputs' tangents, by reverse mode twice.
+
+        The pullback is linear in its cotangents, and its transpose is the Jacobian. (Levels of
+        forward mode do not nest.)
+        """
+        given = tuple(
+            torch.zeros_like(self.inputs[i]) if tangents[i] is None else tangents[i]
+            for i in self.at
+        )
+        outputs: Tensors
+        pullback: Any
+        outputs, pullback = torch.func.vjp(self, *self.primals)[:2]
+        cotangents = tuple(torch.zeros_like(output) for output in outputs)
+        transpose: Any = torch.func.vjp(pullback, cotangents)[1]
+        tangents_out: Tensors = transpose(given)[0]
+        return tangents_out
 
 
-def _fold(batch: int, tensor: Tensor | None, dim: int | None) -> Tensor | None:
+def _fold(batch: int, tensor: Tensor, dim: int | None) -> Tensor:
     """The vmapped dimension moved to the front, expanded where it is not there."""
-    if tensor is None:
-        return None
     return tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _rows(folded: Tensor, row_dims: int) -> Tensor:
+    """Merges the vmapped dimension with the rows: operators take at most two dimensions of them."""
+    return folded if row_dims == 1 else folded.flatten(0, 1)
 
 
 def _each(batch: int, function: Callable[..., Any], in_dims: Dims, args: tuple[Any, ...]) -> Any:
@@ -107,268 +131,249 @@ def _each(batch: int, function: Callable[..., Any], in_dims: Dims, args: tuple[A
     return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0,) * len(samples[0])
 
 
-def _rows(folded: Tensor, row_dims: int) -> Tensor:
-    """Merges the vmapped dimension with the rows: (batch, rows..., columns) -> 2 or 3 dims."""
-    return folded if row_dims == 1 else folded.flatten(0, 1)
-
-
-# --------------------------------------------------------------------------------- token_stats
-
-
-class _TokenStats(Function):
-    """The operator ``token_stats``: log_prob, lse, entropy, mean_log_prob, argmax, rank, state."""
-
-    @staticmethod
-    def forward(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        logit_scale: Tensor | None,
-        options: LogitOptions,
-        wanted: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, ...]:
-        return _call(_ops.token_stats, input, target, weight, logit_scale, *options, *wanted)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, weight, logit_scale, ctx.options, ctx.wanted = inputs
-        _, _, entropy, _, argmax, rank, state = output
-        ctx.mark_non_differentiable(argmax, rank, state)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, target, weight, logit_scale, entropy, state)
-        ctx.save_for_forward(input, target, weight, logit_scale)
-
-    @staticmethod
-    def backward(
-        ctx: Any,
-        grad_log_prob: Tensor | None,
-        grad_lse: Tensor | None,
-        grad_entropy: Tensor | None,
-        grad_mean: Tensor | None,
-        *_: Any,
-    ) -> tuple[Tensor | None, ...]:
-        input, target, weight, logit_scale, entropy, state = ctx.saved_tensors
-        grads = (grad_log_prob, grad_lse, grad_entropy, grad_mean)
-        if all(g is None for g in grads):
-            return (None,) * 6
-        if _needs_differentiable_backward():
-
-            def used(z: Tensor, scale: Tensor | None) -> tuple[Tensor, ...]:
-                stats = composite.token_stats(z, target, weight, scale, ctx.options)
-                return tuple(s for s, g in zip(stats, grads, strict=True) if g is not None)
-
-            given = tuple(g for g in grads if g is not None)
-            grad_input, grad_scale = _vjp(used, input, logit_scale, given)
-            return grad_input, None, None, grad_scale, None, None
-        with_scale = ctx.needs_input_grad[3]
-        grad_input, grad_scale = _ops.token_stats_backward(
-            *grads, input, target, weight, logit_scale, *ctx.options, entropy, state, with_scale
-        )
-        scale = _like(grad_scale, logit_scale) if with_scale else None
-        return grad_input, None, None, scale, None, None
-
-    @staticmethod
-    def jvp(
-        ctx: Any, tangent: Tensor | None, _t: None, _w: None, scale_tangent: Tensor | None, *_: Any
-    ) -> tuple[Tensor | None, ...]:
-        input, target, weight, logit_scale = ctx.saved_tensors
-
-        def stats(z: Tensor, scale: Tensor | None) -> tuple[Tensor, ...]:
-            return tuple(composite.token_stats(z, target, weight, scale, ctx.options))
-
-        log_prob, lse, entropy, mean = _jvp(stats, (input, tangent), (logit_scale, scale_tangent))
-        with_entropy, with_mean, _rank = ctx.wanted
-        return (
-            log_prob,
-            lse,
-            entropy if with_entropy else entropy.new_empty(0),
-            mean if with_mean else mean.new_empty(0),
-            None,
-            None,
-            None,
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        input, target, weight, logit_scale, options, wanted = args
-        batch = info.batch_size
-        if in_dims[2] is not None or in_dims[3] is not None:
-            return _each(batch, _TokenStats.apply, in_dims, args)
-        row_dims = target.dim() - (in_dims[1] is not None)
-        rows = _rows(_fold(batch, input, in_dims[0]), row_dims)
-        targets = _rows(_fold(batch, target, in_dims[1]), row_dims)
-        *stats, state = _TokenStats.apply(rows, targets, weight, logit_scale, options, wanted)
-        shape = (batch, *(target.shape if in_dims[1] is None else targets.shape[1:]))
-        if row_dims == 2:
-            shape = (batch, -1, targets.shape[1])
-        unfolded = [s.reshape(shape) if s.numel() else s.new_empty(batch, 0) for s in stats]
-        state = state.reshape(len(state), batch, -1).movedim(1, 0)
-        return (*unfolded, state), (0,) * 7
+def _batched_state(state: Tensor, batch: int) -> Tensor:
+    return state.reshape(state.shape[0], batch, -1).movedim(1, 0)
 
 
 def _like(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad.reshape(parameter.shape).to(parameter.dtype)
 
 
+# --------------------------------------------------------------------------------- token_stats
+
+
+def _token_stats_forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    logit_scale: Tensor | None,
+    options: LogitOptions,
+    wanted: tuple[bool, bool, bool],
+) -> Tensors:
+    """Returns log_prob, lse, entropy, mean_log_prob, argmax, rank, state."""
+    return _call(_ops.token_stats, input, target, weight, logit_scale, *options, *wanted)
+
+
+def _token_stats_save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    *tensors, ctx.options, ctx.wanted = inputs
+    _, _, entropy, _, argmax, rank, state = output
+    ctx.mark_non_differentiable(argmax, rank, state)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, entropy, state)
+
+
+class _TokenStats(Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensors:
+        output = _token_stats_forward(*inputs)
+        _token_stats_save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> MaybeTensors:
+        *inputs, entropy, state = ctx.saved_tensors
+        grads = grads[:4]  # log_prob, lse, entropy, mean_log_prob
+        if all(grad is None for grad in grads):
+            return (None,) * 6
+        if _needs_differentiable_backward():
+            used = [i for i, grad in enumerate(grads) if grad is not None]
+            stats = _TokenStats.composite(ctx, inputs, used)
+            by_input = stats.vjp(tuple(grad for grad in grads if grad is not None))
+            return by_input[0], None, None, by_input.get(3), None, None
+        logit_scale, with_scale = inputs[3], ctx.needs_input_grad[3]
+        grad_input, grad_scale = _ops.token_stats_backward(
+            *grads, *inputs, *ctx.options, entropy, state, with_scale
+        )
+        grad_scale = _like(grad_scale, logit_scale) if with_scale else None
+        return grad_input, None, None, grad_scale, None, None
+
+    @staticmethod
+    def composite(ctx: Any, inputs: Any, used: list[int]) -> _Composite:
+        def stats(*tensors: Any) -> Tensors:
+            input, target, weight, logit_scale = tensors
+            all_stats = composite.token_stats(input, target, weight, logit_scale, ctx.options)
+            return tuple(all_stats[i] for i in used)
+
+        return _Composite(stats, inputs, [0, 3])
+
+
+class _TokenStatsTransforms(Function):
+    forward = staticmethod(_token_stats_forward)
+    backward = staticmethod(_TokenStats.backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        _token_stats_save(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:4])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> MaybeTensors:
+        inputs = ctx.saved_tensors[:4]
+        stats = list(_TokenStats.composite(ctx, inputs, [0, 1, 2, 3]).jvp(tangents))
+        for i, asked in zip((2, 3), ctx.wanted, strict=False):
+            if not asked:
+                stats[i] = stats[i].new_empty(0)
+        return (*stats, None, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Tensors, tuple[int, ...]]:
+        input, target, weight, logit_scale, *options = args
+        batch = info.batch_size
+        if in_dims[2] is not None or in_dims[3] is not None:
+            return _each(batch, _TokenStatsTransforms.apply, in_dims, args)
+        targets = _fold(batch, target, in_dims[1])
+        row_dims = targets.dim() - 1
+        *stats, state = _apply(
+            _token_stats_forward,
+            _TokenStats,
+            _TokenStatsTransforms,
+            (
+                _rows(_fold(batch, input, in_dims[0]), row_dims),
+                _rows(targets, row_dims),
+                weight,
+                logit_scale,
+                *options,
+            ),
+        )
+        stats = [s.reshape(targets.shape) if s.numel() else s.new_empty(batch, 0) for s in stats]
+        return (*stats, _batched_state(state, batch)), (0,) * 7
+
+
+def token_stats(*inputs: Any) -> Tensors:
+    """The operator with its derivatives; arguments as `_token_stats_forward`."""
+    return _apply(_token_stats_forward, _TokenStats, _TokenStatsTransforms, inputs)
+
+
 # ------------------------------------------------------------------------------- cross_entropy
 
 
+def _cross_entropy_forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    num_items: Tensor | None,
+    logit_scale: Tensor | None,
+    options: LogitOptions,
+    loss: LossOptions,
+) -> Tensors:
+    """Returns loss, state, denominator."""
+    tensors = (input, target, weight, token_weight, num_items, logit_scale)
+    return _call(_ops.cross_entropy, *tensors, *options, *loss)
+
+
+def _cross_entropy_save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    input, target, weight, token_weight, _num_items, logit_scale, ctx.options, ctx.loss = inputs
+    _, state, denominator = output
+    ctx.mark_non_differentiable(state, denominator)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, target, weight, token_weight, logit_scale, state, denominator)
+
+
 class _CrossEntropy(Function):
-    """The operator ``cross_entropy``: loss, state, denominator."""
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensors:
+        output = _cross_entropy_forward(*inputs)
+        _cross_entropy_save(ctx, inputs, output)
+        return output
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        token_weight: Tensor | None,
-        num_items: Tensor | None,
-        logit_scale: Tensor | None,
-        options: LogitOptions,
-        loss: LossOptions,
-    ) -> tuple[Tensor, ...]:
-        return _call(
-            _ops.cross_entropy,
-            input,
-            target,
-            weight,
-            token_weight,
-            num_items,
-            logit_scale,
-            *options,
-            *loss,
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input, target, weight, token_weight, _num_items, logit_scale, ctx.options, ctx.loss = inputs
-        _, state, denominator = output
-        ctx.mark_non_differentiable(state, denominator)
-        ctx.set_materialize_grads(False)
-        saved = (input, target, weight, token_weight, logit_scale, state, denominator)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> MaybeTensors:
         if grad_loss is None:
             return (None,) * 8
-        input, target, weight, token_weight, logit_scale, state, denominator = ctx.saved_tensors
-        with_target, with_scale = ctx.needs_input_grad[1], ctx.needs_input_grad[5]
-        grad_target = None
-        if with_target or _needs_differentiable_backward():
-            grad_input, grad_scale, grad_target = _CrossEntropy.differentiable_backward(
-                ctx, grad_loss
-            )
-        else:
-            grad_input, grad_scale = _ops.cross_entropy_backward(
-                grad_loss,
-                input,
-                target,
-                weight,
-                token_weight,
-                logit_scale,
-                *ctx.options,
-                ctx.loss.label_smoothing,
-                ctx.loss.z_loss,
-                state,
-                denominator,
-                with_scale,
-            )
-            grad_scale = _like(grad_scale, logit_scale) if with_scale else None
-        return grad_input, grad_target, None, None, None, grad_scale, None, None
+        *inputs, state, denominator = ctx.saved_tensors
+        # The gradient of probability targets is not a kernel's work.
+        if ctx.needs_input_grad[1] or _needs_differentiable_backward():
+            grads = _CrossEntropy.composite(ctx, inputs, denominator).vjp((grad_loss,))
+            return grads[0], grads.get(1), None, None, None, grads.get(4), None, None
+        logit_scale, with_scale = inputs[4], ctx.needs_input_grad[5]
+        label_smoothing, z_loss, _reduction = ctx.loss
+        grad_input, grad_scale = _ops.cross_entropy_backward(
+            grad_loss,
+            *inputs,
+            *ctx.options,
+            label_smoothing,
+            z_loss,
+            state,
+            denominator,
+            with_scale,
+        )
+        grad_scale = _like(grad_scale, logit_scale) if with_scale else None
+        return grad_input, None, None, None, None, grad_scale, None, None
 
     @staticmethod
-    def differentiable_backward(
-        ctx: Any, grad_loss: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        input, target, weight, token_weight, logit_scale, _, denominator = ctx.saved_tensors
+    def composite(ctx: Any, inputs: Any, denominator: Tensor) -> _Composite:
+        options: Any = (ctx.options, ctx.loss)
 
-        def loss(z: Tensor, scale: Tensor | None, q: Tensor) -> Tensor:
-            rows = composite.row_losses(z, q, weight, token_weight, scale, ctx.options, ctx.loss)
-            return composite.reduce(rows, denominator, ctx.loss.reduction)
+        def loss(*tensors: Any) -> Tensors:
+            rows = composite.row_losses(*tensors, *options)
+            return (composite.reduce(rows, denominator, ctx.loss.reduction),)
 
-        if not ctx.needs_input_grad[1]:
-            return *_vjp(lambda z, s: loss(z, s, target), input, logit_scale, grad_loss), None
-        _, pullback = torch.func.vjp(lambda q: loss(input, logit_scale, q), target)
-        grad_target = pullback(grad_loss)[0]
-        return *_vjp(lambda z, s: loss(z, s, target), input, logit_scale, grad_loss), grad_target
+        return _Composite(loss, inputs, [0, 1, 4])
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        input, target, weight, token_weight, logit_scale, _, denominator = ctx.saved_tensors
-        tangent, target_tangent, scale_tangent = tangents[0], tangents[1], tangents[5]
 
-        def loss(z: Tensor, scale: Tensor | None, q: Tensor = target) -> Tensor:
-            rows = composite.row_losses(z, q, weight, token_weight, scale, ctx.options, ctx.loss)
-            return composite.reduce(rows, denominator, ctx.loss.reduction)
-
-        total = _jvp(loss, (input, tangent), (logit_scale, scale_tangent))
-        if target_tangent is not None:
-            by_target = torch.func.jvp(
-                lambda q: loss(input, logit_scale, q), (target,), (target_tangent,)
-            )[1]
-            total = total + by_target
-        return total, None, None
+class _CrossEntropyTransforms(Function):
+    forward = staticmethod(_cross_entropy_forward)
+    backward = staticmethod(_CrossEntropy.backward)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        _cross_entropy_save(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:4], inputs[5], *output[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> MaybeTensors:
+        *inputs, _state, denominator = ctx.saved_tensors
+        by_input = (*tangents[:4], tangents[5])
+        return *_CrossEntropy.composite(ctx, inputs, denominator).jvp(by_input), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Tensors, tuple[int, ...]]:
         input, target, weight, token_weight, num_items, logit_scale, options, loss = args
         batch = info.batch_size
         if any(in_dims[i] is not None for i in (2, 4, 5)):
-            return _each(batch, _CrossEntropy.apply, in_dims, args)
-        probabilities = not composite.is_indices(target)
-        row_dims = target.dim() - (in_dims[1] is not None) - probabilities
+            return _each(batch, _CrossEntropyTransforms.apply, in_dims, args)
         inputs = _fold(batch, input, in_dims[0])
         targets = _fold(batch, target, in_dims[1])
-        token_weights = _fold(batch, token_weight, in_dims[3])
-        rows, state, _ = _CrossEntropy.apply(
-            _rows(inputs, row_dims),
-            _rows(targets, row_dims),
-            weight,
-            None if token_weights is None else _rows(token_weights, row_dims),
-            None,
-            logit_scale,
-            options,
-            loss._replace(reduction=0),
+        row_dims = inputs.dim() - 2
+        token_weights = None
+        if token_weight is not None:
+            token_weights = _fold(batch, token_weight, in_dims[3])
+        rows, state, _ = _apply(
+            _cross_entropy_forward,
+            _CrossEntropy,
+            _CrossEntropyTransforms,
+            (
+                _rows(inputs, row_dims),
+                _rows(targets, row_dims),
+                weight,
+                None if token_weights is None else _rows(token_weights, row_dims),
+                None,
+                logit_scale,
+                options,
+                loss._replace(reduction=0),
+            ),
         )
-        rows = rows.reshape(inputs.shape[:-1])
-        state = state.reshape(len(state), batch, -1).movedim(1, 0)
+        losses = rows.reshape(inputs.shape[:-1])
         denominators = rows.new_empty(batch, 0)
-        if loss.reduction == 1:
-            denominators = (
-                torch.stack(
-                    [
-                        composite.denominator(
-                            inputs[i],
-                            targets[i],
-                            weight,
-                            None if token_weights is None else token_weights[i],
-                            options.ignore_index,
-                        )
-                        for i in range(batch)
-                    ]
-                )
-                if num_items is None
-                else num_items.to(rows.dtype).reshape(()).expand(batch)
-            )
         if loss.reduction != 0:
-            rows = rows.flatten(1).sum(1)
+            losses = losses.flatten(1).sum(1)
         if loss.reduction == 1:
-            rows = rows / denominators
-        return (rows, state, denominators), (0, 0, 0)
+            if num_items is None:
+                weights = composite.denominators(
+                    inputs, targets, weight, token_weights, options.ignore_index
+                )
+                denominators = weights.flatten(1).sum(1)
+            else:
+                denominators = num_items.to(rows.dtype).reshape(()).expand(batch)
+            losses = losses / denominators
+        return (losses, _batched_state(state, batch), denominators), (0, 0, 0)
 
 
-class _CrossEntropyEager(Function):
-    """`_CrossEntropy` without what torch.func needs: a small call costs half as much."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _CrossEntropy.forward(*inputs)
-        _CrossEntropy.setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_CrossEntropy.backward)
+def cross_entropy(*inputs: Any) -> Tensor:
+    """The operator with its derivatives; arguments as `_cross_entropy_forward`."""
+    functions = (_cross_entropy_forward, _CrossEntropy, _CrossEntropyTransforms)
+    return _apply(*functions, inputs)[0]
 
 
 class _CrossEntropyInplace(Function):
@@ -457,23 +462,6 @@ def _mark_written(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-# ------------------------------------------------------------------------- for functional.py
-
-
-def token_stats(*args: Any) -> tuple[Tensor, ...]:
-    """`_TokenStats`."""
-    return _TokenStats.apply(*args)  # type: ignore[no-untyped-call]
-
-
-def cross_entropy(*args: Any) -> Tensor:
-    """`_CrossEntropy`, by the cheapest way that the situation allows."""
-    if torch.compiler.is_compiling() or in_transform():
-        return _CrossEntropy.apply(*args)[0]  # type: ignore[no-untyped-call]
-    if torch.is_grad_enabled():
-        return _CrossEntropyEager.apply(*args)[0]  # type: ignore[no-untyped-call]
-    return _CrossEntropy.forward(*args)[0]
-
-
-def cross_entropy_inplace(*args: Any) -> Tensor:
-    """`_CrossEntropyInplace`."""
-    return _CrossEntropyInplace.apply(*args)  # type: ignore[no-untyped-call]
+def cross_entropy_inplace(*inputs: Any) -> Tensor:
+    """`cross_entropy` whose gradient lies over its input; one backward, of first order."""
+    return _CrossEntropyInplace.apply(*inputs)  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""The command line: `llmloss train`, `llmloss info`, `llmloss verify`."""

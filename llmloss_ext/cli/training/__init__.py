@@ -1,0 +1,1 @@
+"""What `llmloss train` is made of: text, tokens, windows, model, losses, loop, and its outputs."""

@@ -1,0 +1,182 @@
+"""The loss behind one small interface: hidden states and projection weight in, a scalar out.
+
+A kind that never makes the logits fits the same interface: write a class with the methods of
+`TokenLoss`, and name it in `create_loss` and `llmloss_ext.cli.training.config.LOSSES`.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli.training.windows import IGNORED
+
+
+class TokenScores(NamedTuple):
+    """How well each token was predicted; shaped like the targets, meaningless where ignored."""
+
+    log_prob: Tensor
+    """log p_target in nats."""
+    rank: Tensor
+    """Logits strictly greater than the target's: 0 is correct, below 5 is a top-5 hit."""
+
+
+class TokenLoss(Protocol):
+    """A way to get from hidden states to the loss."""
+
+    clock: LossClock
+
+    def train(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
+    ) -> tuple[Tensor, TokenScores | None]:
+        """The loss to differentiate, and the scores on request.
+
+        Args:
+            hidden: (B, S, D).
+            weight: The head's (V, D).
+            targets: (B, S), IGNORED where there is none.
+            num_items: What the sum over tokens is divided by: the valid tokens of all
+                micro-batches of the step, so that accumulation is exact.
+            with_scores: Whether to return the scores too.
+        """
+        ...
+
+    def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
+        """The scores alone, for validation; call it without gradients."""
+        ...
+
+
+class LossClock:
+    """Adds up the time between `start` and `stop`, on the device's own clock if it has one."""
+
+    def __init__(self, device: torch.device) -> None:
+        """A clock at zero."""
+        self._cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._started = 0.0
+        self._events: list[torch.cuda.Event] = []
+
+    def start(self, *_: object) -> None:
+        """Starts a span. Takes any arguments, to serve as a hook."""
+        if self._cuda:
+            self._record()
+        else:
+            self._started = time.perf_counter()
+
+    def stop(self, *_: object) -> None:
+        """Ends the span."""
+        if self._cuda:
+            self._record()
+        else:
+            self._seconds += time.perf_counter() - self._started
+
+    def take(self) -> float:
+        """The seconds since the last call; waits for the device."""
+        if self._events:
+            self._events[-1].synchronize()
+            pairs = zip(self._events[::2], self._events[1::2], strict=True)
+            self._seconds += sum(start.elapsed_time(stop) for start, stop in pairs) / 1000
+            self._events.clear()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _record(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+
+class _LossOfLogits(TokenLoss):
+    """What the kinds that make the logits have in common: the projection and the timing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.clock = LossClock(device)
+
+    def train(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
+    ) -> tuple[Tensor, TokenScores | None]:
+        logits = F.linear(hidden, weight)
+        scores = None
+        if with_scores:  # first: the loss may overwrite the logits
+            with torch.no_grad():
+                scores = self._scores(logits, targets)
+        # Backward runs the loss's part first, between the gradient of the loss and the gradient
+        # of the logits; hooks on the two see when.
+        logits.register_hook(self.clock.stop)
+        self.clock.start()
+        loss = self._loss(logits, targets, num_items)
+        self.clock.stop()
+        loss.register_hook(self.clock.start)
+        return loss, scores
+
+    def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
+        return self._scores(F.linear(hidden, weight), targets)
+
+    @abstractmethod
+    def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor: ...
+
+    @abstractmethod
+    def _scores(self, logits: Tensor, targets: Tensor) -> TokenScores: ...
+
+
+class LogitsLoss(_LossOfLogits):
+    """llmloss_ext's own: the gradient overwrites the logits, ranks come from the row statistics."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Checks that the operators exist for the device.
+
+        Raises:
+            UserError: If this build has none.
+        """
+        super().__init__(device)
+        import llmloss_ext
+
+        self._cross_entropy = llmloss_ext.cross_entropy
+        self._token_stats = llmloss_ext.token_stats
+        try:
+            target = torch.zeros(1, dtype=torch.int64, device=device)
+            self._cross_entropy(torch.zeros(1, 2, device=device), target)
+        except NotImplementedError as error:
+            raise UserError(
+                f"this build of llmloss_ext has no kernels for device {device.type}: use "
+                "--loss torch or --device cpu"
+            ) from error
+
+    def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor:
+        return self._cross_entropy(
+            logits, targets, ignore_index=IGNORED, num_items=num_items, inplace=True
+        )
+
+    def _scores(self, logits: Tensor, targets: Tensor) -> TokenScores:
+        stats = self._token_stats(logits, targets, ignore_index=IGNORED, with_rank=True)
+        assert stats.rank is not None  # with_rank
+        return TokenScores(stats.log_prob, stats.rank)
+
+
+class TorchLoss(_LossOfLogits):
+    """torch's own loss, for comparison."""
+
+    def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor:
+        total = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return total / num_items
+
+    def _scores(self, logits: Tensor, targets: Tensor) -> TokenScores:
+        rows, labels = logits.flatten(0, 1), targets.flatten()
+        loss = F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="none")
+        target_logit = rows.gather(1, labels.clamp(min=0).unsqueeze(1))
+        rank = (rows > target_logit).sum(1)
+        return TokenScores(-loss.view_as(targets), rank.view_as(targets))
+
+
+def create_loss(kind: str, device: torch.device) -> TokenLoss:
+    """The loss called ``kind``, one of `llmloss_ext.cli.training.config.LOSSES`."""
+    kinds = {"logits": LogitsLoss, "torch": TorchLoss}
+    return kinds[kind](device)

@@ -1,0 +1,87 @@
+"""A small GPT: pre-norm, causal, learned positions, tied embedding."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, arange, nn
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        """``heads`` divides ``dim``."""
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*qkv.unbind(0), is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each added to its input."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        """A block of width ``dim``."""
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.down = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    """Predicts the next token.
+
+    The model stops at the hidden states: what follows, the projection by ``head.weight`` and the
+    loss, belongs together and is the business of `llmloss_ext.cli.training.losses`.
+
+    The embedding is tied to the head. At 131,072 tokens the two would hold nearly all of the
+    parameters; tied, they cost half the memory and half of the optimiser's time, and the vectors
+    of rare tokens learn from every step through the head.
+    """
+
+    def __init__(self, vocab_size: int, seq_len: int, dim: int, layers: int, heads: int) -> None:
+        """Draws the weights from torch's generator."""
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.positions = nn.Embedding(seq_len, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+        self._initialise(layers)
+
+    def _initialise(self, layers: int) -> None:
+        """GPT-2's: std 0.02, and less where 2 * layers branches add up in the residual stream."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            joins_residual = name.endswith(("out.weight", "down.weight"))
+            nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if joins_residual else 0.02)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Normalised hidden states (B, S, D) of token ids (B, S)."""
+        x = self.embedding(ids) + self.positions(arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
+        """For the optimiser: matrices decay, the norms' scales and shifts do not."""
+        parameters = list(self.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]

@@ -1,0 +1,58 @@
+"""What the tests share: devices, dtypes, and the one table of tolerances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# How far a result may be from float64, relative to the larger of 1 and its magnitude. Losses and
+# statistics are float32 whatever the half type; gradients are rounded once to the logits' dtype.
+VALUE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+GRADIENT = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)],
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device at hand."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set of this processor."""
+    monkeypatch.setenv("LLMLOSS_CPU_ISA", request.param)
+    names = ["portable", "avx2", "avx512"]
+    if names[torch.ops.llmloss.cpu_isa()] != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """|actual - expected| <= tolerance max(1, |expected|); nan and inf must be in one place."""
+    torch.testing.assert_close(
+        actual.double().cpu(), expected.double().cpu(), rtol=tolerance, atol=tolerance,
+        equal_nan=True,
+    )  # fmt: skip
+
+
+def gradients(loss: Callable[..., Tensor], *tensors: Tensor, upstream: Tensor | None = None):
+    """The loss's value and its gradients for fresh leaves of ``tensors``."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    value = loss(*leaves)
+    if upstream is None:
+        upstream = torch.ones_like(value)
+    return value.detach(), torch.autograd.grad(value, leaves, upstream.to(value.dtype))

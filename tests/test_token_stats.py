@@ -1,0 +1,163 @@
+"""token_stats: values, and gradients of any combination, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import reference
+import torch
+from conftest import FLOATS, GRADIENT, VALUE, assert_close
+
+from llmloss_ext import token_stats
+
+NAMES = ("log_prob", "lse", "entropy", "mean_log_prob")
+OPTIONS = [
+    {},
+    {"weight": True},
+    {"softcap": 2.0},
+    {"logit_scale": 0.4},
+    {"vocab_size": 50, "softcap": 5.0, "logit_scale": 1.5, "weight": True, "ignore_index": 3},
+]
+
+
+def make(device, dtype, options, shape=(2, 4, 61)):
+    input = (torch.randn(shape, dtype=torch.float64) * 3).to(dtype).to(device)
+    target = torch.randint(0, 50, shape[:-1], device=device)
+    target[0, 1] = options.get("ignore_index", -100)
+    if "weight" in options:
+        options = {**options, "weight": torch.rand(shape[-1], device=device)}
+    return input, target, options
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_values(device, dtype, options):
+    input, target, options = make(device, dtype, options)
+    expected = reference.stats(input, target, **options)
+    actual = token_stats(input, target, **options, with_rank=True)
+    for name in NAMES:
+        assert_close(getattr(actual, name), expected[name], VALUE[dtype] * 2)
+        assert getattr(actual, name).shape == target.shape
+    assert torch.equal(actual.argmax, expected["argmax"])
+    if dtype == torch.float64 or "softcap" not in options:  # a rounded tanh makes equals
+        assert torch.equal(actual.rank, expected["rank"])
+    plain = token_stats(input, target, **options)
+    assert plain.argmax is None
+    assert plain.rank is None
+    assert torch.equal(plain.log_prob, actual.log_prob)
+
+
+@pytest.mark.parametrize("used", [c for n in (1, 2, 4) for c in itertools.combinations(NAMES, n)])
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[4]], ids=["plain", "all"])
+def test_gradients_of_any_combination(device, used, options):
+    input, target, options = make(device, torch.float64, options)
+    upstream = {name: torch.randn(target.shape, dtype=torch.float64) for name in used}
+    grads = []
+    for function in (token_stats, reference.stats):
+        leaf = input.clone().requires_grad_()
+        scale = torch.tensor(options.get("logit_scale", 1.0), dtype=torch.float64, device=device)
+        scale.requires_grad_()
+        result = function(leaf, target, **{**options, "logit_scale": scale})
+        result = result if isinstance(result, dict) else result._asdict()
+        total = sum((result[name] * upstream[name].to(device)).sum() for name in used)
+        grads.append(torch.autograd.grad(total, (leaf, scale)))
+    for actual, expected in zip(*grads, strict=True):
+        assert_close(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradient_dtypes(device, dtype):
+    input, target, _ = make(device, dtype, {})
+    leaf, double = input.clone().requires_grad_(), input.double().requires_grad_()
+    actual = token_stats(leaf, target)
+    expected = reference.stats(double, target)
+    factor = torch.rand(target.shape, device=device)
+    (actual.entropy * factor + actual.log_prob).sum().backward()
+    (expected["entropy"] * factor.double() + expected["log_prob"]).sum().backward()
+    assert leaf.grad.dtype == dtype
+    assert_close(leaf.grad, double.grad, GRADIENT[dtype])
+    assert (leaf.grad[0, 1] == 0).all()
+
+
+def test_stride_zero_and_broadcast_upstream(device):
+    """The gradient of .sum() is an expanded scalar; that of a transposed use has strides."""
+    input, target, _ = make(device, torch.float64, {})
+    leaf, other = input.clone().requires_grad_(), input.clone().requires_grad_()
+    token_stats(leaf, target).lse.sum().backward()
+    reference.stats(other, target)["lse"].sum().backward()
+    assert_close(leaf.grad, other.grad, 1e-12)
+    leaf.grad = other.grad = None
+    factor = torch.randn(4, 2, dtype=torch.float64, device=device)
+    (token_stats(leaf, target).lse.t() * factor).sum().backward()
+    (reference.stats(other, target)["lse"].t() * factor).sum().backward()
+    assert_close(leaf.grad, other.grad, 1e-12)
+
+
+def test_rank_counts_only_strictly_greater(device):
+    input = torch.tensor([[1.0, 3.0, 3.0, 2.0]], device=device).expand(3, 4).contiguous()
+    stats = token_stats(input, torch.tensor([1, 2, 3], device=device), with_rank=True)
+    assert stats.rank.tolist() == [0, 0, 2]
+    assert stats.argmax.tolist() == [1, 1, 1]
+
+
+def test_softcapped_ties_do_not_count_against_the_target(device):
+    """Saturated logits are equal after the cap; the target's must come out with the same bits."""
+    input = torch.full((1, 40), 1e6, device=device)
+    stats = token_stats(input, torch.tensor([17], device=device), softcap=30.0, with_rank=True)
+    assert stats.rank.item() == 0
+    random = torch.randn(50, 333, device=device) * 40
+    target = random.argmax(-1)
+    stats = token_stats(random, target, softcap=7.0, logit_scale=1.1, with_rank=True)
+    assert (stats.rank == 0).all()
+
+
+def test_rows_without_statistics(device):
+    input = torch.randn(4, 9, device=device)
+    input[0, 2] = torch.nan
+    input[1, 2] = torch.inf
+    input[2] = -torch.inf
+    stats = token_stats(input, torch.zeros(4, dtype=torch.long, device=device), with_rank=True)
+    assert stats.log_prob[:3].isnan().all()
+    assert stats.entropy[:3].isnan().all()
+    assert stats.lse[2] == -torch.inf
+    assert (stats.rank[:2] == 9).all()  # in no top-k
+    assert (stats.argmax[:2] == -1).all()
+    assert torch.isfinite(stats.log_prob[3])
+
+
+def test_masked_columns_have_no_entropy(device):
+    """0 log 0 = 0."""
+    input = torch.full((1, 8), -torch.inf, device=device)
+    input[0, :2] = 0.0
+    stats = token_stats(input, torch.tensor([1], device=device))
+    assert_close(stats.entropy, torch.tensor([2.0]).log(), 1e-6)
+    assert_close(stats.log_prob, -torch.tensor([2.0]).log(), 1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 15, 17, 31, 33, 2047, 2048, 2049, 4099])
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_any_width_and_alignment(device, columns, start):
+    """Widths around the vector (16), the unrolled step (64) and the block (2048)."""
+    whole = torch.randn(3, columns + start, device=device)
+    target = torch.randint(0, columns, (3,), device=device)
+    expected = reference.stats(whole[:, start:], target)
+    actual = token_stats(whole[:, start:], target, with_rank=True)
+    for name in NAMES:
+        assert_close(getattr(actual, name), expected[name], 3e-6)
+    assert torch.equal(actual.rank, expected["rank"])
+    assert torch.equal(actual.argmax, expected["argmax"])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_instruction_set(isa, dtype):
+    input, target, _ = make(torch.device("cpu"), dtype, {}, (2, 3, 2063))
+    leaf, double = input.clone().requires_grad_(), input.double().requires_grad_()
+    actual = token_stats(leaf, target, softcap=8.0, with_rank=True)
+    expected = reference.stats(double, target, softcap=8.0)
+    for name in NAMES:
+        assert_close(getattr(actual, name), expected[name], VALUE[dtype] * 2)
+    (actual.log_prob + actual.entropy + actual.mean_log_prob * actual.lse).sum().backward()
+    total = expected["log_prob"] + expected["entropy"]
+    (total + expected["mean_log_prob"] * expected["lse"]).sum().backward()
+    assert_close(leaf.grad, double.grad, GRADIENT[dtype])
