@@ -71,7 +71,8 @@ def _cross_entropy_fake(
     loss = _scalar(input)
     if reduction == 0:
         loss = input.new_empty(_row_shape(input), dtype=_real(input))
-    return loss, _state(input, 6), _scalar(input, reduction == 1)
+    needs_mean = label_smoothing != 0 or target.is_floating_point()
+    return loss, _state(input, 5 + needs_mean), _scalar(input, reduction == 1)
 
 
 @torch.library.register_fake("llmloss::cross_entropy_backward")

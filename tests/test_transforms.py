@@ -11,6 +11,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from conftest import assert_close
+from functorch.compile import make_boxed_func
 from torch.utils.checkpoint import checkpoint
 
 import llmloss_ext
@@ -168,7 +169,7 @@ def test_compiled_backward_runs_the_kernel(device):
 
     def backend(graph, _inputs):
         seen.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
     compiler = torch._dynamo.backends.common.aot_autograd(fw_compiler=backend, bw_compiler=backend)
     input, target = make(device)

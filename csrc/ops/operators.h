@@ -245,14 +245,13 @@ struct Operators {
         : problem(input, target, logits, arguments.label_smoothing),
           arguments(arguments),
           token_weight(as_real<Real>(arguments.token_weight)),
+          options{Real(arguments.label_smoothing), Real(arguments.z_loss), !problem.has_indices()},
           state(saved_state.has_value()
                     ? *saved_state
-                    : new_real<Real>(input, {State<Real>::size + 3, problem.rows.rows})) {
+                    : new_real<Real>(input, {State<Real>::size + 2 + options.needs_mean(),
+                                             problem.rows.rows})) {
       STD_TORCH_CHECK(!token_weight.has_value() || token_weight->numel() == problem.rows.rows,
                       "llmloss: token_weight must have one number per row");
-      options.label_smoothing = Real(arguments.label_smoothing);
-      options.z_loss = Real(arguments.z_loss);
-      options.probability_targets = !problem.has_indices();
     }
 
     RowOutputs<Real> outputs() const {
@@ -292,7 +291,10 @@ struct Operators {
         STD_TORCH_CHECK(arguments.num_items->numel() == 1 &&
                             arguments.num_items->device() == problem.input.device(),
                         "llmloss: num_items must hold one number on the input's device");
-        return as_real<Real>(*arguments.num_items);
+        const Tensor items = as_real<Real>(*arguments.num_items);
+        // An operator's output must not be one of its inputs.
+        return items.data_ptr() == arguments.num_items->data_ptr() ? torch::stable::clone(items)
+                                                                   : items;
       }
       const Tensor total = new_real<Real>(problem.input, {});
       backend.denominator(rows(), data<Real>(total));
@@ -311,8 +313,8 @@ struct Operators {
     Problem<T> problem;
     LossArguments arguments;
     MaybeTensor token_weight;
-    Tensor state;  // of backward; then log_prob, lse and mean_log_prob of forward
     LossOptions<Real> options;
+    Tensor state;  // of backward; then log_prob, lse and, where needed, mean_log_prob of forward
 
    private:
     Real* stat(int index) const {
