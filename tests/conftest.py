@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 # A graph compiled for an earlier build of the operators must not be found again.
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+_CACHE = tempfile.TemporaryDirectory(prefix="llmloss-inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
