@@ -1,0 +1,74 @@
+"""Interleaved timing: every contender once a round, so that a slow minute hits them all."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+Setup = Callable[[], tuple[object, ...]]
+
+
+@dataclass
+class Contender:
+    """One way to do a case's work.
+
+    Attributes:
+        name: Shown in the table.
+        run: The timed work; gets what ``setup`` returned.
+        setup: Makes fresh inputs outside the clock, where the work overwrites them.
+        seconds: The times measured so far.
+    """
+
+    name: str
+    run: Callable[..., object]
+    setup: Setup = field(default=lambda: ())
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """The median time in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range over the median."""
+        if len(self.seconds) < 4:
+            return (max(self.seconds) - min(self.seconds)) / self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / self.median
+
+    def time(self) -> None:
+        """Adds one measurement."""
+        arguments = self.setup()
+        start = _now()
+        result = self.run(*arguments)
+        self.seconds.append(_now() - start)
+        del result, arguments
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(contenders: list[Contender], rounds: int) -> None:
+    """Warms up, then times every contender once a round, the order turning each time."""
+    for contender in contenders:
+        for _ in range(2):
+            contender.time()
+        contender.seconds.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            turn = i % len(contenders)
+            for contender in contenders[turn:] + contenders[:turn]:
+                contender.time()
+    finally:
+        gc.enable()
