@@ -94,13 +94,14 @@ struct ExpSums {
   double sum_x_exp;
 };
 
-// sum e^(x - reference) and, if asked, sum (x - reference) e^(x - reference).
-template <bool with_entropy, typename Real, typename T>
-inline ExpSums block_exp_sums(const T* x, int n, Real reference) {
+// sum e^(x - reference) and, if asked, sum (x - reference) e^(x - reference). Unless exps is null,
+// every e^(x - reference) is kept there; exps may be x.
+template <bool with_entropy, bool keep, typename Real, typename T>
+inline ExpSums block_exp_sums(const T* x, int n, Real reference, Real* exps) {
   using V = Vec<Real>;
   const Reg<Real> ref = V::broadcast(reference);
   Accumulators<Real> sum_exp(0), sum_x_exp(0);
-  for_each_vector<Real>(x, n, -infinity<Real>(), [&](int lane, Reg<Real> v) {
+  const auto step = [&](int lane, Reg<Real> v) {
     const Reg<Real> d = v - ref;
     const Reg<Real> e = exp_nonpositive<Real>(d);
     sum_exp.lanes[lane] = sum_exp.lanes[lane] + e;
@@ -109,8 +110,30 @@ inline ExpSums block_exp_sums(const T* x, int n, Real reference) {
       const Reg<Real> clamped = V::max(V::broadcast(lowest_log_prob<Real>()), d);
       sum_x_exp.lanes[lane] = V::fma(clamped, e, sum_x_exp.lanes[lane]);
     }
-  });
+    return e;
+  };
+  int i = 0;
+  for (; i + unroll * V::width <= n; i += unroll * V::width) {
+    for (int lane = 0; lane < unroll; ++lane) {
+      const int at = i + lane * V::width;
+      const Reg<Real> e = step(lane, V::load(x + at));
+      if constexpr (keep) V::store(exps + at, e);
+    }
+  }
+  for (; i < n; i += V::width) {
+    const int part = n - i < V::width ? n - i : V::width;
+    const Reg<Real> e = step(
+        0, part == V::width ? V::load(x + i) : load_part<Real>(x + i, part, -infinity<Real>()));
+    if constexpr (keep) store_part<Real>(exps + i, part, e);
+  }
   return {sum_exp.sum(), with_entropy ? sum_x_exp.sum() : 0.0};
+}
+
+template <typename Real, typename T>
+inline ExpSums block_exp_sums(const T* x, int n, Real reference, bool with_entropy, Real* exps) {
+  if (exps != nullptr) return block_exp_sums<false, true>(x, n, reference, exps);
+  return with_entropy ? block_exp_sums<true, false>(x, n, reference, exps)
+                      : block_exp_sums<false, false>(x, n, reference, exps);
 }
 
 // sum (x - reference)
@@ -230,6 +253,35 @@ inline void block_gradient(const In* x, const Real* a, int n, const GradRow<Real
     entropy ? block_gradient_of<true, false>(x, a, n, row, out)
             : block_gradient_of<false, false>(x, a, n, row, out);
   }
+}
+
+// The same from kept e^(x - reference of the block): p = factor * e, times c.p.
+template <bool with_weights, typename Real, typename Out>
+inline void block_gradient_from_exps_of(const Real* exps, const Real* a, int n,
+                                        const GradRow<Real>& row, Real factor, Out* out) {
+  using V = Vec<Real>;
+  const Reg<Real> c_p = V::broadcast(row.c.p * factor), constant = V::broadcast(row.constant);
+  const Reg<Real> c_weight = V::broadcast(row.c.weight);
+  const auto rest = [&](const Real* weights, int part) {
+    if constexpr (!with_weights) return constant;
+    return c_weight *
+           (part == V::width ? V::load(weights) : load_part<Real>(weights, part, Real(0)));
+  };
+  int i = 0;
+  for (; i + V::width <= n; i += V::width) {
+    V::store(out + i, V::fma(V::load(exps + i), c_p, rest(a + i, V::width)));
+  }
+  if (i < n) {
+    const Reg<Real> e = load_part<Real>(exps + i, n - i, Real(0));
+    store_part<Real>(out + i, n - i, V::fma(e, c_p, rest(a + i, n - i)));
+  }
+}
+
+template <typename Real, typename Out>
+inline void block_gradient_from_exps(const Real* exps, const Real* a, int n,
+                                     const GradRow<Real>& row, Real factor, Out* out) {
+  a != nullptr ? block_gradient_from_exps_of<true>(exps, a, n, row, factor, out)
+               : block_gradient_from_exps_of<false>(exps, a, n, row, factor, out);
 }
 
 }  // namespace llmloss::cpu::LLMLOSS_ISA

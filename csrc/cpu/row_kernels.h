@@ -58,6 +58,14 @@ inline int block_size(int64_t column, int64_t end) {
   return int(end - column < block_columns ? end - column : block_columns);
 }
 
+// The e^(x - reference) of a row, kept between the two passes of the fused kernel, so that the
+// second needs no exponential. Each block has its own reference: the largest logit up to there.
+template <typename Real>
+struct KeptExps {
+  Real* exps;        // one per column
+  Real* references;  // one per block; -inf where no logit so far was above it
+};
+
 // Which of the optional statistics a call asks for.
 struct Wanted {
   bool entropy;
@@ -76,7 +84,7 @@ struct Wanted {
 template <typename Real, typename X>
 PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
                                  int64_t first_column, Real floor, Real target_logit,
-                                 const Wanted& wanted) {
+                                 const Wanted& wanted, const KeptExps<Real>* kept) {
   PartialState<double> part;
   const Real max = block_max<Real>(x, n);
   if (wanted.argmax && (max > floor || floor == -infinity<Real>())) {
@@ -84,10 +92,6 @@ PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
   }
   part.max = max > floor ? max : floor;
   const Real reference = Real(part.reference());
-  const ExpSums sums = wanted.entropy ? block_exp_sums<true>(x, n, reference)
-                                      : block_exp_sums<false>(x, n, reference);
-  part.sum_exp = sums.sum_exp;
-  part.sum_x_exp = sums.sum_x_exp;
   if (wanted.mean) {
     if (a != nullptr) {
       const WeightedSums weighted = block_weighted_sum(x, a, n, reference);
@@ -99,12 +103,21 @@ PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
     }
   }
   if (wanted.rank) part.rank = block_count_greater(x, n, target_logit);
+  // Last: the exponentials may lie over x.
+  Real* exps = nullptr;
+  if (kept != nullptr) {
+    exps = kept->exps + first_column;
+    kept->references[first_column / block_columns] = Real(part.max);
+  }
+  const ExpSums sums = block_exp_sums(x, n, reference, wanted.entropy, exps);
+  part.sum_exp = sums.sum_exp;
+  part.sum_x_exp = sums.sum_x_exp;
   return part;
 }
 
 template <typename T>
 RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, Wanted wanted,
-                                real_t<T> target_logit) {
+                                real_t<T> target_logit, const KeptExps<real_t<T>>* kept) {
   using Real = real_t<T>;
   PartialState<double> state;
   for (int64_t column = 0; column < in.vocab_size; column += block_columns) {
@@ -112,7 +125,7 @@ RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, Wa
     const Real* a = wanted.mean ? reader.weights(column, n) : nullptr;
     const auto state_of = [&](const auto* x) {
       return block_state<Real>(x, a, double(in.weights.beta), n, column, Real(state.max),
-                               target_logit, wanted);
+                               target_logit, wanted, kept);
     };
     state = merge(state, reader.is_identity() ? state_of(reader.raw(column))
                                               : state_of(reader.transformed(column, n)));
@@ -150,14 +163,34 @@ inline RowStats<double> absent_statistics(double value, int64_t vocab_size) {
           .rank = vocab_size};
 }
 
+// The target of a row, read before anything is written: the gradient may lie over the logits.
+template <typename Real>
+struct Target {
+  int64_t column = -1;  // -1: probability targets
+  Real logit = 0;
+  Real weight = 1;
+};
+
+// Whether the row has statistics and a gradient: not if it is ignored or its target out of range.
+template <typename T>
+bool is_active(const RowInputs<T>& in, int64_t row) {
+  return !in.targets.ignored(row) && in.targets.in_range(row, in.vocab_size);
+}
+
+template <typename T>
+Target<real_t<T>> target_of(const RowReader<T>& reader, const RowInputs<T>& in, int64_t row) {
+  if (!is_active(in, row) || !in.targets.are_indices()) return {};
+  const int64_t column = in.targets[row];
+  return {column, reader.logit(column), in.weights.of_class(column)};
+}
+
 template <typename T>
 RowStats<double> statistics_of(RowReader<T>& reader, const RowInputs<T>& in, const Wanted& wanted,
-                               int64_t row) {
+                               int64_t row, const Target<real_t<T>>& target,
+                               const KeptExps<real_t<T>>* kept = nullptr) {
   if (in.targets.ignored(row)) return absent_statistics(0, in.vocab_size);
-  if (!in.targets.in_range(row, in.vocab_size)) return absent_statistics(NAN, in.vocab_size);
-  const bool has_target = in.targets.are_indices();
-  return row_statistics(reader, in, wanted,
-                        has_target ? reader.logit(in.targets[row]) : real_t<T>(0));
+  if (!is_active(in, row)) return absent_statistics(NAN, in.vocab_size);
+  return row_statistics(reader, in, wanted, target.logit, kept);
 }
 
 template <typename T>
@@ -166,7 +199,8 @@ void row_stats(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out, const i
   const LogitTransform<real_t<T>> transform = in.transform.resolved();
   for (int64_t i = 0; i < count; ++i) {
     RowReader<T> reader(in, transform, rows[i]);
-    write_statistics(out, rows[i], statistics_of(reader, in, Wanted::by(out), rows[i]));
+    const Target<real_t<T>> target = target_of(reader, in, rows[i]);
+    write_statistics(out, rows[i], statistics_of(reader, in, Wanted::by(out), rows[i], target));
   }
 }
 
@@ -191,66 +225,78 @@ double chain_block(const LogitTransform<real_t<T>>& transform, const T* z, const
   return grad_scale;
 }
 
-// The gradient of one row whose coefficients are known. The target's logit was read before: out may
-// lie over the logits.
+// The gradient of one row whose coefficients are known; out may lie over the logits, and over the
+// kept exponentials.
 template <typename T>
 void write_gradient(RowReader<T>& reader, const RowInputs<T>& in,
                     const LogitTransform<real_t<T>>& transform, const GradRow<real_t<T>>& row,
-                    int64_t target, real_t<T> target_logit, T* out, real_t<T>* grad_scale) {
+                    const Target<real_t<T>>& target, const KeptExps<real_t<T>>* kept, T* out,
+                    real_t<T>* grad_scale) {
   using Real = real_t<T>;
   alignas(64) Real g[block_columns];
   double sum_scale = 0;
   for (int64_t column = 0; column < in.vocab_size; column += block_columns) {
     const int n = block_size(column, in.vocab_size);
     const Real* a = row.c.weight != Real(0) ? reader.weights(column, n) : nullptr;
-    const bool has_target = target >= column && target < column + n;
+    const bool has_target = target.column >= column && target.column < column + n;
     Real at_target = 0;
     if (has_target) {
-      const Real weight = a != nullptr              ? a[target - column]
+      const Real weight = a != nullptr              ? a[target.column - column]
                           : row.c.weight != Real(0) ? in.weights.beta
                                                     : Real(0);
-      at_target = target_gradient(row.c, (target_logit - row.reference) - row.log_sum, weight);
+      at_target = target_gradient(row.c, (target.logit - row.reference) - row.log_sum, weight);
     }
-    if (reader.is_identity() && grad_scale == nullptr) {
+    if (kept != nullptr) {
+      const Real reference = kept->references[column / block_columns];
+      const Real factor = exp_of((reference - row.reference) - row.log_sum);
+      block_gradient_from_exps(kept->exps + column, a, n, row, factor, out + column);
+    } else if (reader.is_identity() && grad_scale == nullptr) {
       block_gradient(reader.raw(column), a, n, row, out + column);
-      if (has_target) from_real(at_target, out[target]);
+    } else {
+      const Real* x = reader.transformed(column, n);
+      block_gradient(x, a, n, row, g);
+      if (has_target) g[target.column - column] = at_target;
+      sum_scale += chain_block(transform, reader.raw(column), x, n, g);
+      for (int i = 0; i < n; ++i) from_real(g[i], out[column + i]);
       continue;
     }
-    const Real* x = reader.transformed(column, n);
-    block_gradient(x, a, n, row, g);
-    if (has_target) g[target - column] = at_target;
-    sum_scale += chain_block(transform, reader.raw(column), x, n, g);
-    for (int i = 0; i < n; ++i) from_real(g[i], out[column + i]);
+    if (has_target) from_real(at_target, out[target.column]);
   }
   fill_zero(out + in.vocab_size, in.columns - in.vocab_size);
   if (grad_scale != nullptr) *grad_scale = Real(sum_scale);
 }
 
-// The row's gradient from its statistics and its upstream gradient.
+// What a row's gradient is made of.
+template <typename Real>
+struct RowFacts {
+  Target<Real> target;
+  Real reference;
+  Real log_sum;
+  Real entropy;
+  Real sum_weights;
+};
+
 template <typename T>
 void row_gradient(RowReader<T>& reader, const RowInputs<T>& in,
                   const LogitTransform<real_t<T>>& transform, const GradSource<real_t<T>>& source,
-                  const GradOutputs<T>& out, int64_t row, real_t<T> reference, real_t<T> log_sum,
-                  real_t<T> entropy, real_t<T> sum_weights) {
+                  const GradOutputs<T>& out, int64_t row, const RowFacts<real_t<T>>& facts,
+                  const KeptExps<real_t<T>>* kept = nullptr) {
   using Real = real_t<T>;
   T* grad = out.grad + out.layout.offset(row);
   Real* grad_scale = out.grad_scale != nullptr ? out.grad_scale + row : nullptr;
-  if (in.targets.ignored(row) || !in.targets.in_range(row, in.vocab_size)) {
+  if (!is_active(in, row)) {
     fill_zero(grad, in.columns);
     if (grad_scale != nullptr) *grad_scale = 0;
     return;
   }
-  const bool has_target = in.targets.are_indices();
-  const int64_t target = has_target ? in.targets[row] : -1;
-  const Real target_logit = has_target ? reader.logit(target) : Real(0);
-  const Real target_weight = has_target ? in.weights.of_class(target) : Real(1);
-  const RowUpstream<Real> upstream = source.upstream(row, reference + log_sum, target_weight);
-  GradRow<Real> grad_row{.c = collapse(upstream, entropy, sum_weights),
-                         .reference = reference,
-                         .log_sum = log_sum,
+  const RowUpstream<Real> upstream =
+      source.upstream(row, facts.reference + facts.log_sum, facts.target.weight);
+  GradRow<Real> grad_row{.c = collapse(upstream, facts.entropy, facts.sum_weights),
+                         .reference = facts.reference,
+                         .log_sum = facts.log_sum,
                          .constant = 0};
   if (grad_row.c.weight != Real(0)) grad_row.constant = grad_row.c.weight * in.weights.beta;
-  write_gradient(reader, in, transform, grad_row, target, target_logit, grad, grad_scale);
+  write_gradient(reader, in, transform, grad_row, facts.target, kept, grad, grad_scale);
 }
 
 template <typename T>
@@ -262,11 +308,43 @@ void row_grad(const RowInputs<T>& in, const SavedStats<real_t<T>>& saved,
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = rows[i];
     RowReader<T> reader(in, transform, row);
-    row_gradient(reader, in, transform, source, out, row, saved.reference[row], saved.log_sum[row],
-                 saved.entropy != nullptr ? saved.entropy[row] : Real(0),
-                 saved.sum_weights != nullptr ? saved.sum_weights[row] : Real(0));
+    const RowFacts<Real> facts{.target = target_of(reader, in, row),
+                               .reference = saved.reference[row],
+                               .log_sum = saved.log_sum[row],
+                               .entropy = saved.entropy ? saved.entropy[row] : Real(0),
+                               .sum_weights = saved.sum_weights ? saved.sum_weights[row] : Real(0)};
+    row_gradient(reader, in, transform, source, out, row, facts);
   }
 }
+
+// Room for the exponentials of one row: over the gradient where they have its type, else aside.
+template <typename T>
+class ExpsRoom {
+ public:
+  using Real = real_t<T>;
+
+  explicit ExpsRoom(int64_t columns) {
+    const size_t blocks = size_t((columns + block_columns - 1) / block_columns);
+    const size_t aside = sizeof(T) == sizeof(Real) ? 0 : size_t(columns);
+    memory_ = static_cast<Real*>(__builtin_malloc((blocks + aside) * sizeof(Real)));
+    aside_ = memory_ + blocks;
+  }
+  ~ExpsRoom() { __builtin_free(memory_); }
+  ExpsRoom(const ExpsRoom&) = delete;
+  ExpsRoom& operator=(const ExpsRoom&) = delete;
+
+  KeptExps<Real> over(T* grad) const {
+    if constexpr (sizeof(T) == sizeof(Real)) {
+      return {grad, memory_};
+    } else {
+      return {aside_, memory_};
+    }
+  }
+
+ private:
+  Real* memory_;
+  Real* aside_;
+};
 
 template <typename T>
 void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
@@ -274,13 +352,22 @@ void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
            int64_t count) {
   using Real = real_t<T>;
   const LogitTransform<Real> transform = in.transform.resolved();
+  const bool keeps = transform.kind() == TransformKind::identity && grad.grad_scale == nullptr;
+  const ExpsRoom<T> room(in.vocab_size);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = rows[i];
     RowReader<T> reader(in, transform, row);
-    const RowStats<double> stats = statistics_of(reader, in, Wanted::by(out), row);
+    const Target<Real> target = target_of(reader, in, row);
+    const KeptExps<Real> kept = room.over(grad.grad + grad.layout.offset(row));
+    const KeptExps<Real>* where = keeps ? &kept : nullptr;
+    const RowStats<double> stats = statistics_of(reader, in, Wanted::by(out), row, target, where);
     write_statistics(out, row, stats);
-    row_gradient(reader, in, transform, source, grad, row, Real(stats.reference),
-                 Real(stats.log_sum), Real(stats.entropy), Real(stats.sum_weights));
+    const RowFacts<Real> facts{.target = target,
+                               .reference = Real(stats.reference),
+                               .log_sum = Real(stats.log_sum),
+                               .entropy = Real(stats.entropy),
+                               .sum_weights = Real(stats.sum_weights)};
+    row_gradient(reader, in, transform, source, grad, row, facts, where);
   }
 }
 
