@@ -59,9 +59,10 @@ help:  ## What can be made
 	@$(PIP) install -q -r .venv/requirements.txt $(QUIET)
 	@touch $@
 
-build/.setup-external:
-	@$(PY) -c "import torch" || { echo "$(PY) has no torch: install torch 2.11 or later in it"; exit 1; }
-	@mkdir -p build && touch $@
+build/.setup-external: build/.built-for
+	@$(PY) -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)" 2> /dev/null \
+	  || { echo "PYTHON=$(PYTHON) must name a Python that has torch 2.11 or later"; exit 1; }
+	@touch $@
 
 build/.built-for:
 	@mkdir -p build && echo '$(BUILT_FOR)' > $@
@@ -84,6 +85,7 @@ demo: build  ## Trains a small GPT on real text with a vocabulary of 131,072 (un
 	@$(PY) -m llmloss_ext train
 
 test: check build cpp-test sanitize  ## Every check: style, types, C++ tests, Python tests
+	@$(PY) -c "import pytest" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no pytest"; exit 1; }
 	@echo "Python tests"
 	@$(PY) -m pytest -q
 

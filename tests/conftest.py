@@ -10,16 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmloss_ext.tolerances import GRADIENT, VALUE
+
 # A graph compiled for an earlier build of the operators must not be found again.
 _CACHE = tempfile.TemporaryDirectory(prefix="llmloss-inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+__all__ = ["FLOATS", "GRADIENT", "VALUE", "assert_close", "gradients"]
 
-# How far a result may be from float64, relative to the larger of 1 and its magnitude. Losses and
-# statistics are float32 whatever the half type; gradients are rounded once to the logits' dtype.
-VALUE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
-GRADIENT = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @pytest.fixture(autouse=True)

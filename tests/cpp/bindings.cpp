@@ -1,8 +1,9 @@
 // The torch-free core bound to numpy, for tests/test_core.py: the monoid itself, and the CPU
-// kernels of each instruction set.
+// kernels of each instruction set. bfloat16 arrays travel as uint16.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <numeric>
 #include <vector>
 
@@ -15,15 +16,20 @@ using namespace llmloss;
 namespace {
 
 using State = PartialState<double>;
+using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Indices = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 // The state of the given columns of a row, joined one by one.
-State state_of(py::array_t<double> logits, py::array_t<int64_t> columns, double target_logit) {
+State state_of(Array logits, Array weights, Indices columns, double target_logit) {
   State total;
   for (py::ssize_t i = 0; i < columns.size(); ++i) {
+    const int64_t column = columns.at(i);
     State one;
-    one.max = logits.at(columns.at(i));
-    one.argmax = columns.at(i);
+    one.max = logits.at(column);
+    one.argmax = column;
     one.sum_exp = exp_of(one.max - one.reference());
+    one.sum_weights = weights.at(column);
+    if (one.sum_weights != 0) one.sum_weighted = one.sum_weights * (one.max - one.reference());
     one.rank = one.max > target_logit;
     total = merge(total, one);
   }
@@ -35,62 +41,135 @@ py::dict as_dict(const RowStats<double>& stats) {
   d["log_prob"] = stats.log_prob;
   d["lse"] = stats.lse;
   d["entropy"] = stats.entropy;
+  d["mean_log_prob"] = stats.mean_log_prob;
   d["argmax"] = stats.argmax;
   d["rank"] = stats.rank;
   return d;
 }
 
-// The statistics of the rows of a (rows, columns) array whose rows may have a stride.
+// A call of the kernels on a (rows, columns) array whose rows may have a stride.
 template <typename T>
-py::dict row_stats(int isa, py::array logits, py::array_t<int64_t> targets, int64_t vocab_size) {
+struct Call {
   using Real = real_t<T>;
-  const int64_t rows = logits.shape(0), columns = logits.shape(1);
-  if (logits.itemsize() != sizeof(T) || logits.strides(1) != sizeof(T)) {
-    throw py::value_error("the columns must be adjacent and of the asked type");
+
+  Call(int isa, const py::array& logits, const Indices& targets, int64_t vocab_size)
+      : kernels(cpu::kernels<T>(cpu::Isa(isa))), order(size_t(logits.shape(0))) {
+    if (isa > int(cpu::detected_isa())) throw py::value_error("not an instruction set of this CPU");
+    if (logits.ndim() != 2 || logits.itemsize() != sizeof(T) || logits.strides(1) != sizeof(T)) {
+      throw py::value_error("the columns must be adjacent and of the asked type");
+    }
+    const int64_t rows = logits.shape(0);
+    if (targets.size() != rows) throw py::value_error("one target per row");
+    in.logits = static_cast<const T*>(logits.data());
+    in.layout = {rows, 0, logits.strides(0) / int64_t(sizeof(T))};
+    in.rows = rows;
+    in.columns = logits.shape(1);
+    in.vocab_size = vocab_size;
+    in.targets.data = targets.data();
+    in.weights.beta = Real(1) / Real(vocab_size);
+    std::iota(order.begin(), order.end(), 0);
+    for (auto& v : real) v = py::array_t<Real>(rows);
+    for (auto& v : index) v = Indices(rows);
+    const auto at = [&](int i) { return real[size_t(i)].mutable_data(); };
+    out = {at(0), at(1), at(2), at(3), index[0].mutable_data(), index[1].mutable_data(),
+           at(4), at(5), at(6)};
   }
-  if (targets.size() != rows) throw py::value_error("one target per row");
+
+  SavedStats<Real> saved() const {
+    return {out.reference, out.log_sum, out.sum_weights, out.entropy};
+  }
+
+  py::dict statistics() const {
+    py::dict d;
+    d["log_prob"] = real[0];
+    d["lse"] = real[1];
+    d["entropy"] = real[2];
+    d["mean_log_prob"] = real[3];
+    d["argmax"] = index[0];
+    d["rank"] = index[1];
+    return d;
+  }
+
+  const cpu::Kernels<T>& kernels;
   RowInputs<T> in;
-  in.logits = static_cast<const T*>(logits.data());
-  in.layout = {rows, 0, logits.strides(0) / int64_t(sizeof(T))};
-  in.rows = rows;
-  in.columns = columns;
-  in.vocab_size = vocab_size;
-  in.targets.data = targets.data();
-  in.weights.beta = Real(1) / Real(vocab_size);
-  py::array_t<Real> log_prob(rows), lse(rows), entropy(rows), mean(rows);
-  py::array_t<int64_t> argmax(rows), rank(rows);
   RowOutputs<Real> out;
-  out.log_prob = log_prob.mutable_data();
-  out.lse = lse.mutable_data();
-  out.entropy = entropy.mutable_data();
-  out.mean_log_prob = mean.mutable_data();
-  out.argmax = argmax.mutable_data();
-  out.rank = rank.mutable_data();
-  std::vector<int64_t> order(static_cast<size_t>(rows));
-  std::iota(order.begin(), order.end(), 0);
-  cpu::kernels<T>(cpu::Isa(isa)).row_stats(in, out, order.data(), rows);
-  py::dict d;
-  d["log_prob"] = log_prob;
-  d["lse"] = lse;
-  d["entropy"] = entropy;
-  d["mean_log_prob"] = mean;
-  d["argmax"] = argmax;
-  d["rank"] = rank;
-  return d;
+  std::vector<int64_t> order;
+  std::array<py::array_t<Real>, 7> real;
+  std::array<Indices, 2> index;
+};
+
+template <typename T>
+py::dict row_stats(int isa, py::array logits, Indices targets, int64_t vocab_size) {
+  Call<T> call(isa, logits, targets, vocab_size);
+  call.kernels.row_stats(call.in, call.out, call.order.data(), call.in.rows);
+  return call.statistics();
+}
+
+// dL/dlogits for the upstream gradients (4, rows) of log_prob, lse, mean_log_prob and entropy.
+template <typename T>
+void row_grad(int isa, py::array logits, Indices targets, int64_t vocab_size, Array upstream,
+              py::array grad) {
+  using Real = real_t<T>;
+  Call<T> call(isa, logits, targets, vocab_size);
+  const int64_t rows = call.in.rows;
+  if (grad.size() != rows * call.in.columns || grad.itemsize() != sizeof(T) ||
+      upstream.size() != 4 * rows) {
+    throw py::value_error("grad is shaped like logits, upstream is (4, rows)");
+  }
+  const std::vector<Real> up(upstream.data(), upstream.data() + upstream.size());
+  GradSource<Real> source;
+  source.log_prob = up.data();
+  source.lse = up.data() + rows;
+  source.mean_log_prob = up.data() + 2 * rows;
+  source.entropy = up.data() + 3 * rows;
+  call.kernels.row_stats(call.in, call.out, call.order.data(), rows);
+  call.kernels.row_grad(call.in, call.saved(), source,
+                        {static_cast<T*>(grad.mutable_data()), {rows, 0, call.in.columns}, nullptr},
+                        call.order.data(), rows);
+}
+
+// The gradient of the summed loss written over the logits; returns the statistics.
+template <typename T>
+py::dict fused(int isa, py::array logits, Indices targets, int64_t vocab_size,
+               double label_smoothing, double z_loss) {
+  using Real = real_t<T>;
+  Call<T> call(isa, logits, targets, vocab_size);
+  GradSource<Real> source;
+  source.from_loss = true;
+  source.options = {Real(label_smoothing), Real(z_loss)};
+  call.kernels.fused(call.in, call.out, source,
+                     {static_cast<T*>(logits.mutable_data()), call.in.layout, nullptr},
+                     call.order.data(), call.in.rows);
+  return call.statistics();
+}
+
+template <typename T>
+void bind_kernels(py::module_& m, const std::string& dtype) {
+  m.def(("row_stats_" + dtype).c_str(), row_stats<T>);
+  m.def(("row_grad_" + dtype).c_str(), row_grad<T>);
+  m.def(("fused_" + dtype).c_str(), fused<T>);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(llmloss_core, m) {
-  py::class_<State>(m, "PartialState").def(py::init<>());
+  py::class_<State>(m, "PartialState")
+      .def(py::init<>())
+      .def_readonly("max", &State::max)
+      .def_readonly("sum_exp", &State::sum_exp)
+      .def_readonly("sum_x_exp", &State::sum_x_exp)
+      .def_readonly("sum_weighted", &State::sum_weighted)
+      .def_readonly("sum_weights", &State::sum_weights)
+      .def_readonly("argmax", &State::argmax)
+      .def_readonly("rank", &State::rank);
   m.def("state_of", state_of);
   m.def("merge", [](const State& a, const State& b) { return merge(a, b); });
   m.def("finalize", [](const State& state, double target_logit, int64_t vocab_size) {
     return as_dict(finalize(state, target_logit, vocab_size));
   });
   m.def("detected_isa", [] { return int(cpu::detected_isa()); });
-  m.def("row_stats_float32", row_stats<float>);
-  m.def("row_stats_float64", row_stats<double>);
-  m.def("row_stats_bfloat16", row_stats<BFloat16>);
-  m.def("row_stats_float16", row_stats<Half>);
+  bind_kernels<float>(m, "float32");
+  bind_kernels<double>(m, "float64");
+  bind_kernels<BFloat16>(m, "bfloat16");
+  bind_kernels<Half>(m, "float16");
 }

@@ -69,10 +69,9 @@ class Context {
     fake_stack_ = nullptr;
 #endif
 #if defined(LLMLOSS_SIMT_ASM)
-    // As the switch leaves it: six registers, the address to return to, and what a function finds
-    // above its frame; at its entry the stack is 8 past a multiple of 16.
+    // As the switch leaves it: six registers, the address to go to, and the return address that a
+    // function expects, so that at its entry the stack is 8 past a multiple of 16.
     auto* top = reinterpret_cast<uintptr_t*>(stack + stack_bytes);
-    *--top = 0;
     *--top = 0;
     *--top = reinterpret_cast<uintptr_t>(entry);
     for (int i = 0; i < 6; ++i) *--top = 0;

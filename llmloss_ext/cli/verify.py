@@ -1,0 +1,227 @@
+"""``llmloss verify``: every operator, dtype and option against float64 on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import llmloss_ext
+from llmloss_ext.cli.info import ISAS
+from llmloss_ext.tolerances import GRADIENT, VALUE
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ROWS, COLUMNS = 24, 5003  # a prime width: no row but the first is aligned
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "reduction sum": {"reduction": "sum"},
+    "reduction none": {"reduction": "none"},
+    "class weights": {"weight": True},
+    "label smoothing": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss": 1e-3},
+    "softcap": {"softcap": 15.0},
+    "logit scale": {"logit_scale": 0.7},
+    "token weights": {"token_weight": True},
+    "num_items": {"num_items": 40},
+    "vocab_size": {"vocab_size": 4990},
+    "probabilities": {"probabilities": True, "label_smoothing": 0.1},
+    "offset 1e4": {"offset": 1e4},
+    "confident": {"peak": 25.0},
+    "in place": {"inplace": True},
+}
+STATISTICS = ("log_prob", "lse", "entropy", "mean_log_prob")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command's options."""
+    parser = subparsers.add_parser("verify", help="check every operator against float64")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+
+
+class Check(NamedTuple):
+    """One row of the table: the largest errors, relative to max(1, |expected|)."""
+
+    what: str
+    dtype: torch.dtype
+    value: float
+    gradient: float
+    torch_value: float
+    torch_gradient: float
+
+    @property
+    def passed(self) -> bool:
+        """Within the table of tolerances, or no worse than torch on the same numbers."""
+        value = max(VALUE[self.dtype], self.torch_value)
+        gradient = max(GRADIENT[self.dtype], self.torch_gradient)
+        return self.value <= value and self.gradient <= gradient
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table; 1 if a check failed."""
+    device = torch.device(args.device)
+    failed = total = 0
+    print(f"{'check':<34} {'dtype':<9} {'value':>9} {'torch':>9} {'gradient':>9} {'torch':>9}")
+    for check in checks(device):
+        total += 1
+        failed += not check.passed
+        kind = str(check.dtype).removeprefix("torch.")
+        figures = (check.value, check.torch_value, check.gradient, check.torch_gradient)
+        line = " ".join(f"{f:9.1e}" for f in figures)
+        print(f"{check.what:<34} {kind:<9} {line}  {'ok' if check.passed else 'FAILED'}")
+    print(f"{total - failed} of {total} checks passed (largest error relative to float64)")
+    return 1 if failed else 0
+
+
+def checks(device: torch.device) -> Iterator[Check]:
+    """Every option and dtype, then every instruction set."""
+    for name, options in OPTIONS.items():
+        for dtype in DTYPES:
+            yield _check_loss(name, dtype, device, dict(options))
+    for dtype in DTYPES:
+        for statistic in STATISTICS:
+            yield _check_statistic(statistic, dtype, device)
+    if device.type != "cpu":
+        return
+    before = os.environ.get("LLMLOSS_CPU_ISA")
+    try:
+        for isa in ISAS[: torch.ops.llmloss.cpu_isa() + 1]:
+            os.environ["LLMLOSS_CPU_ISA"] = isa
+            for dtype in DTYPES:
+                check = _check_loss("plain", dtype, device, {"label_smoothing": 0.1})
+                yield check._replace(what=f"instruction set {isa}")
+    finally:
+        if before is None:
+            os.environ.pop("LLMLOSS_CPU_ISA", None)
+        else:
+            os.environ["LLMLOSS_CPU_ISA"] = before
+
+
+def _inputs(dtype: torch.dtype, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(ROWS, COLUMNS, generator=generator, dtype=torch.float64) * 3
+    target = torch.randint(0, 4990, (ROWS,), generator=generator)
+    logits[torch.arange(ROWS), target] += options.pop("peak", 0.0)
+    logits += options.pop("offset", 0.0)
+    target[3] = -100
+    return logits.to(dtype), target
+
+
+def torch_stats(
+    logits: Tensor, target: Tensor, softcap: float, scale: float, vocab: int, weight: Tensor | None
+) -> dict[str, Tensor]:
+    """The statistics in plain torch, all in the dtype of the logits."""
+    x = logits[:, :vocab] * scale
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    log_p = torch.log_softmax(x, -1)
+    valid = target != -100
+    at_target = log_p.gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    terms = log_p if weight is None else log_p * weight[:vocab].to(log_p.dtype)
+    stats = {
+        "log_prob": at_target,
+        "lse": torch.logsumexp(x, -1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "mean_log_prob": terms.sum(-1) / vocab,
+    }
+    return {name: torch.where(valid, s, 0.0) for name, s in stats.items()}
+
+
+def torch_loss(logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+    """The loss in plain torch, all in the dtype of the logits."""
+    eps, weight = options.get("label_smoothing", 0.0), options.get("weight")
+    if target.is_floating_point():
+        q = target.to(logits.dtype) * (1 - eps) + eps / COLUMNS
+        return -(q * torch.log_softmax(logits, -1)).sum(-1).mean()
+    vocab = options.get("vocab_size", COLUMNS)
+    stats = torch_stats(
+        logits, target, options.get("softcap", 0.0), options.get("logit_scale", 1.0), vocab, weight
+    )
+    tokens = (target != -100).to(logits.dtype)
+    w_y = tokens if weight is None else weight[target.clamp_min(0)].to(logits.dtype) * tokens
+    rows = -(1 - eps) * w_y * stats["log_prob"] - eps * stats["mean_log_prob"]
+    rows = rows + options.get("z_loss", 0.0) * stats["lse"].square()
+    if "token_weight" in options:
+        tokens = options["token_weight"].to(logits.dtype)
+        rows, w_y = rows * tokens, w_y * tokens
+    if options.get("reduction", "mean") == "none":
+        return rows
+    if options.get("reduction") == "sum":
+        return rows.sum()
+    return rows.sum() / options.get("num_items", w_y.sum())
+
+
+def _errors(
+    function: Callable[[Tensor], Tensor], logits: Tensor, value: Tensor, gradient: Tensor
+) -> tuple[float, float]:
+    """Largest errors of value and gradient, relative to max(1, |expected|)."""
+    actual_value, actual_gradient = _value_and_gradient(function, logits)
+
+    def largest(actual: Tensor, expected: Tensor) -> float:
+        error = (actual.double() - expected).abs() / expected.abs().clamp_min(1.0)
+        return float(torch.nan_to_num(error, nan=float("inf")).max())
+
+    return largest(actual_value, value), largest(actual_gradient, gradient)
+
+
+def _value_and_gradient(
+    function: Callable[[Tensor], Tensor], logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    leaf = logits.detach().clone().requires_grad_()
+    result = function(leaf)
+    upstream = torch.linspace(0.5, 1.5, max(result.numel(), 1)).reshape(result.shape)
+    (gradient,) = torch.autograd.grad(result, leaf, upstream.to(result))
+    return result.detach(), gradient
+
+
+def _check_loss(
+    name: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+) -> Check:
+    logits, target = _inputs(dtype, options)
+    inplace = options.pop("inplace", False)
+    if options.pop("probabilities", False):
+        target = torch.softmax(logits.double().flip(0), -1).to(dtype)
+    if "weight" in options:
+        options["weight"] = torch.linspace(0.1, 2.0, COLUMNS, dtype=torch.float64).to(device)
+    if "token_weight" in options:
+        options["token_weight"] = torch.linspace(0.1, 2.0, ROWS, dtype=torch.float64).to(device)
+    logits, target = logits.to(device), target.to(device)
+
+    def ours(z: Tensor) -> Tensor:
+        z = z * 1 if inplace else z
+        return llmloss_ext.cross_entropy(z, target, inplace=inplace, **options)
+
+    def plain(z: Tensor) -> Tensor:
+        return torch_loss(z, target, options)
+
+    expected = _value_and_gradient(plain, logits.double())
+    return Check(
+        f"cross_entropy, {name}",
+        dtype,
+        *_errors(ours, logits, *expected),
+        *_errors(plain, logits, *expected),
+    )
+
+
+def _check_statistic(name: str, dtype: torch.dtype, device: torch.device) -> Check:
+    logits, target = _inputs(dtype, {})
+    logits, target = logits.to(device), target.to(device)
+
+    def ours(z: Tensor) -> Tensor:
+        stats = llmloss_ext.token_stats(z, target, softcap=20.0, logit_scale=1.1)
+        result: Tensor = getattr(stats, name)
+        return result
+
+    def plain(z: Tensor) -> Tensor:
+        return torch_stats(z, target, 20.0, 1.1, COLUMNS, None)[name]
+
+    expected = _value_and_gradient(plain, logits.double())
+    return Check(
+        f"token_stats, {name}",
+        dtype,
+        *_errors(ours, logits, *expected),
+        *_errors(plain, logits, *expected),
+    )

@@ -1,0 +1,212 @@
+// What the CPU kernels do at the edges, on every instruction set: targets out of range, int32 and
+// probability targets, rows spoilt by nan or +inf, rows of -inf, the scale kernel, and the choice
+// of the instruction set.
+#include <cstdlib>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "cpu/kernels.h"
+
+using namespace llmloss;
+
+namespace {
+
+constexpr double inf = std::numeric_limits<double>::infinity();
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+
+// `rows` rows of `columns` logits with every statistic, and the gradient of the plain loss.
+template <typename T>
+struct Table {
+  using Real = real_t<T>;
+
+  Table(int64_t rows_, int64_t columns_) : rows(rows_), columns(columns_) {
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      T value;
+      from_real(Real((i * 37 % 101) / 25.0 - 2), value);
+      logits.push_back(value);
+    }
+    for (auto& v : real) v.assign(size_t(rows), Real(-1));
+    for (auto& v : index) v.assign(size_t(rows), -7);
+    grad.resize(logits.size());
+    for (int64_t row = 0; row < rows; ++row) order.push_back(row);
+    targets.assign(size_t(rows), 0);
+  }
+
+  void set(int64_t row, int64_t column, double value) {
+    from_real(Real(value), logits[size_t(row * columns + column)]);
+  }
+
+  RowInputs<T> inputs() const {
+    RowInputs<T> in;
+    in.logits = logits.data();
+    in.layout = {rows, 0, columns};
+    in.rows = rows;
+    in.columns = in.vocab_size = columns;
+    in.targets.data = targets.data();
+    in.weights.beta = Real(1) / Real(columns);
+    return in;
+  }
+
+  void run(cpu::Isa isa, const RowInputs<T>& in, const LossOptions<Real>& options = {}) {
+    const auto at = [&](int i) { return real[i].data(); };
+    const RowOutputs<Real> out{at(0),           at(1), at(2), at(3), index[0].data(),
+                               index[1].data(), at(4), at(5), at(6)};
+    const SavedStats<Real> saved{at(4), at(5), at(6), at(2)};
+    GradSource<Real> source;
+    source.from_loss = true;
+    source.options = options;
+    const auto& kernels = cpu::kernels<T>(isa);
+    kernels.row_stats(in, out, order.data(), rows);
+    kernels.row_grad(in, saved, source, {grad.data(), {rows, 0, columns}, nullptr}, order.data(),
+                     rows);
+  }
+
+  double gradient(int64_t row, int64_t column) const {
+    return to_real(grad[size_t(row * columns + column)]);
+  }
+  double log_prob(int64_t row) const { return real[0][size_t(row)]; }
+  double lse(int64_t row) const { return real[1][size_t(row)]; }
+  double mean_log_prob(int64_t row) const { return real[3][size_t(row)]; }
+
+  int64_t rows, columns;
+  std::vector<T> logits, grad;
+  std::vector<Real> real[7];
+  std::vector<int64_t> index[2], targets, order;
+};
+
+template <typename T>
+void test_targets_out_of_range(cpu::Isa isa) {
+  Table<T> table(4, 37);
+  table.targets = {5, 37, -1, int64_t{1} << 40};
+  table.run(isa, table.inputs());
+  CHECK(std::isfinite(table.log_prob(0)));
+  for (int64_t row = 1; row < 4; ++row) {
+    CHECK(std::isnan(table.log_prob(row)) && std::isnan(table.lse(row)));
+    CHECK(table.index[0][size_t(row)] == -1 && table.index[1][size_t(row)] == 37);
+    for (int64_t i = 0; i < 37; ++i) CHECK(table.gradient(row, i) == 0);
+  }
+}
+
+template <typename T>
+void test_int32_targets_are_int64_targets(cpu::Isa isa) {
+  Table<T> wide(3, 70), narrow(3, 70);
+  wide.targets = {69, -100, 3};
+  wide.run(isa, wide.inputs());
+  // Off the alignment of 8 bytes, as the slice of a tensor is.
+  const std::vector<int32_t> ids{0, 69, -100, 3};
+  RowInputs<T> in = narrow.inputs();
+  in.targets.data = ids.data() + 1;
+  in.targets.is_int64 = false;
+  narrow.run(isa, in);
+  for (int64_t row = 0; row < 3; ++row) {
+    CHECK(wide.log_prob(row) == narrow.log_prob(row));
+    for (int64_t i = 0; i < 70; ++i) CHECK(wide.gradient(row, i) == narrow.gradient(row, i));
+  }
+}
+
+// Probability targets that hold one 1 are class indices.
+template <typename T>
+void test_one_hot_probabilities_are_indices(cpu::Isa isa) {
+  Table<T> by_index(3, 41), by_probability(3, 41);
+  by_index.targets = {0, 40, 17};
+  by_index.run(isa, by_index.inputs());
+  std::vector<T> q(3 * 41);
+  for (T& v : q) from_real(real_t<T>(0), v);
+  for (int64_t row = 0; row < 3; ++row) {
+    from_real(real_t<T>(1), q[size_t(row * 41 + by_index.targets[size_t(row)])]);
+  }
+  RowInputs<T> in = by_probability.inputs();
+  in.targets.data = nullptr;
+  in.weights = {nullptr, q.data(), {3, 0, 41}, 1, 0};
+  LossOptions<real_t<T>> options;
+  options.probability_targets = true;
+  by_probability.run(isa, in, options);
+  for (int64_t row = 0; row < 3; ++row) {
+    CHECK_CLOSE(by_probability.mean_log_prob(row), by_index.log_prob(row), 1e-6);
+    for (int64_t i = 0; i < 41; ++i) {
+      CHECK_CLOSE(by_probability.gradient(row, i), by_index.gradient(row, i), 4e-3);
+    }
+  }
+}
+
+// nan and +inf, in the vectors and in the tail, spoil their own row and no other.
+template <typename T>
+void test_spoilt_rows(cpu::Isa isa) {
+  for (const double bad : {nan, inf}) {
+    for (const int64_t column : {1, 64, 2048, 2058}) {
+      Table<T> table(3, 2059), clean(3, 2059);
+      clean.run(isa, clean.inputs());
+      table.set(1, column, bad);
+      table.run(isa, table.inputs());
+      CHECK(std::isnan(table.log_prob(1)));
+      CHECK(table.index[0][1] == -1 && table.index[1][1] == 2059);
+      for (const int64_t row : {0, 2}) {
+        CHECK(table.log_prob(row) == clean.log_prob(row));
+        for (int64_t i = 0; i < 2059; ++i) CHECK(table.gradient(row, i) == clean.gradient(row, i));
+      }
+    }
+  }
+}
+
+// A row of -inf has no distribution; -inf in a whole block of another row changes nothing.
+template <typename T>
+void test_rows_of_minus_infinity(cpu::Isa isa) {
+  Table<T> table(2, 4100);
+  for (int64_t i = 0; i < 4100; ++i) table.set(0, i, -inf);
+  for (int64_t i = 0; i < 4100; ++i) table.set(1, i, i == 4099 ? 1.5 : -inf);
+  table.targets = {0, 4099};
+  RowInputs<T> in = table.inputs();
+  in.weights.beta = 0;
+  table.run(isa, in);
+  CHECK(std::isnan(table.log_prob(0)) && table.lse(0) == -inf);
+  CHECK(table.log_prob(1) == 0 && table.lse(1) == 1.5);
+  CHECK(table.index[0][1] == 4099 && table.index[1][1] == 0);
+  for (int64_t i = 0; i < 4100; ++i) CHECK(table.gradient(1, i) == 0);
+}
+
+template <typename T>
+void test_scale(cpu::Isa isa) {
+  for (const int64_t count : {0, 1, 7, 33, 130}) {
+    Table<T> table(1, count + 1);
+    std::vector<T> data(table.logits.begin() + 1, table.logits.end());  // exactly `count`
+    cpu::kernels<T>(isa).scale(data.data(), count, real_t<T>(0.5));
+    for (int64_t i = 0; i < count; ++i) {
+      CHECK(to_real(data[size_t(i)]) == to_real(table.logits[size_t(i + 1)]) / 2);
+    }
+  }
+}
+
+template <typename T>
+void run_all(cpu::Isa isa) {
+  test_targets_out_of_range<T>(isa);
+  test_int32_targets_are_int64_targets<T>(isa);
+  test_one_hot_probabilities_are_indices<T>(isa);
+  test_spoilt_rows<T>(isa);
+  test_rows_of_minus_infinity<T>(isa);
+  test_scale<T>(isa);
+}
+
+void test_choice_of_instruction_set() {
+  const auto asked = [](const char* name) {
+    setenv("LLMLOSS_CPU_ISA", name, 1);
+    return cpu::active_isa();
+  };
+  CHECK(asked("portable") == cpu::Isa::portable);
+  CHECK(asked("avx2") <= cpu::Isa::avx2 && asked("avx2") <= cpu::detected_isa());
+  CHECK(asked("avx512") == cpu::detected_isa());  // never more than the processor has
+  unsetenv("LLMLOSS_CPU_ISA");
+  CHECK(cpu::active_isa() == cpu::detected_isa());
+}
+
+}  // namespace
+
+int main() {
+  test_choice_of_instruction_set();
+  for (int i = 0; i <= int(cpu::detected_isa()); ++i) {
+    run_all<float>(cpu::Isa(i));
+    run_all<double>(cpu::Isa(i));
+    run_all<BFloat16>(cpu::Isa(i));
+    run_all<Half>(cpu::Isa(i));
+  }
+}
