@@ -87,7 +87,7 @@ class LossClock:
         return seconds
 
     def _record(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         self._events.append(event)
 
@@ -108,11 +108,11 @@ class _LossOfLogits(TokenLoss):
                 scores = self._scores(logits, targets)
         # Backward runs the loss's part first, between the gradient of the loss and the gradient
         # of the logits; hooks on the two see when.
-        logits.register_hook(self.clock.stop)
+        logits.register_hook(self.clock.stop)  # type: ignore[no-untyped-call]
         self.clock.start()
         loss = self._loss(logits, targets, num_items)
         self.clock.stop()
-        loss.register_hook(self.clock.start)
+        loss.register_hook(self.clock.start)  # type: ignore[no-untyped-call]
         return loss, scores
 
     def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:

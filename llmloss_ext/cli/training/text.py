@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -45,10 +46,8 @@ def documents(paths: Iterable[str]) -> Iterator[str]:
 
 def _default_documents() -> Iterator[str]:
     """The topics of Python's reference, then the standard library's sources, sorted by path."""
-    try:
+    with suppress(ImportError):  # some distributions leave it out
         yield from import_module("pydoc_data.topics").topics.values()
-    except ImportError:  # some distributions leave it out
-        pass
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         if _SKIPPED.isdisjoint(path.relative_to(root).parts):

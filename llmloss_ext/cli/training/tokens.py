@@ -7,6 +7,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -58,10 +59,8 @@ def load_tokens(documents: Iterable[str], max_tokens: int) -> TokenText:
     if cached is not None:
         return cached
     tokens = _tokenise(vocabulary, texts, max_tokens, key)
-    try:
+    with suppress(OSError):  # a cache saves seconds; a run does not fail by it
         _write_cache(path, tokens)
-    except OSError:
-        pass  # a cache saves seconds; a run does not fail by it
     return tokens
 
 

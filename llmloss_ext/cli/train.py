@@ -1,0 +1,225 @@
+"""``llmloss train``: a small GPT on real text with a large vocabulary."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmloss_ext.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from llmloss_ext.cli.training.loop import Run
+
+_EXTRAS = ("matplotlib", "mistral_common", "numpy", "rich")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command's options; what is not given is the demo's."""
+    from llmloss_ext.cli.training.config import DTYPES, LOSSES, TrainConfig
+
+    defaults = TrainConfig()
+    parser = subparsers.add_parser(
+        "train",
+        help="train a small GPT on real text with a large vocabulary",
+        argument_default=argparse.SUPPRESS,  # so that --resume knows what was given
+    )
+
+    def add(name: str, kind: Callable[[str], Any], text: str, **options: Any) -> None:
+        default = getattr(defaults, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=kind, help=f"{text} (default: {default})", **options)
+
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        metavar="PATH",
+        help="files and folders to train on (default: Python's own reference and sources)",
+    )
+    add("max-tokens", _positive, "tokens of the text to use, from its start")
+    add("steps", _positive, "optimiser steps")
+    add("batch-size", _positive, "sequences in a micro-batch")
+    add("seq-len", _positive, "tokens in a sequence")
+    add("accumulate", _positive, "micro-batches in a step")
+    add("lr", _positive_number, "peak learning rate")
+    add("clip", _positive_number, "largest norm of the gradient")
+    add("layers", _positive, "transformer blocks")
+    add("heads", _positive, "attention heads")
+    add("dim", _positive, "width of the model")
+    add("seed", _not_negative, "of the weights and of the order of the data")
+    add("dtype", str, "of the matrix products; bfloat16 by autocast", choices=DTYPES)
+    add("loss", str, "llmloss_ext's loss from logits, or torch's own", choices=LOSSES)
+    add("device", str, "cpu or cuda")
+    add("threads", _not_negative, "CPU threads, 0: torch's choice")
+    add("eval-every", _positive, "steps between validations")
+    add("log-every", _positive, "steps between log lines")
+    add("save-every", _positive, "steps between checkpoints")
+    parser.add_argument("--out", type=Path, default=Path("runs/train"), help="output folder")
+    parser.add_argument("--resume", action="store_true", default=False, help="continue --out's run")
+    parser.add_argument(
+        "--overwrite", action="store_true", default=False, help="discard --out's earlier run"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, and prints the closing table."""
+    missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        needed = ", ".join(missing)
+        raise UserError(f"llmloss train needs {needed}: pip install 'llmloss_ext[train]'")
+    from llmloss_ext.cli.training.loop import Interrupted
+    from llmloss_ext.cli.training.report import save_curve
+
+    training = _prepare(args)
+    try:
+        with _progress(training) as show:
+            training.train(show)
+    except Interrupted:
+        from llmloss_ext.cli.main import INTERRUPTED
+
+        print(
+            f"stopped at step {training.step}; continue with: llmloss train --resume "
+            f"--out {args.out}"
+        )
+        return INTERRUPTED
+    checkpoint = training.save()
+    curve = save_curve(args.out, training.metrics.records, training.config)
+    _print_table(training)
+    print(f"metrics     {args.out / 'metrics.jsonl'}")
+    print(f"loss curve  {curve}")
+    print(f"checkpoint  {checkpoint}")
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> Run:
+    """Settings, tokens and folder, checked before anything is written."""
+    import torch
+
+    from llmloss_ext.cli.training import checkpoint
+    from llmloss_ext.cli.training.config import TrainConfig, resumed
+    from llmloss_ext.cli.training.files import writing
+    from llmloss_ext.cli.training.loop import Run
+    from llmloss_ext.cli.training.text import documents
+    from llmloss_ext.cli.training.tokens import load_tokens
+
+    own = ("command", "out", "resume", "overwrite")
+    given = {name: value for name, value in vars(args).items() if name not in own}
+    if "text" in given:
+        given["text"] = tuple(given["text"])
+    if args.resume and args.overwrite:
+        raise UserError("--resume continues a run and --overwrite discards it: choose one")
+    state = checkpoint.load(args.out) if args.resume else None
+    config = TrainConfig(**given) if state is None else resumed(state["config"], given)
+    if state is None and (args.out / checkpoint.NAME).exists() and not args.overwrite:
+        raise UserError(
+            f"{args.out} holds an earlier run: continue it with --resume, name another --out, or "
+            "discard it with --overwrite"
+        )
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    print("reading the text", flush=True)
+    text = load_tokens(documents(config.text), config.max_tokens)
+    how = "from the cache" if text.cached else "tokenised"
+    print(f"{len(text.ids):,} tokens {how}, vocabulary of {text.vocab_size:,}", flush=True)
+    if state is not None and state["text_key"] != text.key:
+        raise UserError("the text differs from the one that the checkpoint was trained on")
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+    training = Run(config, text, args.out, state)
+    parameters = sum(p.numel() for p in training.model.parameters())
+    print(f"{parameters / 1e6:.1f} M parameters; {config.describe()}", flush=True)
+    return training
+
+
+class _progress:  # noqa: N801
+    """A bar on a terminal, plain lines elsewhere; called with each metrics record."""
+
+    def __init__(self, training: Run) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._training = training
+        self._console = Console()
+        columns = (
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("", total=training.config.steps, completed=training.step)
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        self._bar.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _show(self, record: dict[str, Any]) -> None:
+        text = (
+            f"loss {record['loss']:.4f}  ppl {record['perplexity']:.1f}  "
+            f"acc {record['accuracy']:.1%}  top-5 {record['top5_accuracy']:.1%}"
+        )
+        if record["kind"] == "train":
+            text += f"  {record['tokens_per_second']:.0f} tok/s"
+            self._bar.update(self._task, completed=record["step"], description=text)
+        if record["kind"] == "validation" or not self._console.is_terminal:
+            self._console.print(
+                f"step {record['step']:>5}  {record['kind']:<10}  {text}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _print_table(training: Run) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmloss_ext.cli.training.loop import peak_memory
+
+    totals = training.totals
+    table = Table(title=f"llmloss train: {training.config.describe()}", show_header=False)
+    table.add_row("steps", str(training.step))
+    for kind in ("train", "validation"):
+        losses = [r["loss"] for r in training.metrics.records if r["kind"] == kind]
+        if losses:
+            table.add_row(f"{kind} loss", f"{losses[0]:.4f} before, {losses[-1]:.4f} after")
+    if losses:
+        before, after = (f"{math.exp(min(x, 700)):,.0f}" for x in (losses[0], losses[-1]))
+        table.add_row("perplexity", f"{before} before, {after} after")
+    table.add_row("tokens/s", f"{totals.tokens / totals.seconds:,.0f}")
+    table.add_row("peak memory", f"{peak_memory(training.device) / 2**20:,.0f} MiB")
+    share = totals.loss_seconds / totals.seconds
+    table.add_row("time in the loss", f"{totals.loss_seconds:.1f} s, {share:.1%} of training")
+    Console().print(table)
+
+
+def _number(
+    text: str, kind: Callable[[str], Any], allowed: Callable[[Any], bool], what: str
+) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return int(_number(text, int, lambda v: v >= 1, "a whole number of at least 1"))
+
+
+def _not_negative(text: str) -> int:
+    return int(_number(text, int, lambda v: v >= 0, "a whole number of at least 0"))
+
+
+def _positive_number(text: str) -> float:
+    return float(_number(text, float, lambda v: 0 < v < math.inf, "a number above 0"))

@@ -1,0 +1,53 @@
+"""Checkpoints that continue a run bit for bit."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli.training.files import replace_file, writing
+
+NAME = "checkpoint.pt"
+_FORMAT = 1
+
+
+def save(folder: Path, state: dict[str, Any]) -> Path:
+    """Writes the state of a run, complete or not at all.
+
+    Args:
+        folder: The run's output folder.
+        state: Plain values and tensors.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: If it cannot be written; the previous checkpoint is as it was.
+    """
+    path = folder / NAME
+    with writing(path):
+        replace_file(path, lambda file: torch.save({"format": _FORMAT} | state, file))
+    return path
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Reads what `save` wrote.
+
+    Raises:
+        UserError: If there is none, or it is not one of ours.
+    """
+    path = folder / NAME
+    if not path.exists():
+        raise UserError(f"nothing to resume: there is no {path}")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot read the checkpoint {path}: {reason}") from error
+    if state.get("format") != _FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this version of llmloss")
+    return state

@@ -1,0 +1,263 @@
+"""The training run: steps, validation, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmloss_ext.cli.training import checkpoint
+from llmloss_ext.cli.training.config import TrainConfig
+from llmloss_ext.cli.training.losses import TokenScores, create_loss
+from llmloss_ext.cli.training.model import GPT
+from llmloss_ext.cli.training.report import Metrics, perplexity
+from llmloss_ext.cli.training.tokens import TokenText
+from llmloss_ext.cli.training.windows import IGNORED, Order, split
+
+_WEIGHT_DECAY = 0.1
+_BETAS = (0.9, 0.95)
+_WARM_UP = 0.1  # share of the steps
+_FINAL_RATE = 0.1  # share of the peak rate
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Ctrl-C or SIGTERM: the run stopped between two steps, and its checkpoint is written."""
+
+
+@dataclass
+class Totals:
+    """What the closing table tells."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_seconds: float = 0.0
+
+
+class Run:
+    """One training run, new or resumed."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        text: TokenText,
+        folder: Path,
+        state: dict[str, Any] | None,
+    ) -> None:
+        """Prepares the model and, if ``state`` is given, restores it.
+
+        Args:
+            config: The settings.
+            text: The tokens.
+            folder: Where checkpoints and metrics go.
+            state: What `checkpoint.load` returned, to continue.
+        """
+        self.config, self.folder = config, folder
+        self.device = torch.device(config.device)
+        self.key = text.key
+        self.training, self.validation = split(text.ids, config.seq_len, text.separator)
+        self.order = Order(len(self.training), config.seed)
+        torch.manual_seed(config.seed)
+        shape = (text.vocab_size, config.seq_len, config.dim, config.layers, config.heads)
+        self.model = GPT(*shape).to(self.device)
+        self.loss = create_loss(config.loss, self.device)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameter_groups(_WEIGHT_DECAY), lr=config.lr, betas=_BETAS, fused=True
+        )
+        self.step = self.position = 0
+        self.totals = Totals()
+        if state is not None:
+            self._restore(state)
+        self.metrics = Metrics(folder, None if state is None else self.step)
+
+    def train(self, show: Callable[[dict[str, Any]], None]) -> None:
+        """Trains until ``config.steps``; each metrics record is also passed to ``show``.
+
+        Raises:
+            Interrupted: After Ctrl-C or SIGTERM; the checkpoint is written first.
+        """
+        if not self.metrics.records:
+            self._record(self._validate(), show)
+        with _stop_requests() as stopped:
+            while self.step < self.config.steps:
+                record = self._train_step()
+                if record is not None:
+                    self._record(record, show)
+                if self._due(self.config.eval_every):
+                    self._record(self._validate(), show)
+                if self._due(self.config.save_every):
+                    self.save()
+                if stopped():
+                    self.save()
+                    raise Interrupted
+        self.metrics.close()
+
+    def save(self) -> Path:
+        """Writes a checkpoint."""
+        return checkpoint.save(
+            self.folder,
+            {
+                "config": self.config.to_dict(),
+                "text_key": self.key,
+                "step": self.step,
+                "position": self.position,
+                "model": self.model.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "random": torch.get_rng_state(),
+                "totals": vars(self.totals),
+            },
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["random"])
+        self.step, self.position = state["step"], state["position"]
+        self.totals = Totals(**state["totals"])
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _record(self, record: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
+        self.metrics.add(record)
+        show(record)
+
+    def _rate(self) -> float:
+        """Linear warm-up, then a cosine down to a tenth of the peak."""
+        warm_up = max(1, round(_WARM_UP * self.config.steps))
+        if self.step < warm_up:
+            return self.config.lr * (self.step + 1) / warm_up
+        done = (self.step - warm_up) / max(1, self.config.steps - warm_up)
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        return self.config.lr * (_FINAL_RATE + (1 - _FINAL_RATE) * cosine)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.config.dtype))
+
+    def _batch(self, windows: Any, indices: list[int]) -> tuple[Tensor, Tensor]:
+        inputs, targets = windows.batch(indices)
+        return inputs.to(self.device), targets.to(self.device)
+
+    def _train_step(self) -> dict[str, Any] | None:
+        """One optimiser step over all micro-batches; a record when one is due."""
+        config, started = self.config, time.perf_counter()
+        rate = self._rate()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        batches = []
+        for _ in range(config.accumulate):
+            batches.append(
+                self._batch(self.training, self.order.take(self.position, config.batch_size))
+            )
+            self.position += config.batch_size
+        items = sum(int((targets != IGNORED).sum()) for _, targets in batches)
+        items = max(items, 1)  # no valid token in the step: no gradient, rather than 0 / 0
+        last = self.step + 1
+        logs = last % config.log_every == 0 or last == config.steps
+        total = torch.zeros((), device=self.device)
+        scores = []
+        for inputs, targets in batches:
+            with self._autocast():
+                hidden = self.model.hidden(inputs)
+                loss, score = self.loss.train(hidden, self.model.head.weight, targets, items, logs)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            if score is not None:
+                scores.append((score, targets))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        loss_seconds = self.loss.clock.take()
+        seconds = time.perf_counter() - started
+        self.totals.steps += 1
+        self.totals.tokens += items
+        self.totals.seconds += seconds
+        self.totals.loss_seconds += loss_seconds
+        if not logs:
+            return None
+        return {
+            "kind": "train",
+            "step": self.step,
+            "loss": float(total),
+            "perplexity": perplexity(float(total)),
+            **_accuracies(scores),
+            "lr": rate,
+            "grad_norm": float(norm),
+            "tokens_per_second": items / seconds,
+            "loss_seconds": loss_seconds,
+        }
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, Any]:
+        """Loss and accuracies over the whole held-out text, each token counted once."""
+        size, scores = self.config.batch_size, []
+        for start in range(0, len(self.validation), size):
+            indices = list(range(start, min(start + size, len(self.validation))))
+            inputs, targets = self._batch(self.validation, indices)
+            with self._autocast():
+                hidden = self.model.hidden(inputs)
+                score = self.loss.score(hidden, self.model.head.weight, targets)
+            scores.append((score, targets))
+        self.loss.clock.take()
+        count = sum(int((targets != IGNORED).sum()) for _, targets in scores)
+        log_prob = sum(float(s.log_prob[t != IGNORED].double().sum()) for s, t in scores)
+        loss = -log_prob / count if count else math.nan
+        return {
+            "kind": "validation",
+            "step": self.step,
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            **_accuracies(scores),
+        }
+
+
+def _accuracies(scores: list[tuple[TokenScores, Tensor]]) -> dict[str, float]:
+    """Shares of the valid tokens whose target ranks first, and among the first five."""
+    ranks = torch.cat([score.rank[targets != IGNORED] for score, targets in scores])
+    if not len(ranks):
+        return {"accuracy": math.nan, "top5_accuracy": math.nan}
+    return {
+        "accuracy": float((ranks == 0).double().mean()),
+        "top5_accuracy": float((ranks < 5).double().mean()),
+    }
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask to stop after the step; a second one stops at once."""
+    asked = False
+
+    def handle(_signal: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals go to whoever runs it
+        before = {}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the allocator on a GPU, of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

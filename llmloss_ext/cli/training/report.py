@@ -1,0 +1,96 @@
+"""What a run leaves for people: metrics as JSON lines, a curve, a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llmloss_ext.cli.training.config import TrainConfig
+from llmloss_ext.cli.training.files import replace_file, writing
+
+METRICS = "metrics.jsonl"
+CURVE = "loss.png"
+
+
+class Metrics:
+    """One JSON object a line, on disk as soon as it is added."""
+
+    def __init__(self, folder: Path, resume_at: int | None) -> None:
+        """Opens the file.
+
+        Args:
+            folder: The run's output folder.
+            resume_at: Lines of later steps are dropped, those up to here are kept; None starts
+                with an empty file.
+        """
+        self._path = folder / METRICS
+        self.records: list[dict[str, Any]] = []
+        if resume_at is not None and self._path.exists():
+            self.records = [r for r in _read(self._path) if r["step"] <= resume_at]
+        with writing(self._path):
+            replace_file(self._path, self._write_all)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Appends a record; it has at least ``step`` and ``kind``."""
+        self.records.append(record)
+        with writing(self._path):
+            self._file.write(_line(record))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with writing(self._path):
+            self._file.close()
+
+    def _write_all(self, file: BinaryIO) -> None:
+        file.write("".join(map(_line, self.records)).encode())
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The records; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); inf where that overflows."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+def save_curve(folder: Path, records: list[dict[str, Any]], config: TrainConfig) -> Path:
+    """Draws training and validation loss over the steps."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    path = folder / CURVE
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for kind, style in (("train", {"linewidth": 1.2}), ("validation", {"marker": "o"})):
+        points = [(r["step"], r["loss"]) for r in records if r["kind"] == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=kind, **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(config.describe(), fontsize=9)
+    second = axes.secondary_yaxis("right", functions=(lambda y: y, lambda y: y))
+    second.yaxis.set_major_formatter(lambda loss, _: f"{perplexity(loss):,.0f}")
+    second.set_ylabel("perplexity")
+    with writing(path):
+        replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    plt.close(figure)
+    return path
