@@ -85,21 +85,27 @@ class Run:
         Raises:
             Interrupted: After Ctrl-C or SIGTERM; the checkpoint is written first.
         """
-        if not self.metrics.records:
+        try:
+            if not self.metrics.records:
+                self._record(self._validate(), show)
+            with _stop_requests() as stopped:
+                while self.step < self.config.steps:
+                    self._advance(show)
+                    if stopped():
+                        self.save()
+                        raise Interrupted
+        finally:
+            self.metrics.close()
+
+    def _advance(self, show: Callable[[dict[str, Any]], None]) -> None:
+        """One step, and what is due after it."""
+        record = self._train_step()
+        if record is not None:
+            self._record(record, show)
+        if self._due(self.config.eval_every):
             self._record(self._validate(), show)
-        with _stop_requests() as stopped:
-            while self.step < self.config.steps:
-                record = self._train_step()
-                if record is not None:
-                    self._record(record, show)
-                if self._due(self.config.eval_every):
-                    self._record(self._validate(), show)
-                if self._due(self.config.save_every):
-                    self.save()
-                if stopped():
-                    self.save()
-                    raise Interrupted
-        self.metrics.close()
+        if self._due(self.config.save_every):
+            self.save()
 
     def save(self) -> Path:
         """Writes a checkpoint."""
