@@ -24,7 +24,7 @@ class TrainConfig:
 
     text: tuple[str, ...] = ()
     max_tokens: int = 1_000_000
-    steps: int = 220
+    steps: int = 180
     batch_size: int = 4
     seq_len: int = 256
     accumulate: int = 1
@@ -38,9 +38,9 @@ class TrainConfig:
     loss: str = "logits"
     device: str = "cpu"
     threads: int = 0
-    eval_every: int = 44
+    eval_every: int = 45
     log_every: int = 5
-    save_every: int = 44
+    save_every: int = 45
 
     def __post_init__(self) -> None:
         """Checks what no single option can know.
