@@ -33,12 +33,11 @@ def test_confident_predictions_keep_their_gradient(device, dtype, inplace):
 
     _, (grad,) = gradients(loss, input)
     _, (wanted,) = gradients(lambda x: F.cross_entropy(x, target, reduction="sum"), input.double())
-    at_target, expected = grad[target, target].double(), wanted[target, target]
-    relative = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
-    if dtype == torch.float16:  # below 6e-5 halves are subnormal: absolute precision
-        assert_close(at_target, expected, 6e-8)
-    else:
-        assert ((at_target - expected) / expected).abs().max() < relative
+    error = (grad[target, target].double() - wanted[target, target]).abs()
+    relative = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
+    # Besides the rounding of the stored gradient: the float32 sum of exponentials, 1 + (1 - p), has
+    # steps of 1.2e-7, and below 6e-5 halves are subnormal, with steps of 6e-8.
+    assert (error <= relative * wanted[target, target].abs() + 1.5e-7).all()
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e4])

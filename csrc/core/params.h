@@ -94,7 +94,7 @@ struct RowOutputs {
   int64_t* argmax = nullptr;      // asks for argmax
   int64_t* rank = nullptr;        // asks for rank
   Real* reference = nullptr;      // the next three are what the backward kernel needs
-  Real* log_sum = nullptr;
+  Real* sum_exp = nullptr;
   Real* sum_weights = nullptr;
 };
 
@@ -102,7 +102,7 @@ struct RowOutputs {
 template <typename Real>
 struct SavedStats {
   const Real* reference = nullptr;
-  const Real* log_sum = nullptr;
+  const Real* sum_exp = nullptr;
   const Real* sum_weights = nullptr;  // read only where the weighted mean has a gradient
   const Real* entropy = nullptr;      // read only where the entropy has a gradient
 };

@@ -50,11 +50,12 @@ LLMLOSS_HD constexpr Real lowest_log_prob() {
   return Real(-1e4);
 }
 
-// dL/dx_i of a column that is not the target; a is the column's weight.
+// dL/dx_i of a column that is not the target; a is the column's weight. p is best formed as
+// e^(x - reference) / sum_exp: e^(log p) would carry the rounding of the logarithm.
 template <typename Real>
-LLMLOSS_HD Real column_gradient(const RowCoefficients<Real>& c, Real log_prob, Real a) {
+LLMLOSS_HD Real column_gradient(const RowCoefficients<Real>& c, Real p, Real log_prob, Real a) {
   const Real clamped = max_of(lowest_log_prob<Real>(), log_prob);
-  return exp_of(clamped) * (c.p + c.plogp * clamped) + c.weight * a;
+  return p * (c.p + c.plogp * clamped) + c.weight * a;
 }
 
 // dL/dx of the target's column. p - 1 is formed by expm1, before any rounding: as p -> 1 the

@@ -67,8 +67,8 @@ struct RowStats {
   Real lse;            // log sum e^x
   Real entropy;        // - sum p log p, nats
   Real mean_log_prob;  // sum a log p
-  Real reference;      // with log_sum: log p_i = (x_i - reference) - log_sum, without lost digits
-  Real log_sum;
+  Real reference;      // p_i = e^(x_i - reference) / sum_exp: no digits lost to a large lse
+  Real sum_exp;
   Real sum_weights;
   int64_t argmax;  // -1 where a nan or +inf leaves the row without statistics
   int64_t rank;    // vocab_size there, so that the row is in no top-k
@@ -86,7 +86,7 @@ LLMLOSS_HD RowStats<Real> finalize(const PartialState<Real>& state, Real target_
           .entropy = entropy < Real(0) ? Real(0) : entropy,  // rounding; nan stays nan
           .mean_log_prob = state.sum_weighted - state.sum_weights * log_sum,
           .reference = reference,
-          .log_sum = log_sum,
+          .sum_exp = state.sum_exp,
           .sum_weights = state.sum_weights,
           .argmax = is_nan ? -1 : state.argmax,
           .rank = is_nan ? vocab_size : state.rank};

@@ -200,7 +200,8 @@ struct GradRow {
   RowCoefficients<Real> c;
   Real reference;
   Real log_sum;
-  Real constant;  // c.weight times the constant column weight
+  Real inverse_sum;  // 1 / sum e^(x - reference)
+  Real constant;     // c.weight times the constant column weight
 };
 
 // out = dL/dx by column_gradient of every column; out may be x. a is null unless the columns'
@@ -210,19 +211,20 @@ inline void block_gradient_of(const In* x, const Real* a, int n, const GradRow<R
                               Out* out) {
   using V = Vec<Real>;
   const Reg<Real> ref = V::broadcast(row.reference), log_sum = V::broadcast(row.log_sum);
-  const Reg<Real> c_p = V::broadcast(row.c.p), c_plogp = V::broadcast(row.c.plogp);
+  const Reg<Real> c_p = V::broadcast(row.c.p * row.inverse_sum);
+  const Reg<Real> c_plogp = V::broadcast(row.c.plogp * row.inverse_sum);
   const Reg<Real> c_weight = V::broadcast(row.c.weight), constant = V::broadcast(row.constant);
   const Reg<Real> lowest = V::broadcast(lowest_log_prob<Real>());
   const auto gradient = [&](Reg<Real> v, const Real* weights, int part) {
-    const Reg<Real> log_prob = (v - ref) - log_sum;
+    const Reg<Real> d = v - ref;
     Reg<Real> factor = c_p;
-    if constexpr (with_entropy) factor = V::fma(c_plogp, V::max(lowest, log_prob), c_p);
+    if constexpr (with_entropy) factor = V::fma(c_plogp, V::max(lowest, d - log_sum), c_p);
     Reg<Real> rest = constant;
     if constexpr (with_weights) {
       rest = c_weight *
              (part == V::width ? V::load(weights) : load_part<Real>(weights, part, Real(0)));
     }
-    return V::fma(exp_nonpositive<Real>(log_prob), factor, rest);
+    return V::fma(exp_nonpositive<Real>(d), factor, rest);
   };
   int i = 0;
   for (; i + 2 * V::width <= n; i += 2 * V::width) {

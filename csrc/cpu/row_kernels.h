@@ -143,7 +143,7 @@ void write_statistics(const RowOutputs<Real>& out, int64_t row, const RowStats<d
   write(out.entropy, stats.entropy);
   write(out.mean_log_prob, stats.mean_log_prob);
   write(out.reference, stats.reference);
-  write(out.log_sum, stats.log_sum);
+  write(out.sum_exp, stats.sum_exp);
   write(out.sum_weights, stats.sum_weights);
   if (out.argmax != nullptr) out.argmax[row] = stats.argmax;
   if (out.rank != nullptr) out.rank[row] = stats.rank;
@@ -157,7 +157,7 @@ inline RowStats<double> absent_statistics(double value, int64_t vocab_size) {
           .entropy = value,
           .mean_log_prob = value,
           .reference = 0,
-          .log_sum = 0,
+          .sum_exp = 0,
           .sum_weights = 0,
           .argmax = -1,
           .rank = vocab_size};
@@ -248,7 +248,7 @@ void write_gradient(RowReader<T>& reader, const RowInputs<T>& in,
     }
     if (kept != nullptr) {
       const Real reference = kept->references[column / block_columns];
-      const Real factor = exp_of((reference - row.reference) - row.log_sum);
+      const Real factor = exp_of(reference - row.reference) * row.inverse_sum;
       block_gradient_from_exps(kept->exps + column, a, n, row, factor, out + column);
     } else if (reader.is_identity() && grad_scale == nullptr) {
       block_gradient(reader.raw(column), a, n, row, out + column);
@@ -271,7 +271,7 @@ template <typename Real>
 struct RowFacts {
   Target<Real> target;
   Real reference;
-  Real log_sum;
+  Real sum_exp;
   Real entropy;
   Real sum_weights;
 };
@@ -289,11 +289,13 @@ void row_gradient(RowReader<T>& reader, const RowInputs<T>& in,
     if (grad_scale != nullptr) *grad_scale = 0;
     return;
   }
+  const Real log_sum = log_of(facts.sum_exp);
   const RowUpstream<Real> upstream =
-      source.upstream(row, facts.reference + facts.log_sum, facts.target.weight);
+      source.upstream(row, facts.reference + log_sum, facts.target.weight);
   GradRow<Real> grad_row{.c = collapse(upstream, facts.entropy, facts.sum_weights),
                          .reference = facts.reference,
-                         .log_sum = facts.log_sum,
+                         .log_sum = log_sum,
+                         .inverse_sum = Real(1) / facts.sum_exp,
                          .constant = 0};
   if (grad_row.c.weight != Real(0)) grad_row.constant = grad_row.c.weight * in.weights.beta;
   write_gradient(reader, in, transform, grad_row, facts.target, kept, grad, grad_scale);
@@ -310,7 +312,7 @@ void row_grad(const RowInputs<T>& in, const SavedStats<real_t<T>>& saved,
     RowReader<T> reader(in, transform, row);
     const RowFacts<Real> facts{.target = target_of(reader, in, row),
                                .reference = saved.reference[row],
-                               .log_sum = saved.log_sum[row],
+                               .sum_exp = saved.sum_exp[row],
                                .entropy = saved.entropy ? saved.entropy[row] : Real(0),
                                .sum_weights = saved.sum_weights ? saved.sum_weights[row] : Real(0)};
     row_gradient(reader, in, transform, source, out, row, facts);
@@ -364,7 +366,7 @@ void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
     write_statistics(out, row, stats);
     const RowFacts<Real> facts{.target = target,
                                .reference = Real(stats.reference),
-                               .log_sum = Real(stats.log_sum),
+                               .sum_exp = Real(stats.sum_exp),
                                .entropy = Real(stats.entropy),
                                .sum_weights = Real(stats.sum_weights)};
     row_gradient(reader, in, transform, source, grad, row, facts, where);

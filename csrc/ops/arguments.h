@@ -232,20 +232,20 @@ struct State {
 
   explicit State(const Tensor& state)
       : reference(data<Real>(state)),
-        log_sum(reference + state.size(1)),
-        sum_weights(log_sum + state.size(1)) {}
+        sum_exp(reference + state.size(1)),
+        sum_weights(sum_exp + state.size(1)) {}
 
   void write_to(RowOutputs<Real>& out) const {
     out.reference = reference;
-    out.log_sum = log_sum;
+    out.sum_exp = sum_exp;
     out.sum_weights = sum_weights;
   }
   SavedStats<Real> saved(const Real* entropy = nullptr) const {
-    return {reference, log_sum, sum_weights, entropy};
+    return {reference, sum_exp, sum_weights, entropy};
   }
 
   Real* reference;
-  Real* log_sum;
+  Real* sum_exp;
   Real* sum_weights;
 };
 

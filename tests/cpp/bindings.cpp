@@ -76,7 +76,7 @@ struct Call {
   }
 
   SavedStats<Real> saved() const {
-    return {out.reference, out.log_sum, out.sum_weights, out.entropy};
+    return {out.reference, out.sum_exp, out.sum_weights, out.entropy};
   }
 
   py::dict statistics() const {

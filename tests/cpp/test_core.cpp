@@ -145,9 +145,9 @@ void test_gradient() {
     above[i] += 1e-5;
     below[i] -= 1e-5;
     const double expected = (value(above) - value(below)) / 2e-5;
-    const double log_prob = (x[i] - stats.reference) - stats.log_sum;
+    const double p = std::exp(x[i] - stats.reference) / stats.sum_exp, log_prob = std::log(p);
     const double gradient = int64_t(i) == target ? target_gradient(c, log_prob, a[i])
-                                                 : column_gradient(c, log_prob, a[i]);
+                                                 : column_gradient(c, p, log_prob, a[i]);
     CHECK_CLOSE(gradient, expected, 1e-9);
   }
 }
