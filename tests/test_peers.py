@@ -36,8 +36,8 @@ def test_confident_predictions_keep_their_gradient(device, dtype, inplace):
     error = (grad[target, target].double() - wanted[target, target]).abs()
     relative = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
     # Besides the rounding of the stored gradient: the float32 sum of exponentials, 1 + (1 - p), has
-    # steps of 1.2e-7, and below 6e-5 halves are subnormal, with steps of 6e-8.
-    assert (error <= relative * wanted[target, target].abs() + 1.5e-7).all()
+    # steps of 1.2e-7 (twice: once a lane, once a row); subnormal halves have steps of 6e-8.
+    assert (error <= relative * wanted[target, target].abs() + 3e-7).all()
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e4])
