@@ -18,8 +18,8 @@
 
 #if defined(__x86_64__) && !defined(LLMLOSS_SIMT_UCONTEXT)
 #define LLMLOSS_SIMT_ASM 1
-// void llmloss_simt_switch(void** save, void* load): the callee-saved registers go on the stack that
-// is left, and come from the one that is entered.
+// void llmloss_simt_switch(void** save, void* load): the callee-saved registers go on the stack
+// that is left, and come from the one that is entered.
 asm(R"(
 .pushsection .text
 .weak llmloss_simt_switch

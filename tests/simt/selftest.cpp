@@ -101,8 +101,8 @@ PYBIND11_MODULE(simt_selftest, m) {
   simt::bind_settings(m);
   m.def("block_sum", [](bool first, bool second, unsigned threads, py::array_t<float> in,
                         py::array_t<float> out) {
-    const auto kernel = first ? (second ? block_sum<true, true> : block_sum<true, false>)
-                              : block_sum<false, true>;
+    const auto kernel =
+        first ? (second ? block_sum<true, true> : block_sum<true, false>) : block_sum<false, true>;
     const unsigned rounds = unsigned(in.size()) / threads;
     simt::launch(kernel, {unsigned(out.size())}, threads, 1, threads / 32 * sizeof(float),
                  in.data(), data(out), rounds);

@@ -1,14 +1,14 @@
 // Runs CUDA kernels on the host, so that their logic can be tested without a GPU.
 //
 // Each CUDA thread is a fiber that runs until it waits: at a barrier of its block or cluster, or in
-// a shuffle of its warp. Which thread goes on then is the schedule's choice: the lowest index first,
-// the highest first, or a seeded random one. So warps drift as far apart as the barriers let them,
-// and a missing barrier gives a wrong answer under one schedule or another. Beyond that:
+// a shuffle of its warp. Which thread goes on then is the schedule's choice: the lowest index
+// first, the highest first, or a seeded random one. So warps drift as far apart as the barriers let
+// them, and a missing barrier gives a wrong answer under one schedule or another. Beyond that:
 // - a barrier or shuffle that not all of its threads reach, or reach at different places in the
 //   source, is an error that says which threads wait where;
 // - the shared memory of each block is a heap block of exactly the asked size, between canaries (or
-//   AddressSanitizer's red zones), poisoned before the block starts and once it has ended, so that a
-//   block that looks into a peer of its cluster too early or too late finds poison;
+//   AddressSanitizer's red zones), poisoned before the block starts and once it has ended, so that
+//   a block that looks into a peer of its cluster too early or too late finds poison;
 // - a fault (a test may put rows before unreadable pages) ends the launch, not the process;
 // - any one barrier can be taken away and any one shuffle altered at run time, by its place in the
 //   source: mutants that need no compiler.
@@ -60,8 +60,14 @@ inline constexpr size_t canary_bytes = 64;
 inline constexpr unsigned char canary = 0xa5;
 
 enum class Schedule : int { forward, reverse, random };
-enum class Wait : unsigned char { block_sync, warp_sync, cluster_sync, shuffle_xor, shuffle_down,
-                                  shuffle };
+enum class Wait : unsigned char {
+  block_sync,
+  warp_sync,
+  cluster_sync,
+  shuffle_xor,
+  shuffle_down,
+  shuffle
+};
 
 inline const char* name_of(Wait wait) {
   static constexpr const char* names[] = {"block_sync",  "warp_sync",    "cluster_sync",
@@ -282,7 +288,8 @@ class Cluster {
       for (unsigned t = 0; t < block_threads_;) {
         const std::string first = where_is(b * block_threads_ + t);
         unsigned last = t;
-        while (last + 1 < block_threads_ && where_is(b * block_threads_ + last + 1) == first) ++last;
+        while (last + 1 < block_threads_ && where_is(b * block_threads_ + last + 1) == first)
+          ++last;
         out << (t == 0 ? " " : ", ") << "threads " << t << "-" << last << " " << first;
         t = last + 1;
       }
@@ -318,7 +325,8 @@ class Cluster {
   }
 
   void add_groups(std::vector<Group>& groups, unsigned size) {
-    for (unsigned first = 0; first < threads_.size(); first += size) groups.push_back({first, size});
+    for (unsigned first = 0; first < threads_.size(); first += size)
+      groups.push_back({first, size});
   }
 
   Group& group_of(Wait wait) {
@@ -339,7 +347,8 @@ class Cluster {
       return -1;
     }
     // Forward: the first one; random: the first one from a random place on.
-    const size_t start = settings().schedule == Schedule::random ? next_random() % threads_.size() : 0;
+    const size_t start =
+        settings().schedule == Schedule::random ? next_random() % threads_.size() : 0;
     const uint64_t from_start = ready_[start / 64] & (~uint64_t{0} << (start % 64));
     if (from_start != 0) return int64_t(start / 64 * 64 + size_t(__builtin_ctzll(from_start)));
     for (size_t i = 1; i <= words; ++i) {
