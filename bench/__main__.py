@@ -17,6 +17,7 @@ from rich.table import Table
 
 from bench.cases import Case, cross_entropy_cases, option_cases, small_cases
 from bench.timing import measure
+from llmloss_ext.cli.info import ISAS
 
 
 def machine() -> dict[str, object]:
@@ -31,7 +32,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
-        "isa": ["portable", "avx2", "avx512"][torch.ops.llmloss.cpu_isa()],
+        "isa": ISAS[torch.ops.llmloss.cpu_isa()],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmloss_ext.cli.info import ISAS
 from llmloss_ext.tolerances import GRADIENT, VALUE
 
 # A graph compiled for an earlier build of the operators must not be found again.
@@ -36,12 +37,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every instruction set of this processor."""
     monkeypatch.setenv("LLMLOSS_CPU_ISA", request.param)
-    names = ["portable", "avx2", "avx512"]
-    if names[torch.ops.llmloss.cpu_isa()] != request.param:
+    if ISAS[torch.ops.llmloss.cpu_isa()] != request.param:
         pytest.skip(f"this processor has no {request.param}")
     return request.param
 

@@ -15,7 +15,10 @@ Isa detected_isa() {
                       __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
+    if (avx2 && avx512) {
+      return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+    }
+    return avx2 ? Isa::avx2 : Isa::portable;
   }();
   return isa;
 #else
@@ -26,9 +29,11 @@ Isa detected_isa() {
 Isa active_isa() {
   const char* asked = std::getenv("LLMLOSS_CPU_ISA");
   if (asked == nullptr) return detected_isa();
-  const Isa isa = std::strcmp(asked, "portable") == 0 ? Isa::portable
-                  : std::strcmp(asked, "avx2") == 0   ? Isa::avx2
-                                                      : Isa::avx512;
+  const char* names[] = {"portable", "avx2", "avx512"};
+  Isa isa = Isa::avx512_bf16;
+  for (int i = 0; i < 3; ++i) {
+    if (std::strcmp(asked, names[i]) == 0) isa = Isa(i);
+  }
   return std::min(isa, detected_isa());
 }
 
@@ -45,11 +50,16 @@ namespace avx512 {
 template <typename T>
 const Kernels<T>& kernels_of();
 }
+namespace avx512_bf16 {
+template <typename T>
+const Kernels<T>& kernels_of();
+}
 #endif
 
 template <typename T>
 const Kernels<T>& kernels(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::avx512_bf16) return avx512_bf16::kernels_of<T>();
   if (isa == Isa::avx512) return avx512::kernels_of<T>();
   if (isa == Isa::avx2) return avx2::kernels_of<T>();
 #else

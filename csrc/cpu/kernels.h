@@ -7,12 +7,12 @@
 
 namespace llmloss::cpu {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The best instruction set of this processor.
 Isa detected_isa();
 
-// The one to use: LLMLOSS_CPU_ISA (portable, avx2 or avx512) clamped to the processor's.
+// The one to use: LLMLOSS_CPU_ISA (portable, avx2, avx512, avx512_bf16) clamped to the processor's.
 Isa active_isa();
 
 // Each kernel works through `count` rows named by `rows`. Every row is computed on its own: its

@@ -1,4 +1,4 @@
-// SIMD vectors of AVX-512 (F, BW, DQ, VL).
+// SIMD vectors of AVX-512 (F, BW, DQ, VL), and its BF16 conversion with LLMLOSS_AVX512_BF16.
 #pragma once
 
 #include <immintrin.h>
@@ -64,6 +64,10 @@ struct Vec<float> {
   }
 
  private:
+#if defined(LLMLOSS_AVX512_BF16)
+  // Rounds to nearest even; nan stays nan; below 1.2e-38 the instruction gives 0.
+  static __m256i to_bfloat16(Reg v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
+#else
   // Rounds to nearest even; nan stays nan.
   static __m256i to_bfloat16(Reg v) {
     const __m512i bits = _mm512_castps_si512(v);
@@ -75,6 +79,7 @@ struct Vec<float> {
         _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000)), 16);
     return _mm512_cvtepi32_epi16(words);
   }
+#endif
 };
 
 template <>

@@ -9,7 +9,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def add_parser(subparsers: Any) -> None:

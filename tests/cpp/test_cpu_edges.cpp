@@ -194,7 +194,8 @@ void test_choice_of_instruction_set() {
   };
   CHECK(asked("portable") == cpu::Isa::portable);
   CHECK(asked("avx2") <= cpu::Isa::avx2 && asked("avx2") <= cpu::detected_isa());
-  CHECK(asked("avx512") == cpu::detected_isa());  // never more than the processor has
+  CHECK(asked("avx512") <= cpu::Isa::avx512 && asked("avx512") <= cpu::detected_isa());
+  CHECK(asked("avx512_bf16") == cpu::detected_isa());  // never more than the processor has
   unsetenv("LLMLOSS_CPU_ISA");
   CHECK(cpu::active_isa() == cpu::detected_isa());
 }
