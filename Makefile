@@ -82,7 +82,7 @@ setup: $(SETUP)  ## Makes .venv
 build: $(EXTENSION) $(INSTALL)  ## Builds the extension in place
 
 demo: build  ## Trains a small GPT on real text with a vocabulary of 131,072 (under 4 minutes)
-	@$(PY) -m llmloss_ext train
+	@$(PY) -m llmloss_ext train --out runs/demo --overwrite
 
 test: check build cpp-test sanitize  ## Every check: style, types, C++ tests, Python tests
 	@$(PY) -c "import pytest" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no pytest"; exit 1; }
