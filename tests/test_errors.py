@@ -129,3 +129,9 @@ def test_operators_refuse_what_would_read_out_of_bounds():
             ops.cross_entropy(*args, 0.0, 0.0, 1)
     with pytest.raises(RuntimeError, match="one number"):
         ops.scale_(INPUT.clone(), torch.ones(2))
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("LLMLOSS_CPU_ISA", "avx-512")
+    with pytest.raises(RuntimeError, match="LLMLOSS_CPU_ISA must be .* got avx-512"):
+        cross_entropy(INPUT, TARGET)

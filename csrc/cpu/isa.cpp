@@ -2,6 +2,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -29,12 +32,12 @@ Isa detected_isa() {
 Isa active_isa() {
   const char* asked = std::getenv("LLMLOSS_CPU_ISA");
   if (asked == nullptr) return detected_isa();
-  const char* names[] = {"portable", "avx2", "avx512"};
-  Isa isa = Isa::avx512_bf16;
-  for (int i = 0; i < 3; ++i) {
-    if (std::strcmp(asked, names[i]) == 0) isa = Isa(i);
+  const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  for (int i = 0; i < int(std::size(names)); ++i) {
+    if (std::strcmp(asked, names[i]) == 0) return std::min(Isa(i), detected_isa());
   }
-  return std::min(isa, detected_isa());
+  throw std::invalid_argument(std::string("LLMLOSS_CPU_ISA must be portable, avx2, avx512 or ") +
+                              "avx512_bf16, got " + asked);
 }
 
 namespace portable {

@@ -54,24 +54,26 @@ struct CpuBackend {
 
   template <typename T>
   void row_stats(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out) const {
-    for_rows(in, [&](const int64_t* rows, int64_t count) {
-      cpu::kernels<T>(cpu::active_isa()).row_stats(in, out, rows, count);
-    });
+    const auto& kernels = cpu::kernels<T>(cpu::active_isa());
+    for_rows(in,
+             [&](const int64_t* rows, int64_t count) { kernels.row_stats(in, out, rows, count); });
   }
 
   template <typename T>
   void row_grad(const RowInputs<T>& in, const SavedStats<real_t<T>>& saved,
                 const GradSource<real_t<T>>& source, const GradOutputs<T>& out) const {
+    const auto& kernels = cpu::kernels<T>(cpu::active_isa());
     for_rows(in, [&](const int64_t* rows, int64_t count) {
-      cpu::kernels<T>(cpu::active_isa()).row_grad(in, saved, source, out, rows, count);
+      kernels.row_grad(in, saved, source, out, rows, count);
     });
   }
 
   template <typename T>
   void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
              const GradSource<real_t<T>>& source, const GradOutputs<T>& grad) const {
+    const auto& kernels = cpu::kernels<T>(cpu::active_isa());
     for_rows(in, [&](const int64_t* rows, int64_t count) {
-      cpu::kernels<T>(cpu::active_isa()).fused(in, out, source, grad, rows, count);
+      kernels.fused(in, out, source, grad, rows, count);
     });
   }
 
@@ -106,9 +108,10 @@ struct CpuBackend {
   void scale(T* x, const RowLayout& layout, int64_t rows, int64_t columns,
              const real_t<T>* factor) const {
     if (*factor == real_t<T>(1)) return;
+    const auto& kernels = cpu::kernels<T>(cpu::active_isa());
     torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        cpu::kernels<T>(cpu::active_isa()).scale(x + layout.offset(row), columns, *factor);
+        kernels.scale(x + layout.offset(row), columns, *factor);
       }
     });
   }
