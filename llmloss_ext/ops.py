@@ -29,19 +29,6 @@ Tensors = tuple[Tensor, ...]
 MaybeTensors = tuple[Tensor | None, ...]
 
 
-def _call(operator: Callable[..., Any], *args: Any) -> Any:
-    """Calls an operator; a target out of range becomes the IndexError that torch users know."""
-    if torch.compiler.is_compiling():
-        return operator(*args)
-    try:
-        return operator(*args)
-    except RuntimeError as error:
-        message = str(error)
-        if message.startswith("Target "):
-            raise IndexError(message) from None
-        raise
-
-
 def in_transform() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp ...) or forward mode is active."""
     if torch.compiler.is_compiling():
@@ -151,7 +138,7 @@ def _token_stats_forward(
     wanted: tuple[bool, bool, bool],
 ) -> Tensors:
     """Returns log_prob, lse, entropy, mean_log_prob, argmax, rank, state."""
-    return _call(_ops.token_stats, input, target, weight, logit_scale, *options, *wanted)
+    return _ops.token_stats(input, target, weight, logit_scale, *options, *wanted)
 
 
 def _token_stats_save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -259,7 +246,7 @@ def _cross_entropy_forward(
 ) -> Tensors:
     """Returns loss, state, denominator."""
     tensors = (input, target, weight, token_weight, num_items, logit_scale)
-    return _call(_ops.cross_entropy, *tensors, *options, *loss)
+    return _ops.cross_entropy(*tensors, *options, *loss)
 
 
 def _cross_entropy_save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -403,11 +390,11 @@ class _CrossEntropyInplace(Function):
         if ctx.written:
             logits = input.detach()  # the same memory and version counter
             with_scale = ctx.needs_input_grad[5]
-            value, grad_scale = _call(_ops.cross_entropy_fused_, logits, *arguments, with_scale)
+            value, grad_scale = _ops.cross_entropy_fused_(logits, *arguments, with_scale)
             _mark_written(logits)
             ctx.save_for_backward(logits, logit_scale, grad_scale)
         else:
-            value, state, denominator = _call(_ops.cross_entropy, input, *arguments)
+            value, state, denominator = _ops.cross_entropy(input, *arguments)
             logits = input.detach()
             ctx.save_for_backward(
                 logits, target, weight, token_weight, logit_scale, state, denominator

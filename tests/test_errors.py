@@ -100,6 +100,13 @@ def test_target_beyond_the_vocabulary():
         cross_entropy(INPUT, TARGET, vocab_size=3)
 
 
+def test_target_out_of_range_in_a_compiled_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(cross_entropy, fullgraph=True)
+    with pytest.raises(IndexError, match="Target 9 at position 0"):
+        compiled(INPUT, TARGET + 9)
+
+
 def test_devices():
     meta = torch.zeros(4, dtype=torch.long, device="meta")
     with pytest.raises(RuntimeError, match="same device"):
@@ -133,5 +140,5 @@ def test_operators_refuse_what_would_read_out_of_bounds():
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("LLMLOSS_CPU_ISA", "avx-512")
-    with pytest.raises(RuntimeError, match="LLMLOSS_CPU_ISA must be .* got avx-512"):
+    with pytest.raises(ValueError, match="LLMLOSS_CPU_ISA must be .* got avx-512"):
         cross_entropy(INPUT, TARGET)

@@ -48,7 +48,7 @@ struct CpuBackend {
       }
       message << " is out of bounds: expected a class in [0, " << in.vocab_size
               << ") or ignore_index = " << in.targets.ignore_index << ".";
-      throw std::runtime_error(message.str());  // llmloss_ext.ops makes it an IndexError
+      throw std::out_of_range(message.str());  // an IndexError in Python
     }
   }
 
