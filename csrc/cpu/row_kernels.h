@@ -328,10 +328,10 @@ class ExpsRoom {
   explicit ExpsRoom(int64_t columns) {
     const size_t blocks = size_t((columns + block_columns - 1) / block_columns);
     const size_t aside = sizeof(T) == sizeof(Real) ? 0 : size_t(columns);
-    memory_ = static_cast<Real*>(__builtin_malloc((blocks + aside) * sizeof(Real)));
+    memory_ = new Real[blocks + aside];
     aside_ = memory_ + blocks;
   }
-  ~ExpsRoom() { __builtin_free(memory_); }
+  ~ExpsRoom() { delete[] memory_; }
   ExpsRoom(const ExpsRoom&) = delete;
   ExpsRoom& operator=(const ExpsRoom&) = delete;
 
