@@ -2,7 +2,7 @@
 // costs arithmetic and no memory traffic.
 #pragma once
 
-#include "../core/row_grad.h"
+#include "../core/rows.h"
 #include "vec_math.h"
 
 namespace llmloss::cpu::LLMLOSS_ISA {
@@ -193,16 +193,6 @@ inline int block_find(const T* x, int n, Real value) {
   while (i < n && to_real(x[i]) != value) ++i;
   return i;
 }
-
-// What a row's gradient needs besides its coefficients.
-template <typename Real>
-struct GradRow {
-  RowCoefficients<Real> c;
-  Real reference;
-  Real log_sum;
-  Real inverse_sum;  // 1 / sum e^(x - reference)
-  Real constant;     // c.weight times the constant column weight
-};
 
 // out = dL/dx by column_gradient of every column; out may be x. a is null unless the columns'
 // weights differ.

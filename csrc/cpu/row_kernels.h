@@ -2,7 +2,7 @@
 // read once from memory, and every pass after that finds them there.
 #pragma once
 
-#include "../core/row_stats.h"
+#include "../core/rows.h"
 #include "block_ops.h"
 #include "kernels.h"
 
@@ -133,50 +133,6 @@ RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, Wa
   return finalize(state, double(target_logit), in.vocab_size);
 }
 
-template <typename Real>
-void write_statistics(const RowOutputs<Real>& out, int64_t row, const RowStats<double>& stats) {
-  const auto write = [row](Real* to, double value) {
-    if (to != nullptr) to[row] = Real(value);
-  };
-  write(out.log_prob, stats.log_prob);
-  write(out.lse, stats.lse);
-  write(out.entropy, stats.entropy);
-  write(out.mean_log_prob, stats.mean_log_prob);
-  write(out.reference, stats.reference);
-  write(out.sum_exp, stats.sum_exp);
-  write(out.sum_weights, stats.sum_weights);
-  if (out.argmax != nullptr) out.argmax[row] = stats.argmax;
-  if (out.rank != nullptr) out.rank[row] = stats.rank;
-}
-
-// What stands in the outputs of a row that has no statistics: 0 where it is ignored, nan where its
-// target is out of range.
-inline RowStats<double> absent_statistics(double value, int64_t vocab_size) {
-  return {.log_prob = value,
-          .lse = value,
-          .entropy = value,
-          .mean_log_prob = value,
-          .reference = 0,
-          .sum_exp = 0,
-          .sum_weights = 0,
-          .argmax = -1,
-          .rank = vocab_size};
-}
-
-// The target of a row, read before anything is written: the gradient may lie over the logits.
-template <typename Real>
-struct Target {
-  int64_t column = -1;  // -1: probability targets
-  Real logit = 0;
-  Real weight = 1;
-};
-
-// Whether the row has statistics and a gradient: not if it is ignored or its target out of range.
-template <typename T>
-bool is_active(const RowInputs<T>& in, int64_t row) {
-  return !in.targets.ignored(row) && in.targets.in_range(row, in.vocab_size);
-}
-
 template <typename T>
 Target<real_t<T>> target_of(const RowReader<T>& reader, const RowInputs<T>& in, int64_t row) {
   if (!is_active(in, row) || !in.targets.are_indices()) return {};
@@ -188,8 +144,7 @@ template <typename T>
 RowStats<double> statistics_of(RowReader<T>& reader, const RowInputs<T>& in, const Wanted& wanted,
                                int64_t row, const Target<real_t<T>>& target,
                                const KeptExps<real_t<T>>* kept = nullptr) {
-  if (in.targets.ignored(row)) return absent_statistics(0, in.vocab_size);
-  if (!is_active(in, row)) return absent_statistics(NAN, in.vocab_size);
+  if (!is_active(in, row)) return absent_statistics<double>(in, row);
   return row_statistics(reader, in, wanted, target.logit, kept);
 }
 
@@ -266,16 +221,6 @@ void write_gradient(RowReader<T>& reader, const RowInputs<T>& in,
   if (grad_scale != nullptr) *grad_scale = Real(sum_scale);
 }
 
-// What a row's gradient is made of.
-template <typename Real>
-struct RowFacts {
-  Target<Real> target;
-  Real reference;
-  Real sum_exp;
-  Real entropy;
-  Real sum_weights;
-};
-
 template <typename T>
 void row_gradient(RowReader<T>& reader, const RowInputs<T>& in,
                   const LogitTransform<real_t<T>>& transform, const GradSource<real_t<T>>& source,
@@ -289,16 +234,8 @@ void row_gradient(RowReader<T>& reader, const RowInputs<T>& in,
     if (grad_scale != nullptr) *grad_scale = 0;
     return;
   }
-  const Real log_sum = log_of(facts.sum_exp);
-  const RowUpstream<Real> upstream =
-      source.upstream(row, facts.reference + log_sum, facts.target.weight);
-  GradRow<Real> grad_row{.c = collapse(upstream, facts.entropy, facts.sum_weights),
-                         .reference = facts.reference,
-                         .log_sum = log_sum,
-                         .inverse_sum = Real(1) / facts.sum_exp,
-                         .constant = 0};
-  if (grad_row.c.weight != Real(0)) grad_row.constant = grad_row.c.weight * in.weights.beta;
-  write_gradient(reader, in, transform, grad_row, facts.target, kept, grad, grad_scale);
+  write_gradient(reader, in, transform, grad_row(in, source, row, facts), facts.target, kept, grad,
+                 grad_scale);
 }
 
 template <typename T>

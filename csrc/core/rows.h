@@ -1,0 +1,93 @@
+// What every backend does with a row besides walking its columns: whether it takes part, what is
+// written for it, and what its gradient is made of.
+#pragma once
+
+#include "params.h"
+#include "row_stats.h"
+
+namespace llmloss {
+
+// Whether the row has statistics and a gradient: not if it is ignored or its target out of range.
+template <typename T>
+LLMLOSS_HD bool is_active(const RowInputs<T>& in, int64_t row) {
+  return !in.targets.ignored(row) && in.targets.in_range(row, in.vocab_size);
+}
+
+// The target of a row, read before anything is written: the gradient may lie over the logits.
+template <typename Real>
+struct Target {
+  int64_t column = -1;  // -1: probability targets
+  Real logit = 0;       // transformed
+  Real weight = 1;      // of its class
+};
+
+template <typename Real, typename From>
+LLMLOSS_HD void write_statistics(const RowOutputs<Real>& out, int64_t row,
+                                 const RowStats<From>& stats) {
+  const auto write = [row](Real* to, From value) {
+    if (to != nullptr) to[row] = Real(value);
+  };
+  write(out.log_prob, stats.log_prob);
+  write(out.lse, stats.lse);
+  write(out.entropy, stats.entropy);
+  write(out.mean_log_prob, stats.mean_log_prob);
+  write(out.reference, stats.reference);
+  write(out.sum_exp, stats.sum_exp);
+  write(out.sum_weights, stats.sum_weights);
+  if (out.argmax != nullptr) out.argmax[row] = stats.argmax;
+  if (out.rank != nullptr) out.rank[row] = stats.rank;
+}
+
+// What stands in the outputs of a row that is not active: 0 where it is ignored, nan where its
+// target is out of range.
+template <typename Real, typename T>
+LLMLOSS_HD RowStats<Real> absent_statistics(const RowInputs<T>& in, int64_t row) {
+  const Real value = in.targets.ignored(row) ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
+  return {.log_prob = value,
+          .lse = value,
+          .entropy = value,
+          .mean_log_prob = value,
+          .reference = 0,
+          .sum_exp = 0,
+          .sum_weights = 0,
+          .argmax = -1,
+          .rank = in.vocab_size};
+}
+
+// What the statistics of a row tell its gradient.
+template <typename Real>
+struct RowFacts {
+  Target<Real> target;
+  Real reference;
+  Real sum_exp;
+  Real entropy;
+  Real sum_weights;
+};
+
+// What a row's gradient needs: its coefficients, and how p follows from x.
+template <typename Real>
+struct GradRow {
+  RowCoefficients<Real> c;
+  Real reference;
+  Real log_sum;
+  Real inverse_sum;  // 1 / sum e^(x - reference)
+  Real constant;     // c.weight times the constant column weight
+};
+
+template <typename T>
+LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
+                                       int64_t row, const RowFacts<real_t<T>>& facts) {
+  using Real = real_t<T>;
+  const Real log_sum = log_of(facts.sum_exp);
+  const RowUpstream<Real> upstream =
+      source.upstream(row, facts.reference + log_sum, facts.target.weight);
+  GradRow<Real> grad{.c = collapse(upstream, facts.entropy, facts.sum_weights),
+                     .reference = facts.reference,
+                     .log_sum = log_sum,
+                     .inverse_sum = Real(1) / facts.sum_exp,
+                     .constant = 0};
+  if (grad.c.weight != Real(0)) grad.constant = grad.c.weight * in.weights.beta;
+  return grad;
+}
+
+}  // namespace llmloss
