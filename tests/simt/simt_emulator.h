@@ -17,6 +17,7 @@
 // two waits, memory ordering weaker than the host's, and speed.
 #pragma once
 
+#include <cmath>
 #include <csetjmp>
 #include <csignal>
 #include <cstdint>
@@ -66,12 +67,14 @@ enum class Wait : unsigned char {
   cluster_sync,
   shuffle_xor,
   shuffle_down,
-  shuffle
+  shuffle,
+  copies
 };
 
 inline const char* name_of(Wait wait) {
   static constexpr const char* names[] = {"block_sync",  "warp_sync",    "cluster_sync",
-                                          "shuffle_xor", "shuffle_down", "shuffle"};
+                                          "shuffle_xor", "shuffle_down", "shuffle",
+                                          "wait_for_copies"};
   return names[int(wait)];
 }
 
@@ -107,6 +110,17 @@ inline Settings& settings() {
   return settings;
 }
 
+// Sixteen bytes in one instruction, which faults on the device where the address is not aligned.
+struct alignas(16) Words {
+  uint32_t at[4];
+};
+
+// An asynchronous copy that its thread has not waited for.
+struct PendingCopy {
+  void* to;
+  Words words;
+};
+
 struct Thread {
   enum class State : unsigned char { fresh, ready, waiting, ended };
 
@@ -117,6 +131,7 @@ struct Thread {
   Place place;
   const void* give = nullptr;  // the lane's value, on its stack
   void* take = nullptr;
+  std::vector<PendingCopy> copies;
 };
 
 // The threads that wait for each other: those of a warp, a block or a cluster, next to each other.
@@ -206,6 +221,7 @@ class Cluster {
     }
     for (unsigned t = 0; t < threads_.size(); ++t) {
       threads_[t].state = Thread::State::fresh;
+      threads_[t].copies.clear();
       threads_[t].context.prepare(stacks()[t], entry);
       set_ready(t);
     }
@@ -267,6 +283,17 @@ class Cluster {
       for (unsigned t = group.first; t < group.first + group.size; ++t) set_ready(t);
     }
     Context::switch_to(thread.context, host_);
+  }
+
+  void copy_later(void* to, const Words& words) { threads_[current_].copies.push_back({to, words}); }
+
+  void finish_copies(const Place& place) {
+    record(Wait::copies, place, 0);
+    if (is_mutated(place, 0)) return;
+    for (const PendingCopy& copy : threads_[current_].copies) {
+      std::memcpy(copy.to, &copy.words, sizeof(Words));
+    }
+    threads_[current_].copies.clear();
   }
 
   // Ends the launch from within a thread.
@@ -597,11 +624,37 @@ T* peer_shared(T* mine, unsigned rank) {
   return reinterpret_cast<T*>(cluster.shared(rank).data() + offset);
 }
 
+using emulator::Words;
+
 // Vector loads and stores fault on the device where they are not aligned.
 inline void check_aligned(const void* pointer, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
     emulator::Cluster::active()->stop("a vector load or store is not aligned");
   }
 }
+
+inline Words load_words(const void* from) {
+  check_aligned(from, sizeof(Words));
+  Words words;
+  std::memcpy(&words, from, sizeof(Words));
+  return words;
+}
+
+inline void store_words(void* to, const Words& words) {
+  check_aligned(to, sizeof(Words));
+  std::memcpy(to, &words, sizeof(Words));
+}
+
+// Asynchronous copies arrive as late as the hardware may let them: when their thread waits.
+inline void copy_async(void* shared, const void* global) {
+  check_aligned(shared, sizeof(Words));
+  emulator::Cluster::active()->copy_later(shared, load_words(global));
+}
+
+inline void wait_for_copies(emulator::Place place = emulator::Place::current()) {
+  emulator::Cluster::active()->finish_copies(place);
+}
+
+inline float fast_exp(float x) { return std::exp(x); }
 
 }  // namespace llmloss::simt

@@ -1,0 +1,86 @@
+// The machine's built-ins under names of our own: the only door from kernels to CUDA. Compiled with
+// LLMLOSS_SIMT, the same names come from the emulator of tests/simt.
+#pragma once
+
+#include <cstdint>
+
+#if defined(LLMLOSS_SIMT)
+#include "simt_emulator.h"
+#else
+
+namespace llmloss::simt {
+
+__device__ __forceinline__ unsigned thread_index() { return threadIdx.x; }
+__device__ __forceinline__ unsigned block_threads() { return blockDim.x; }
+__device__ __forceinline__ unsigned block_index_x() { return blockIdx.x; }
+__device__ __forceinline__ unsigned grid_x() { return gridDim.x; }
+__device__ __forceinline__ unsigned lane() { return threadIdx.x % 32; }
+__device__ __forceinline__ unsigned warp_index() { return threadIdx.x / 32; }
+
+// All threads of the block, or of the warp, meet; what they wrote before can be read after.
+__device__ __forceinline__ void block_sync() { __syncthreads(); }
+__device__ __forceinline__ void warp_sync() { __syncwarp(); }
+
+// The value of lane ^ mask. All 32 lanes take part.
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(T value, unsigned mask) {
+  return __shfl_xor_sync(0xffffffffu, value, int(mask));
+}
+
+// Shared memory whose size the launch chose; 16-byte aligned.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ uint4 llmloss_dynamic_shared[];
+  return reinterpret_cast<T*>(llmloss_dynamic_shared);
+}
+
+// Thread-block clusters, from compute capability 9.0 on; before, a block is a cluster of its own.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
+__device__ __forceinline__ unsigned cluster_blocks() { return __clusterSizeInBlocks(); }
+__device__ __forceinline__ void cluster_sync() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+// Where the block of that rank has what this block has at `mine`.
+template <typename T>
+__device__ __forceinline__ T* peer_shared(T* mine, unsigned rank) {
+  return static_cast<T*>(__cluster_map_shared_rank(mine, rank));
+}
+#else
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ unsigned cluster_blocks() { return 1; }
+__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+template <typename T>
+__device__ __forceinline__ T* peer_shared(T* mine, unsigned) {
+  return mine;
+}
+#endif
+
+// Sixteen bytes from an aligned address to an aligned address of shared memory, on their way until
+// this thread has waited for its copies.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const auto to = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// Sixteen bytes in one instruction; the address is a multiple of 16.
+struct alignas(16) Words {
+  uint32_t at[4];
+};
+__device__ __forceinline__ Words load_words(const void* from) {
+  const uint4 words = *static_cast<const uint4*>(from);
+  return {{words.x, words.y, words.z, words.w}};
+}
+__device__ __forceinline__ void store_words(void* to, const Words& words) {
+  *static_cast<uint4*>(to) = make_uint4(words.at[0], words.at[1], words.at[2], words.at[3]);
+}
+
+// e^x to a relative error of about 2^-21 near 0, growing with |x|: plenty for 16-bit types.
+__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+
+}  // namespace llmloss::simt
+#endif

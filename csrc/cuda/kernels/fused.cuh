@@ -1,0 +1,100 @@
+// Statistics and gradient in one visit to the logits.
+#pragma once
+
+#include "gradient.cuh"
+#include "row_stats.cuh"
+
+namespace llmloss::cuda {
+
+// Copies columns of a row to shared memory without waiting, at the same distance from a multiple of
+// 16 bytes, so that whole vectors go as they are. Returns where they will be.
+template <typename T>
+__device__ __forceinline__ Columns<T> stage(const Columns<T>& from, T* room) {
+  T* const to = room + from.skew() / sizeof(T);
+  Peeled<T>(from.data, from.count)
+      .each(
+          int(simt::thread_index()), int(simt::block_threads()),
+          [&](int i) { simt::copy_async(to + i, from.data + i); },
+          [&](int i) { to[i] = from.data[i]; });
+  return {to, from.first, from.count};
+}
+
+// The blocks of a row meet.
+__device__ __forceinline__ void row_sync() {
+  if (simt::cluster_blocks() > 1) {
+    simt::cluster_sync();
+  } else {
+    simt::block_sync();
+  }
+}
+
+// A cluster of blocks for each row, each with `slice_chunks` of its chunks. Reads the logits once,
+// keeps them in shared memory, shares the chunks' states among the blocks, writes the gradient over
+// the logits: 2 x rows x columns x sizeof(T) bytes move, half of that for a row that is not active.
+// With staged false (a row longer than the clusters' memory) one block reads its row again instead,
+// from L2 where the rows under way fit it.
+template <typename T, bool plain>
+__global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
+    fused_kernel(const __grid_constant__ RowInputs<T> in,
+                 const __grid_constant__ RowOutputs<real_t<T>> out,
+                 const __grid_constant__ GradSource<real_t<T>> source,
+                 const __grid_constant__ GradOutputs<T> grads, const Chunks chunks,
+                 const int slice_chunks, const bool staged) {
+  using Real = real_t<T>;
+  using State = PartialState<Real>;
+  const unsigned rank = simt::cluster_rank(), blocks = simt::cluster_blocks();
+  const int64_t row = simt::block_index_x() / blocks;
+  const int thread = int(simt::thread_index()), threads = int(simt::block_threads());
+  T* const grad = grads.grad + grads.layout.offset(row);
+  if (!is_active(in, row)) {  // in all blocks of the cluster
+    if (rank == 0 && thread == 0) {
+      write_statistics(out, row, absent_statistics<double>(in, row));
+    }
+    write_zeros(grad, 0, int(in.columns), int(rank) * threads + thread, int(blocks) * threads);
+    return;
+  }
+
+  const int vocab_size = int(in.vocab_size);
+  const int first_chunk = min_of(int(rank) * slice_chunks, chunks.count);
+  const int last_chunk = min_of(first_chunk + slice_chunks, chunks.count);
+  const int begin = min_of(first_chunk * chunks.columns, vocab_size);
+  const int end = min_of(last_chunk * chunks.columns, vocab_size);
+
+  // Shared memory: the states of all chunks, then the slice.
+  State* const states = simt::dynamic_shared<State>();
+  Columns<T> columns{in.logits + in.layout.offset(row) + begin, begin, end - begin};
+  if (staged) {
+    const int room = (chunks.count * int(sizeof(State)) + vector_bytes - 1) / vector_bytes;
+    columns = stage(columns, simt::dynamic_shared<T>() + room * Vector<T>::size);
+  }
+  const LogitTransform<Real> transform = in.transform.resolved();
+  const Target<Real> target = target_of(in, transform, row);  // before the gradient is over it
+  const Wanted wanted = plain ? Wanted{} : Wanted::by(out);
+  const auto reducer = reducer_of<T, plain>(in, transform, row, target, wanted);
+  simt::wait_for_copies();
+  row_sync();  // the slice is here, and so are the other blocks
+
+  for (int chunk = first_chunk + int(simt::warp_index()); chunk < last_chunk;
+       chunk += threads / int(warp_size)) {
+    const int from = chunk * chunks.columns;
+    const State state =
+        reducer.chunk(columns, from, min_of(from + chunks.columns, vocab_size));
+    if (simt::lane() < blocks) *simt::peer_shared(states + chunk, simt::lane()) = state;
+  }
+  row_sync();  // all states are here, and all reads of the row are done
+  const State total = merge_chunks(states, chunks.count, wanted);
+
+  const RowStats<double> stats = finalize_row(total, target.logit, in.vocab_size);
+  if (rank == 0 && thread == 0) write_statistics(out, row, stats);
+  const RowFacts<Real> facts{.target = target,
+                             .reference = Real(stats.reference),
+                             .sum_exp = Real(stats.sum_exp),
+                             .entropy = Real(stats.entropy),
+                             .sum_weights = Real(stats.sum_weights)};
+  const ColumnGradient<T, plain> gradient{
+      in, transform, row, grad_row(in, source, row, facts), int(target.column), false};
+  gradient.write(columns, grad + begin, begin, end, thread, threads);
+  if (rank == blocks - 1) write_zeros(grad, vocab_size, int(in.columns), thread, threads);
+}
+
+}  // namespace llmloss::cuda

@@ -1,0 +1,53 @@
+// The gradient of every loss over the row statistics.
+#pragma once
+
+#include "gradient.cuh"
+#include "row_stats.cuh"
+
+namespace llmloss::cuda {
+
+// Reads each active row once and writes its gradient, over the logits or elsewhere: 2 x rows x
+// columns x sizeof(T) bytes move, half of that for a row that is not active.
+template <typename T, bool plain>
+__global__ void __launch_bounds__(256, plain ? 4 : 2)
+    row_grad_kernel(const __grid_constant__ RowInputs<T> in,
+                    const __grid_constant__ SavedStats<real_t<T>> saved,
+                    const __grid_constant__ GradSource<real_t<T>> source,
+                    const __grid_constant__ GradOutputs<T> out, const RowShare share) {
+  using Real = real_t<T>;
+  const int64_t row = share.row();
+  if (row >= in.rows) return;
+  const int thread = share.warp() * int(warp_size) + int(simt::lane());
+  const int threads = share.warps() * int(warp_size);
+  T* grad = out.grad + out.layout.offset(row);
+  if (!is_active(in, row)) {
+    write_zeros(grad, 0, int(in.columns), thread, threads);
+    if (out.grad_scale != nullptr && thread == 0) out.grad_scale[row] = 0;
+    return;
+  }
+  const LogitTransform<Real> transform = in.transform.resolved();
+  const Target<Real> target = target_class(in, row);
+  const RowFacts<Real> facts{.target = target,
+                             .reference = saved.reference[row],
+                             .sum_exp = saved.sum_exp[row],
+                             .entropy = saved.entropy ? saved.entropy[row] : Real(0),
+                             .sum_weights = saved.sum_weights ? saved.sum_weights[row] : Real(0)};
+  const ColumnGradient<T, plain> gradient{
+      in, transform, row, grad_row(in, source, row, facts), int(target.column), out.grad_scale != nullptr};
+  const double sum =
+      gradient.write(logits_of(in, row), grad, 0, int(in.vocab_size), thread, threads);
+  write_zeros(grad, int(in.vocab_size), int(in.columns), thread, threads);
+  if (out.grad_scale == nullptr) return;
+
+  double total = warp_sum(sum);
+  if (!share.is_warp()) {
+    double* sums = simt::dynamic_shared<double>();
+    if (simt::lane() == 0) sums[simt::warp_index()] = total;
+    simt::block_sync();
+    total = 0;
+    for (int w = 0; w < share.warps_per_row; ++w) total += sums[w];
+  }
+  if (thread == 0) out.grad_scale[row] = Real(total);
+}
+
+}  // namespace llmloss::cuda

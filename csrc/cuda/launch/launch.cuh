@@ -1,0 +1,101 @@
+// From a plan to launches; included where the kernels of a type are instantiated.
+#pragma once
+
+#include "../kernels/fused.cuh"
+#include "../kernels/reduce.cuh"
+#include "../kernels/row_grad.cuh"
+#include "../kernels/row_stats.cuh"
+#include "../kernels/scale.cuh"
+#include "launch.h"
+#include "launcher.cuh"
+
+namespace llmloss::cuda {
+
+static_assert(tile_bytes == tile_columns<float> * int64_t{sizeof(float)});
+static_assert(block_size == max_warps_per_block * int{warp_size});
+
+// Whether the kernels that know the common case at compile time will do.
+template <typename T>
+bool is_plain(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out) {
+  const Wanted wanted = Wanted::by(out);
+  return in.transform.kind() == TransformKind::identity && !wanted.entropy && !wanted.mean &&
+         !wanted.rank;
+}
+
+template <typename T>
+bool is_plain(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
+              const GradOutputs<T>& out) {
+  return in.transform.kind() == TransformKind::identity && source.entropy == nullptr &&
+         in.weights.is_constant() && out.grad_scale == nullptr;
+}
+
+inline RowShare share_of(const SharePlan& plan) {
+  return {plan.warps_per_row, plan.blocks_per_row};
+}
+
+inline Chunks chunks_of(const ChunkPlan& plan) { return {plan.columns, plan.count}; }
+
+template <typename T>
+int RowKernels<T>::row_stats(const RowInputs<T>& in, const RowOutputs<Real>& out,
+                             const StatsPlan& plan, void* workspace, void* stream) {
+  auto* states = plan.workspace_bytes > 0 ? static_cast<PartialState<Real>*>(workspace) : nullptr;
+  const auto kernel = is_plain(in, out) ? row_stats_kernel<T, true> : row_stats_kernel<T, false>;
+  const int error =
+      launch(kernel, {plan.share.blocks, plan.share.threads, plan.shared_bytes}, stream, in, out,
+             states, chunks_of(plan.chunks), share_of(plan.share));
+  if (error != 0 || states == nullptr) return error;
+  return launch(merge_rows_kernel<T>, {ceil_div(in.rows, max_warps_per_block), block_size}, stream, in,
+                out, states, chunks_of(plan.chunks));
+}
+
+template <typename T>
+int RowKernels<T>::row_grad(const RowInputs<T>& in, const SavedStats<Real>& saved,
+                            const GradSource<Real>& source, const GradOutputs<T>& out,
+                            const GradPlan& plan, void* stream) {
+  const auto kernel =
+      is_plain(in, source, out) ? row_grad_kernel<T, true> : row_grad_kernel<T, false>;
+  return launch(kernel, {plan.share.blocks, plan.share.threads, plan.shared_bytes}, stream, in,
+                saved, source, out, share_of(plan.share));
+}
+
+template <typename T>
+int RowKernels<T>::fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
+                         const GradSource<Real>& source, const GradOutputs<T>& grad,
+                         const FusedPlan& plan, void* stream) {
+  const bool plain = is_plain(in, out) && is_plain(in, source, grad);
+  const auto kernel = plain ? fused_kernel<T, true> : fused_kernel<T, false>;
+  return launch(kernel, {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster}, stream, in,
+                out, source, grad, chunks_of(plan.chunks), plan.slice_chunks, plan.is_staged);
+}
+
+template <typename T>
+int RowKernels<T>::scale(T* data, const RowLayout& layout, int64_t rows, int64_t columns,
+                         const Real* factor, const GradPlan& plan, void* stream) {
+  return launch(scale_kernel<T>, {plan.share.blocks, plan.share.threads}, stream, data, layout,
+                rows, columns, factor, share_of(plan.share));
+}
+
+// One block for a sum over the rows.
+inline constexpr int sum_threads = 1024;
+inline constexpr Shape sum_shape{1, sum_threads, sum_threads / 32 * int64_t{sizeof(double)}};
+
+template <typename Real>
+int LossKernels<Real>::reduce_loss(const LossRows<Real>& rows, Reduction reduction,
+                                   const Real* denominator, Real* loss, void* stream) {
+  const Shape shape = reduction == Reduction::none
+                          ? Shape{ceil_div(rows.rows, sum_threads), sum_threads}
+                          : sum_shape;
+  return launch(reduce_loss_kernel<Real>, shape, stream, rows, reduction, denominator, loss);
+}
+
+template <typename Real>
+int LossKernels<Real>::denominator(const LossRows<Real>& rows, Real* denominator, void* stream) {
+  return launch(denominator_kernel<Real>, sum_shape, stream, rows, denominator);
+}
+
+template <typename Real>
+int LossKernels<Real>::sum(const Real* values, int64_t count, Real* sum, void* stream) {
+  return launch(sum_kernel<Real>, sum_shape, stream, values, count, sum);
+}
+
+}  // namespace llmloss::cuda

@@ -1,0 +1,44 @@
+// The CUDA kernels as functions of raw pointers. Each starts its work on a stream (a cudaStream_t)
+// without waiting, and returns a cudaError_t, 0 for success. No CUDA header is needed to call them.
+#pragma once
+
+#include <cstdint>
+
+#include "../../core/loss_rows.h"
+#include "../../core/row_stats.h"
+#include "plan.h"
+
+namespace llmloss::cuda {
+
+template <typename T>
+struct RowKernels {
+  using Real = real_t<T>;
+  static constexpr int64_t state_bytes = sizeof(PartialState<Real>);
+
+  // workspace: plan.workspace_bytes of device memory.
+  static int row_stats(const RowInputs<T>& in, const RowOutputs<Real>& out, const StatsPlan& plan,
+                       void* workspace, void* stream);
+  static int row_grad(const RowInputs<T>& in, const SavedStats<Real>& saved,
+                      const GradSource<Real>& source, const GradOutputs<T>& out,
+                      const GradPlan& plan, void* stream);
+  static int fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
+                   const GradSource<Real>& source, const GradOutputs<T>& grad,
+                   const FusedPlan& plan, void* stream);
+  static int scale(T* data, const RowLayout& layout, int64_t rows, int64_t columns,
+                   const Real* factor, const GradPlan& plan, void* stream);
+};
+
+template <typename Real>
+struct LossKernels {
+  static int reduce_loss(const LossRows<Real>& rows, Reduction reduction, const Real* denominator,
+                         Real* loss, void* stream);
+  static int denominator(const LossRows<Real>& rows, Real* denominator, void* stream);
+  static int sum(const Real* values, int64_t count, Real* sum, void* stream);
+};
+
+// The limits of a device of this process. Returns a cudaError_t.
+int device_limits(int device, DeviceLimits& limits);
+
+const char* error_string(int error);
+
+}  // namespace llmloss::cuda

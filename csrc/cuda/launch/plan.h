@@ -1,0 +1,146 @@
+// How the work is laid over a device: every choice that a launch makes, in plain functions of the
+// problem's size. `llmloss info --plan N V dtype` prints them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+
+namespace llmloss::cuda {
+
+struct DeviceLimits {
+  int multiprocessors;
+  int64_t shared_per_block;  // bytes, the most that a launch may ask for
+  int64_t shared_per_multiprocessor;
+  int max_cluster;  // blocks; 1: the device has no clusters
+};
+
+inline constexpr int max_warps_per_block = 8;
+inline constexpr int64_t tile_bytes = 32 * 8 * 16;  // lanes, vectors for each, their bytes
+inline constexpr int max_chunks = 256;
+// Statistics and gradient of different rows overlap where several blocks share a multiprocessor.
+inline constexpr int fused_blocks_per_multiprocessor = 3;
+inline constexpr int64_t reserved_shared = 1024;  // bytes, for each block, by the system
+inline constexpr int64_t max_blocks = 0x7fffffff;
+inline constexpr int64_t max_columns = int64_t{1} << 30;  // kernels count columns in 32 bits
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How a row is cut into chunks. Only the row's length and type decide, since the cut decides the
+// bits of the result.
+struct ChunkPlan {
+  int columns;  // of a chunk
+  int count;
+};
+
+inline ChunkPlan plan_chunks(int64_t vocab_size, int64_t element_bytes) {
+  if (vocab_size > max_columns) throw std::invalid_argument("rows have too many columns");
+  int columns = int(tile_bytes / element_bytes);
+  while (ceil_div(vocab_size, columns) > max_chunks) columns *= 2;
+  return {columns, int(ceil_div(vocab_size, columns))};
+}
+
+// How blocks and warps share the rows.
+struct SharePlan {
+  int warps_per_row;   // 1: each warp has a row of its own
+  int blocks_per_row;  // more than 1: rows are too few to fill the device
+  int64_t blocks;
+  int threads;
+};
+
+// units: pieces of a row that are worth a warp.
+inline SharePlan plan_share(int64_t rows, int64_t units, const DeviceLimits& device,
+                            bool may_split) {
+  int warps = 1;
+  while (warps < max_warps_per_block && units >= 4 * warps) warps *= 2;
+  int64_t blocks_per_row = 1;
+  if (may_split && warps > 1 && rows < device.multiprocessors) {
+    // Two blocks for each multiprocessor, as far as every warp has work.
+    const int64_t wanted = ceil_div(2 * int64_t{device.multiprocessors}, std::max<int64_t>(rows, 1));
+    blocks_per_row = std::min(wanted, ceil_div(units, warps));
+  }
+  const int64_t blocks = warps == 1 ? ceil_div(rows, max_warps_per_block) : rows * blocks_per_row;
+  if (blocks > max_blocks) throw std::invalid_argument("too many rows for one launch");
+  return {warps, int(blocks_per_row), blocks, 32 * (warps == 1 ? max_warps_per_block : warps)};
+}
+
+struct StatsPlan {
+  ChunkPlan chunks;
+  SharePlan share;
+  int64_t shared_bytes;
+  int64_t workspace_bytes;  // device memory for chunks' states of split rows
+};
+
+inline StatsPlan plan_stats(int64_t rows, int64_t vocab_size, int64_t element_bytes,
+                            int64_t state_bytes, const DeviceLimits& device) {
+  const ChunkPlan chunks = plan_chunks(vocab_size, element_bytes);
+  const SharePlan share = plan_share(rows, chunks.count, device, true);
+  const int64_t states = chunks.count * state_bytes;
+  const bool is_split = share.blocks_per_row > 1;
+  return {chunks, share, is_split || share.warps_per_row == 1 ? 0 : states,
+          is_split ? rows * states : 0};
+}
+
+struct GradPlan {
+  SharePlan share;
+  int64_t shared_bytes;
+};
+
+// with_scale: the scale's gradient is summed over a row by one block.
+inline GradPlan plan_grad(int64_t rows, int64_t columns, int64_t element_bytes, bool with_scale,
+                          const DeviceLimits& device) {
+  if (columns > max_columns) throw std::invalid_argument("rows have too many columns");
+  const int64_t tiles = ceil_div(columns * element_bytes, tile_bytes);
+  const SharePlan share = plan_share(rows, tiles, device, !with_scale);
+  return {share, with_scale ? share.warps_per_row * int64_t{sizeof(double)} : 0};
+}
+
+struct FusedPlan {
+  bool is_fused;  // else the statistics' and the gradient's kernels do the work
+  ChunkPlan chunks;
+  int cluster;  // blocks for a row
+  int slice_chunks;
+  bool is_staged;  // the row is kept in shared memory; else it is read again
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+};
+
+inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_bytes,
+                            int64_t state_bytes, bool with_scale, const DeviceLimits& device) {
+  FusedPlan plan{};
+  plan.chunks = plan_chunks(vocab_size, element_bytes);
+  const int64_t states = ceil_div(plan.chunks.count * state_bytes, 16) * 16;
+  const auto slice_chunks = [&](int cluster) {
+    return int(ceil_div(plan.chunks.count, cluster));
+  };
+  const auto shared_bytes = [&](int cluster) {
+    const int64_t slice = std::min(int64_t{slice_chunks(cluster)} * plan.chunks.columns, vocab_size);
+    return states + ceil_div(slice * element_bytes, 16) * 16 + 16;  // 16: the row's skew
+  };
+  const int64_t comfortable = std::min(
+      device.shared_per_block,
+      device.shared_per_multiprocessor / fused_blocks_per_multiprocessor - reserved_shared);
+  int cluster = 1;
+  while (cluster < device.max_cluster && shared_bytes(cluster) > comfortable) cluster *= 2;
+  // Few rows: more blocks for each, while every warp has a chunk.
+  while (cluster < device.max_cluster && rows * cluster * 2 <= device.multiprocessors &&
+         plan.chunks.count >= 2 * cluster * max_warps_per_block) {
+    cluster *= 2;
+  }
+  plan.is_staged = shared_bytes(cluster) <= device.shared_per_block;
+  plan.cluster = plan.is_staged ? cluster : 1;
+  plan.slice_chunks = slice_chunks(plan.cluster);
+  plan.shared_bytes = plan.is_staged ? shared_bytes(cluster) : states;
+  const int warps = int(std::clamp<int64_t>(plan.slice_chunks, 1, max_warps_per_block));
+  plan.threads = 32 * warps;
+  plan.blocks = rows * plan.cluster;
+  // Short rows are better off with a warp each, and few long ones with the whole device.
+  const bool is_short = plan_share(rows, plan.chunks.count, device, false).warps_per_row == 1;
+  const bool is_idle = 2 * plan.blocks < device.multiprocessors &&
+                       plan.slice_chunks > 2 * max_warps_per_block;
+  plan.is_fused = !with_scale && !is_short && !is_idle && plan.blocks <= max_blocks;
+  return plan;
+}
+
+}  // namespace llmloss::cuda

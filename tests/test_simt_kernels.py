@@ -1,0 +1,372 @@
+"""The CUDA kernels, run by the emulator, against numpy float64.
+
+The sources are those that nvcc compiles. Sizes are chosen by what a kernel does at them: a vector
+holds 2 to 8 columns, a lane's batch and a warp's tile end at multiples of these, one to two tiles
+have a warp each, more have a block, and a small device makes few rows split and rows need clusters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("pybind11")
+from oracle import (  # noqa: E402
+    Problem,
+    cross_entropy,
+    cross_entropy_gradient,
+    row_stats,
+    stats_gradient,
+)
+from simt import build  # noqa: E402
+from simt.harness import SCHEDULES, STATISTICS, Case, library  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler")
+
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+TILE = {"float32": 1024, "bfloat16": 2048, "float16": 2048, "float64": 512}
+VALUE = {"float64": 1e-12}  # else 3e-6: statistics are float32
+GRADIENT = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 4e-3, "float16": 5e-4}
+MANY = (4, 227 << 10, 1)  # multiprocessors for which few rows are split
+PLAIN = ("log_prob", "lse")
+
+
+@pytest.fixture(scope="session")
+def modules() -> dict[str, Any]:
+    libraries = [library(dtype) for dtype in DTYPES]
+    build.build_all(libraries)
+    build.forget_old()
+    return {dtype: build.load(lib) for dtype, lib in zip(DTYPES, libraries, strict=True)}
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request: Any) -> tuple[int, int]:
+    return SCHEDULES[request.param]
+
+
+@pytest.fixture
+def kernels(modules: dict[str, Any], dtype: str) -> Any:
+    module = modules[dtype]
+    module.set_schedule(*SCHEDULES["forward"])
+    return module
+
+
+def problem(columns: int, rows: int = 3, seed: int = 0, **options: Any) -> Problem:
+    """Random logits, an ignored row, and any option of the operators."""
+    rng = np.random.default_rng(seed + columns)
+    logits = rng.normal(0, 4, (rows, columns))
+    vocab = options.get("vocab_size") or columns
+    target: Any = rng.integers(0, vocab, rows)
+    if rows > 1:
+        target[1] = options.get("ignore_index", -100)
+    if options.pop("probabilities", False):
+        target = rng.dirichlet(np.ones(columns), rows)
+    if options.pop("weighted", False):
+        options["weight"] = rng.uniform(0.5, 2, columns)
+        options["weight"][: columns // 3] = 0
+        if options["weight"].sum() == 0:
+            options["weight"][:] = 1
+    if options.pop("token_weighted", False):
+        options["token_weight"] = rng.uniform(0, 2, rows)
+    if options.pop("masked", False):
+        logits[:, rng.integers(0, columns, max(columns // 4, 1))] = -np.inf
+        logits[np.arange(rows), np.maximum(target, 0)] = 1.0
+    logits += options.pop("offset", 0.0)
+    return Problem(logits, target, **options)
+
+
+def check_stats(case: Case, out: dict[str, Any]) -> None:
+    expected = row_stats(case.problem)
+    tolerance = VALUE.get(case.dtype, 3e-6)
+    for name, values in out.items():
+        if name == "sum_exp":
+            want = np.where(case.problem.valid, np.exp(expected.log_sum), 0.0)
+        else:
+            want = getattr(expected, name)
+        want = np.where(case.problem.valid, want, 0) if name in ("reference", "sum_weights") else want
+        if name == "sum_weights" and np.all(values[case.problem.valid] == 0):
+            continue  # the mean was not asked for
+        # A capped -inf and a transformed tie may round to either side of the target.
+        np.testing.assert_allclose(
+            values, want, rtol=tolerance, atol=tolerance, err_msg=name, equal_nan=True
+        )
+
+
+def check_gradient(case: Case, actual: Any, expected: Any) -> None:
+    np.testing.assert_allclose(
+        actual, expected, rtol=GRADIENT[case.dtype], atol=GRADIENT[case.dtype], equal_nan=True
+    )
+
+
+def sizes(dtype: str) -> list[int]:
+    tile = TILE[dtype]
+    vector = tile // 256
+    near_vector = [1, 2, vector - 1, vector, vector + 1, 32 * vector, 32 * vector + 1]
+    near_tile = [tile // 2 + 3, tile - 1, tile, tile + vector + 1, 2 * tile, 2 * tile + 1]
+    return sorted({*near_vector, 257, *near_tile, 5 * tile + 7, 19 * tile - 1})
+
+
+SIZES = [(dtype, columns) for dtype in DTYPES for columns in sizes(dtype)]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "no option": {},
+    "scale": {"scale": 0.7},
+    "softcap": {"softcap": 5.0},
+    "scale and softcap": {"scale": 1.3, "softcap": 5.0},
+    "weight": {"weighted": True, "label_smoothing": 0.1},
+    "probabilities": {"probabilities": True, "label_smoothing": 0.1},
+    "weighted probabilities": {"probabilities": True, "weighted": True},
+    "columns masked by -inf": {"masked": True},
+    "large offset": {"offset": 1e4},
+    "z-loss and smoothing": {"z_loss": 1e-2, "label_smoothing": 0.2, "token_weighted": True},
+    "another ignore_index": {"ignore_index": 2, "token_weighted": True},
+}
+
+
+@pytest.mark.parametrize(("dtype", "columns"), SIZES)
+def test_statistics_at_every_kind_of_size(kernels: Any, dtype: str, columns: int) -> None:
+    for wanted in (PLAIN, STATISTICS):
+        for skew in (None, 0, 1, 3):
+            case = Case(kernels, dtype, problem(columns), skew)
+            check_stats(case, case.row_stats(wanted))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("columns", [61, 6200])
+def test_statistics_with_options(kernels: Any, dtype: str, option: str, columns: int) -> None:
+    if option == "large offset" and dtype == "float16":
+        pytest.skip("10,000 leaves float16 a step of 8")
+    for extra in ({}, {"vocab_size": columns - 5}):
+        case = Case(kernels, dtype, problem(columns, **OPTIONS[option], **extra), gap=3)
+        check_stats(case, case.row_stats())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_are_split_to_the_same_bits(kernels: Any, dtype: str, schedule: Any) -> None:
+    kernels.set_schedule(*schedule)
+    p = problem(17 * TILE[dtype] + 5)
+    whole, split = (Case(kernels, dtype, p, device=device) for device in ((1, 1, 1), MANY))
+    expected, actual = whole.row_stats(), split.row_stats()
+    assert whole.told["blocks_per_row"] == 1
+    assert split.told["blocks_per_row"] == 3
+    check_stats(split, actual)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(values, actual[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tiles", [1, 2, 5, 19])
+def test_a_rows_bits_do_not_depend_on_its_place(kernels: Any, dtype: str, tiles: int) -> None:
+    """Nor on the schedule: on other rows, on where it begins in memory, on who runs first."""
+    p = problem(tiles * TILE[dtype] - 3)
+    results = []
+    for schedule in SCHEDULES.values():
+        kernels.set_schedule(*schedule)
+        for skew in range(16 // np.dtype(Case(kernels, dtype, p).logits.array.dtype).itemsize):
+            results.append(Case(kernels, dtype, p, skew).row_stats())
+    alone = Problem(p.logits[2:], p.target[2:])
+    for result in results:
+        for name, values in result.items():
+            np.testing.assert_array_equal(values, results[0][name], name)
+    for name, values in Case(kernels, dtype, alone).row_stats().items():
+        assert values[0] == results[0][name][2], name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_too_long_for_one_state_a_tile(kernels: Any, dtype: str) -> None:
+    """More than 256 tiles: chunks of two."""
+    case = Case(kernels, dtype, problem(300 * TILE[dtype] + 11, rows=1), 1)
+    check_stats(case, case.row_stats())
+    assert case.told["chunks"] == 151
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+def test_rows_without_statistics(kernels: Any, dtype: str, special: float) -> None:
+    for columns in (40, 6200):
+        p = problem(columns, rows=4)
+        p.logits[0, columns // 2] = special
+        p.logits[2, :] = -np.inf
+        p.target[3] = columns
+        case = Case(kernels, dtype, p)
+        check_stats(case, case.row_stats())
+        grad, _ = Case(kernels, dtype, p).row_grad(grad_loss=np.ones(4))
+        check_gradient(case, grad, cross_entropy_gradient(case.problem).logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_not_active_are_not_read(kernels: Any, dtype: str) -> None:
+    p = problem(9000, rows=5)
+    p.target[[1, 2]] = -100
+    p.target[3] = -3
+    case = Case(kernels, dtype, p)
+    address = case.logits.row(0).nbytes
+    case.logits.memory.hide(address, 4 * address)
+    out = case.row_stats()
+    case.logits.memory.show()
+    check_stats(case, out)
+
+
+@pytest.mark.parametrize(("dtype", "columns"), SIZES)
+def test_gradients_at_every_kind_of_size(kernels: Any, dtype: str, columns: int) -> None:
+    grad_loss = np.array([0.5, 1.0, 2.0])
+    for options in ({}, {"label_smoothing": 0.1}, {"softcap": 5.0}):
+        p = problem(columns, **options)
+        # In place at two misalignments; elsewhere, aligned as the logits and otherwise.
+        for skew, out_skew in ((None, None), (1, None), (0, 0), (1, 1), (1, 0), (0, 1)):
+            case = Case(kernels, dtype, p, skew)
+            grad, _ = case.row_grad(grad_loss=grad_loss, skew=out_skew)
+            check_gradient(case, grad, cross_entropy_gradient(case.problem, grad_loss).logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("columns", [61, 6200])
+def test_gradients_with_options(kernels: Any, dtype: str, option: str, columns: int) -> None:
+    if option == "large offset" and dtype == "float16":
+        pytest.skip("10,000 leaves float16 a step of 8")
+    rng = np.random.default_rng(1)
+    grad_loss = rng.normal(0, 1, 3)
+    names = ("log_prob", "lse", "entropy", "mean_log_prob")
+    upstream = {name: rng.normal(0, 1, 3) for name in names}
+    if option == "columns masked by -inf":
+        del upstream["mean_log_prob"]  # it is -inf
+    for extra in ({}, {"vocab_size": columns - 5}):
+        p = problem(columns, **OPTIONS[option], **extra)
+        case = Case(kernels, dtype, p, gap=3)
+        grad, _ = case.row_grad(grad_loss=grad_loss)
+        check_gradient(case, grad, cross_entropy_gradient(case.problem, grad_loss).logits)
+        assert (case.logits.gaps() == 7).all()
+
+        case = Case(kernels, dtype, p, gap=3)
+        grad, scale = case.row_grad(upstream, with_scale=True)
+        expected = stats_gradient(case.problem, **upstream)
+        check_gradient(case, grad, expected.logits)
+        size = np.abs(expected.scale).max() + 1
+        tolerance = 1e-11 if dtype == "float64" else 2e-5
+        np.testing.assert_allclose(scale / size, expected.scale / size, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_statistic_has_a_gradient_of_its_own(kernels: Any, dtype: str, schedule: Any) -> None:
+    kernels.set_schedule(*schedule)
+    for columns in (61, 6200, 9 * TILE[dtype]):
+        for name in ("log_prob", "lse", "entropy", "mean_log_prob"):
+            case = Case(kernels, dtype, problem(columns), device=MANY)
+            upstream = {name: np.array([1.0, 1.0, -0.5])}
+            grad, _ = case.row_grad(upstream, skew=0)
+            check_gradient(case, grad, stats_gradient(case.problem, **upstream).logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_learnable_scale_is_read_on_the_device(kernels: Any, dtype: str) -> None:
+    case = Case(kernels, dtype, problem(6200, scale=0.6), scale_on_device=True)
+    check_stats(case, case.row_stats())
+    case = Case(kernels, dtype, problem(6200, scale=0.6), scale_on_device=True)
+    grad, _ = case.row_grad(grad_loss=np.ones(3), with_scale=True)
+    check_gradient(case, grad, cross_entropy_gradient(case.problem).logits)
+
+
+# Shared memory of a block, largest cluster, and what the plan makes of a row of 40 tiles (164 KB).
+CLUSTERS = {
+    "one block": ((1, 227 << 10, 1), 1, True),
+    "two blocks": ((1, 100 << 10, 16), 2, True),
+    "four blocks": ((1, 64 << 10, 16), 4, True),
+    "sixteen blocks": ((1, 32 << 10, 16), 16, True),
+    "read again": ((1, 64 << 10, 1), 1, False),
+    "sixteen for few rows": ((160, 227 << 10, 16), 2, True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_fused(kernels: Any, dtype: str, name: str, schedule: Any) -> None:
+    kernels.set_schedule(*schedule)
+    device, cluster, staged = CLUSTERS[name]
+    for skew in (None, 0, 1):
+        for options in ({}, {"label_smoothing": 0.1, "vocab_size": 39 * TILE[dtype] + 9}):
+            p = problem(40 * TILE[dtype] - 7, **options)
+            case = Case(kernels, dtype, p, skew, device=device)
+            out, grad = case.fused()
+            assert (case.told["cluster"], case.told["is_staged"]) == (cluster, staged)
+            expected = cross_entropy_gradient(case.problem).logits
+            check_stats(case, out)
+            check_gradient(case, grad, expected)
+            # The same bits as from the other two kernels.
+            other = Case(kernels, dtype, p, skew)
+            stats = other.row_stats(("log_prob", "lse", "mean_log_prob"))
+            for key, values in out.items():
+                np.testing.assert_array_equal(values, stats[key], key)
+
+
+@pytest.mark.parametrize(("dtype", "columns"), SIZES)
+def test_fused_at_every_kind_of_size(kernels: Any, dtype: str, columns: int) -> None:
+    for skew in (None, 0, 1, 3):
+        case = Case(kernels, dtype, problem(columns), skew, device=(1, 20 << 10, 8))
+        out, grad = case.fused(PLAIN)
+        check_stats(case, out)
+        check_gradient(case, grad, cross_entropy_gradient(case.problem).logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_fused_with_options(kernels: Any, dtype: str, option: str) -> None:
+    if option == "large offset" and dtype == "float16":
+        pytest.skip("10,000 leaves float16 a step of 8")
+    p = problem(6200, rows=4, **OPTIONS[option])
+    if p.has_indices:
+        p.target[3] = 6200  # out of range
+    case = Case(kernels, dtype, p, 1, gap=3, device=(1, 20 << 10, 8))
+    out, grad = case.fused()
+    check_stats(case, out)
+    check_gradient(case, grad, cross_entropy_gradient(case.problem).logits)
+    assert (case.logits.gaps() == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", ["no option", "weight", "z-loss and smoothing", "probabilities"])
+@pytest.mark.parametrize("rows", [1, 40, 1200])
+def test_losses(kernels: Any, dtype: str, option: str, rows: int, schedule: Any) -> None:
+    kernels.set_schedule(*schedule)
+    case = Case(kernels, dtype, problem(9, rows=rows, **OPTIONS[option]))
+    expected = cross_entropy(case.problem)
+    tolerance = VALUE.get(dtype, 3e-6)
+    for reduction in ("none", "mean", "sum"):
+        loss, denominator = case.loss(reduction)
+        want = expected.reduced(reduction)
+        np.testing.assert_allclose(loss, want, rtol=tolerance, atol=tolerance)
+        if reduction == "mean":
+            np.testing.assert_allclose(denominator, expected.denominator, rtol=tolerance)
+    loss, _ = case.loss("mean", 7.0)
+    np.testing.assert_allclose(loss, expected.reduced("mean", 7.0), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "columns"), SIZES)
+def test_scale(kernels: Any, dtype: str, columns: int) -> None:
+    for skew in (None, 1):
+        case = Case(kernels, dtype, problem(columns), skew, gap=1)
+        expected = case.logits.values() * 0.5
+        check_gradient(case, case.scaled(0.5), expected)
+        assert (case.logits.gaps() == 7).all()
+    case = Case(kernels, dtype, problem(columns))
+    address = case.logits.row(0).nbytes
+    case.logits.memory.hide(0, 3 * address)  # a factor of 1 reads nothing
+    case.kernels.scale(case._arguments() | {"factor": case._address([1.0], case.real)})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows(kernels: Any, dtype: str) -> None:
+    case = Case(kernels, dtype, Problem(np.zeros((0, 5)), np.zeros(0, np.int64)))
+    case.row_stats()
+    case.fused()
+    loss, denominator = case.loss("sum")
+    assert loss == 0
+    assert np.isnan(case.loss("mean")[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int32_targets(kernels: Any, dtype: str) -> None:
+    case = Case(kernels, dtype, problem(700), int64=False)
+    check_stats(case, case.row_stats())
