@@ -88,7 +88,8 @@ def check_stats(case: Case, out: dict[str, Any]) -> None:
         want = np.where(case.problem.valid, want, 0) if name in ("reference", "sum_weights") else want
         if name == "sum_weights" and np.all(values[case.problem.valid] == 0):
             continue  # the mean was not asked for
-        # A capped -inf and a transformed tie may round to either side of the target.
+        if name == "reference":  # of a row without statistics it may be anything
+            values, want = (np.where(np.isnan(expected.lse), 0, v) for v in (values, want))
         np.testing.assert_allclose(
             values, want, rtol=tolerance, atol=tolerance, err_msg=name, equal_nan=True
         )
@@ -274,9 +275,9 @@ CLUSTERS = {
     "one block": ((1, 227 << 10, 1), 1, True),
     "two blocks": ((1, 100 << 10, 16), 2, True),
     "four blocks": ((1, 64 << 10, 16), 4, True),
-    "sixteen blocks": ((1, 32 << 10, 16), 16, True),
+    "sixteen blocks": ((1, 16 << 10, 16), 16, True),
     "read again": ((1, 64 << 10, 1), 1, False),
-    "sixteen for few rows": ((160, 227 << 10, 16), 2, True),
+    "more for few rows": ((160, 227 << 10, 16), 4, True),
 }
 
 
