@@ -5,6 +5,7 @@ LLMLOSS_CUDA=0 leaves CUDA out. MAX_JOBS limits the compilers that run at once.
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,7 @@ def extension() -> CppExtension:
     else:
         flags += ["-DLLMLOSS_CUDA=1", "-DUSE_CUDA", *cuda.include_flags()]
         objects = [str(path) for path in cuda.compile_cuda(ROOT / "build" / "cuda")]
+        shutil.copy(ROOT / "build" / "cuda" / cuda.REPORT, ROOT / "llmloss_ext")
         libraries = cuda.link_flags()
     return CppExtension(
         "llmloss_ext._C",

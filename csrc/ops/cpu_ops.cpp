@@ -1,11 +1,9 @@
 // The operators on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include <sstream>
-#include <stdexcept>
-
 #include "../cpu/kernels.h"
 #include "operators.h"
+#include "target_check.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -35,21 +33,7 @@ struct CpuBackend {
   template <typename T>
   void check_targets(const Problem<T>& problem) const {
     const RowInputs<T>& in = problem.rows;
-    for (int64_t row = 0; row < in.rows; ++row) {
-      if (in.targets.ignored(row) || in.targets.in_range(row, in.vocab_size)) [[likely]]
-        continue;
-      std::ostringstream message;
-      message << "Target " << in.targets[row] << " at position ";
-      if (problem.target.dim() == 2) {
-        const int64_t inner = problem.target.size(1);
-        message << "(" << row / inner << ", " << row % inner << ")";
-      } else {
-        message << row;
-      }
-      message << " is out of bounds: expected a class in [0, " << in.vocab_size
-              << ") or ignore_index = " << in.targets.ignore_index << ".";
-      throw std::out_of_range(message.str());  // an IndexError in Python
-    }
+    check_targets_on_host(in.targets, problem.target, in.rows, in.vocab_size);
   }
 
   template <typename T>

@@ -34,4 +34,7 @@ STABLE_TORCH_LIBRARY(llmloss, m) {
       "bool with_grad_scale) -> (Tensor, Tensor)");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
   m.def("cpu_isa() -> int");
+  m.def(
+      "launch_plan(int rows, int vocab_size, int element_bytes, int multiprocessors, "
+      "int shared_per_block, int shared_per_multiprocessor, int max_cluster) -> str");
 }

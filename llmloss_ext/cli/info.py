@@ -1,27 +1,109 @@
-"""``llmloss info``: versions, instruction sets, and what is available."""
+"""``llmloss info``: versions, instruction sets, what is available, and how kernels are launched."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+from llmloss_ext.cli.errors import UserError
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+# Multiprocessors, bytes of shared memory a block and a multiprocessor, blocks of a cluster.
+H100 = (132, 227 << 10, 228 << 10, 16)
+
+
 def add_parser(subparsers: Any) -> None:
     """Adds the command's options."""
-    subparsers.add_parser("info", help="print versions, instruction sets and what is available")
+    parser = subparsers.add_parser(
+        "info", help="print versions, instruction sets and what is available"
+    )
+    parser.add_argument(
+        "--plan",
+        nargs=3,
+        metavar=("N", "V", "DTYPE"),
+        help="how the CUDA kernels are launched for N x V logits, e.g. 8192 128256 bfloat16",
+    )
 
 
-def run(_args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Prints one fact a line."""
+    if args.plan is not None:
+        print(plan(*args.plan))
+        return 0
     for name, value in facts():
         print(f"{name:<18} {value}")
+    for line in kernels():
+        print(line)
     return 0
+
+
+def plan(rows: str, vocab_size: str, dtype: str) -> str:
+    """How the CUDA kernels are launched, on this machine's device or else on an H100.
+
+    Args:
+        rows: Tokens, N.
+        vocab_size: Columns, V.
+        dtype: Of the logits, a key of `ELEMENT_BYTES`.
+
+    Raises:
+        UserError: An argument is not a number, is out of range, or names no dtype.
+    """
+    import torch
+
+    import llmloss_ext  # noqa: F401  (registers the operator)
+
+    if dtype not in ELEMENT_BYTES:
+        raise UserError(f"--plan: dtype must be one of {', '.join(ELEMENT_BYTES)}, got {dtype}")
+    try:
+        n, v = int(rows), int(vocab_size)
+    except ValueError:
+        raise UserError(f"--plan: N and V must be integers, got {rows} and {vocab_size}") from None
+    name, limits = _limits()
+    try:
+        text = torch.ops.llmloss.launch_plan(n, v, ELEMENT_BYTES[dtype], *limits)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--plan: {str(error).splitlines()[0]}") from None
+    return f"{n:,} x {v:,} {dtype} on {name}\n{text}"
+
+
+def _limits() -> tuple[str, tuple[int, int, int, int]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "an H100 (there is no CUDA device here)", H100
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    cluster = {9: 16, 10: 16}.get(device.major, 8 if device.major > 8 else 1)
+    shared = (device.shared_memory_per_block_optin, device.shared_memory_per_multiprocessor)
+    return device.name, (device.multi_processor_count, *shared, cluster)
+
+
+def kernels() -> list[str]:
+    """The CUDA kernels of this build: registers for each architecture, spilled bytes if any."""
+    report = Path(__file__).parents[1] / "cuda_kernels.json"
+    if not _has_cuda() or not report.exists():
+        return []
+    table: dict[str, dict[str, str]] = {}
+    for kernel in json.loads(report.read_text()):
+        spilled = f" ({kernel['spill_bytes']} B spilled)" if kernel["spill_bytes"] else ""
+        cell = f"{kernel['registers']}{spilled}"
+        if kernel["shared_bytes"]:
+            cell += f" {kernel['shared_bytes']} B shared"
+        table.setdefault(kernel["kernel"], {})[kernel["architecture"]] = cell
+    architectures = sorted({name for row in table.values() for name in row}, key=int)
+    lines = ["", "registers a thread; shared memory is asked for at launch: see --plan"]
+    lines.append(f"{'CUDA kernel':<34}" + "".join(f"{'sm_' + name:>8}" for name in architectures))
+    for name, row in sorted(table.items()):
+        lines.append(f"{name:<34}" + "".join(f"{row.get(arch, '-'):>8}" for arch in architectures))
+    return lines
 
 
 def facts() -> list[tuple[str, str]]:
@@ -58,11 +140,14 @@ def _isa() -> str:
     return active if forced is None else f"{active} (LLMLOSS_CPU_ISA={forced})"
 
 
-def _cuda() -> str:
+def _has_cuda() -> bool:
     import torch
 
-    registered = torch._C._dispatch_has_kernel_for_dispatch_key("llmloss::cross_entropy", "CUDA")
-    return "built" if registered else "not in this build"
+    return torch._C._dispatch_has_kernel_for_dispatch_key("llmloss::cross_entropy", "CUDA")
+
+
+def _cuda() -> str:
+    return "built" if _has_cuda() else "not in this build"
 
 
 def _train() -> str:

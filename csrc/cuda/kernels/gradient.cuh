@@ -10,7 +10,7 @@ template <typename T, bool plain>
 struct ColumnGradient {
   using Real = real_t<T>;
   static constexpr int width = Vector<T>::size;
-  static constexpr int unroll = 4;  // vectors under way together
+  static constexpr int unroll = sizeof(T) == 8 ? 2 : 4;  // vectors under way together
 
   const RowInputs<T>& in;
   LogitTransform<Real> transform;  // resolved

@@ -9,7 +9,7 @@ namespace llmloss::cuda {
 // Reads each active row once and writes its gradient, over the logits or elsewhere: 2 x rows x
 // columns x sizeof(T) bytes move, half of that for a row that is not active.
 template <typename T, bool plain>
-__global__ void __launch_bounds__(256, plain ? 4 : 2)
+__global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
     row_grad_kernel(const __grid_constant__ RowInputs<T> in,
                     const __grid_constant__ SavedStats<real_t<T>> saved,
                     const __grid_constant__ GradSource<real_t<T>> source,

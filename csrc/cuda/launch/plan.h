@@ -21,6 +21,7 @@ inline constexpr int max_chunks = 256;
 // Statistics and gradient of different rows overlap where several blocks share a multiprocessor.
 inline constexpr int fused_blocks_per_multiprocessor = 3;
 inline constexpr int64_t reserved_shared = 1024;  // bytes, for each block, by the system
+inline constexpr int64_t shortest_fused = 1024;  // bytes of a row
 inline constexpr int64_t max_blocks = 0x7fffffff;
 inline constexpr int64_t max_columns = int64_t{1} << 30;  // kernels count columns in 32 bits
 
@@ -135,10 +136,10 @@ inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_by
   const int warps = int(std::clamp<int64_t>(plan.slice_chunks, 1, max_warps_per_block));
   plan.threads = 32 * warps;
   plan.blocks = rows * plan.cluster;
-  // Short rows are better off with a warp each, and few long ones with the whole device.
-  const bool is_short = plan_share(rows, plan.chunks.count, device, false).warps_per_row == 1;
-  const bool is_idle = 2 * plan.blocks < device.multiprocessors &&
-                       plan.slice_chunks > 2 * max_warps_per_block;
+  // The shortest rows are better off with a warp each, and few long ones with the whole device.
+  const bool is_short = vocab_size * element_bytes < shortest_fused;
+  const bool is_idle =
+      2 * plan.blocks < device.multiprocessors && plan.slice_chunks > 2 * max_warps_per_block;
   plan.is_fused = !with_scale && !is_short && !is_idle && plan.blocks <= max_blocks;
   return plan;
 }

@@ -1,0 +1,145 @@
+// The operators on CUDA devices. Nothing here waits for the device, except where
+// LLMLOSS_CHECK_TARGETS=1 asks for it.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string_view>
+
+#include "../cuda/launch/launch.h"
+#include "operators.h"
+#include "target_check.h"
+
+namespace llmloss::ops {
+namespace {
+
+void check(int error) {
+  STD_TORCH_CHECK(error == 0, "llmloss: CUDA error: ", cuda::error_string(error));
+}
+
+cuda::DeviceLimits limits_of(int32_t device) {
+  static std::mutex mutex;
+  static std::map<int32_t, cuda::DeviceLimits> known;
+  const std::lock_guard lock(mutex);
+  auto found = known.find(device);
+  if (found == known.end()) {
+    cuda::DeviceLimits limits{};
+    check(cuda::device_limits(device, limits));
+    found = known.emplace(device, limits).first;
+  }
+  return found->second;
+}
+
+// The current stream as a cudaStream_t.
+void* current_stream(int32_t device) {
+#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+  return torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+#else
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+#endif
+}
+
+class CudaBackend {
+ public:
+  explicit CudaBackend(const Tensor& input)
+      : input_(input),
+        guard_(input.get_device_index()),
+        limits_(limits_of(input.get_device_index())),
+        stream_(current_stream(input.get_device_index())) {}
+
+  template <typename T>
+  void check_targets(const Problem<T>& problem) const {
+    const char* asked = std::getenv("LLMLOSS_CHECK_TARGETS");
+    if (asked == nullptr || std::string_view(asked) != "1" || !problem.has_indices()) return;
+    const Tensor on_host =
+        torch::stable::to(problem.target, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    Targets targets = problem.rows.targets;
+    if (on_host.numel() > 0) targets.data = on_host.data_ptr();
+    check_targets_on_host(targets, on_host, problem.rows.rows, problem.rows.vocab_size);
+  }
+
+  template <typename T>
+  void row_stats(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out) const {
+    using Kernels = cuda::RowKernels<T>;
+    const auto plan =
+        cuda::plan_stats(in.rows, in.vocab_size, sizeof(T), Kernels::state_bytes, limits_);
+    const Tensor workspace =
+        new_tensor(input_, std::array{plan.workspace_bytes}, ScalarType::Byte);
+    check(Kernels::row_stats(in, out, plan, workspace.data_ptr(), stream_));
+  }
+
+  template <typename T>
+  void row_grad(const RowInputs<T>& in, const SavedStats<real_t<T>>& saved,
+                const GradSource<real_t<T>>& source, const GradOutputs<T>& out) const {
+    const auto plan =
+        cuda::plan_grad(in.rows, in.columns, sizeof(T), out.grad_scale != nullptr, limits_);
+    check(cuda::RowKernels<T>::row_grad(in, saved, source, out, plan, stream_));
+  }
+
+  template <typename T>
+  void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
+             const GradSource<real_t<T>>& source, const GradOutputs<T>& grad) const {
+    using Kernels = cuda::RowKernels<T>;
+    const auto plan = cuda::plan_fused(in.rows, in.vocab_size, sizeof(T), Kernels::state_bytes,
+                                       grad.grad_scale != nullptr, limits_);
+    if (plan.is_fused) {
+      check(Kernels::fused(in, out, source, grad, plan, stream_));
+    } else {
+      row_stats(in, out);
+      row_grad(in, {out.reference, out.sum_exp, out.sum_weights, out.entropy}, source, grad);
+    }
+  }
+
+  template <typename Real>
+  void denominator(const LossRows<Real>& rows, Real* total) const {
+    check(cuda::LossKernels<Real>::denominator(rows, total, stream_));
+  }
+
+  template <typename Real>
+  void reduce_loss(const LossRows<Real>& rows, Reduction reduction, const Real* denominator,
+                   Real* loss) const {
+    check(cuda::LossKernels<Real>::reduce_loss(rows, reduction, denominator, loss, stream_));
+  }
+
+  template <typename Real>
+  void sum(const Real* values, int64_t count, Real* total) const {
+    check(cuda::LossKernels<Real>::sum(values, count, total, stream_));
+  }
+
+  template <typename T>
+  void scale(T* x, const RowLayout& layout, int64_t rows, int64_t columns,
+             const real_t<T>* factor) const {
+    const auto plan = cuda::plan_grad(rows, columns, sizeof(T), false, limits_);
+    check(cuda::RowKernels<T>::scale(x, layout, rows, columns, factor, plan, stream_));
+  }
+
+  Tensor new_gradient(const Tensor& input) const {
+    return new_tensor(input, sizes_of(input), input.scalar_type());
+  }
+
+ private:
+  Tensor input_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::DeviceLimits limits_;
+  void* stream_;
+};
+
+using Cuda = Operators<CudaBackend>;
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(llmloss, CUDA, m) {
+  m.impl("token_stats", TORCH_BOX(&Cuda::token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&Cuda::token_stats_backward));
+  m.impl("cross_entropy", TORCH_BOX(&Cuda::cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&Cuda::cross_entropy_backward));
+  m.impl("cross_entropy_backward_", TORCH_BOX(&Cuda::cross_entropy_backward_inplace));
+  m.impl("cross_entropy_fused_", TORCH_BOX(&Cuda::cross_entropy_fused));
+  m.impl("scale_", TORCH_BOX(&Cuda::scale));
+}
+
+}  // namespace llmloss::ops

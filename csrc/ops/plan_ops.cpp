@@ -1,0 +1,64 @@
+// What the launchers would do with a problem on a device of given limits, in words. Needs no device.
+#include <torch/csrc/stable/library.h>
+
+#include <sstream>
+
+#include "../core/row_stats.h"
+#include "../cuda/launch/plan.h"
+#include "arguments.h"
+
+namespace llmloss::ops {
+namespace {
+
+void tell(std::ostream& out, const cuda::SharePlan& share) {
+  if (share.warps_per_row == 1) {
+    out << "a warp for each row";
+  } else {
+    out << share.blocks_per_row << (share.blocks_per_row == 1 ? " block of " : " blocks of ")
+        << share.warps_per_row << " warps for each row";
+  }
+  out << "; " << share.blocks << " blocks of " << share.threads << " threads";
+}
+
+// Lines of "kernel: what is launched".
+std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
+                        int64_t multiprocessors, int64_t shared_per_block,
+                        int64_t shared_per_multiprocessor, int64_t max_cluster) {
+  STD_TORCH_CHECK(rows >= 0 && vocab_size >= 1, "llmloss: expected rows >= 0 and columns >= 1");
+  const cuda::DeviceLimits device{int(multiprocessors), shared_per_block,
+                                  shared_per_multiprocessor, int(max_cluster)};
+  const int64_t state_bytes =
+      element_bytes == 8 ? sizeof(PartialState<double>) : sizeof(PartialState<float>);
+  std::ostringstream out;
+  const auto stats = cuda::plan_stats(rows, vocab_size, element_bytes, state_bytes, device);
+  out << "chunks: " << stats.chunks.count << " of " << stats.chunks.columns
+      << " columns, each reduced by one warp\nrow_stats: ";
+  tell(out, stats.share);
+  out << "; " << stats.shared_bytes << " bytes of shared memory";
+  if (stats.workspace_bytes > 0) {
+    out << "; merged by a second kernel from " << stats.workspace_bytes << " bytes";
+  }
+  const auto grad = cuda::plan_grad(rows, vocab_size, element_bytes, false, device);
+  out << "\nrow_grad: ";
+  tell(out, grad.share);
+  const auto fused =
+      cuda::plan_fused(rows, vocab_size, element_bytes, state_bytes, false, device);
+  out << "\nfused: ";
+  if (!fused.is_fused) {
+    out << "row_stats, then row_grad in place";
+  } else {
+    out << (fused.cluster == 1 ? "one block" : "a cluster of " + std::to_string(fused.cluster) + " blocks")
+        << " for each row; " << fused.blocks << " blocks of " << fused.threads << " threads; "
+        << fused.shared_bytes << " bytes of shared memory; the row is "
+        << (fused.is_staged ? "kept there" : "read twice");
+  }
+  return out.str();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(llmloss, CompositeExplicitAutograd, m) {
+  m.impl("launch_plan", TORCH_BOX(&launch_plan));
+}
+
+}  // namespace llmloss::ops

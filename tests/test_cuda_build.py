@@ -1,0 +1,152 @@
+"""What can be said of the CUDA build without a GPU: it loads, is registered, and spills nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmloss_ext
+from llmloss_ext.cli import info, main
+
+ROOT = Path(__file__).parents[1]
+REPORT = Path(llmloss_ext.__file__).parent / "cuda_kernels.json"
+REGISTERS = 65536  # of a multiprocessor
+OPERATORS = (
+    "token_stats",
+    "token_stats_backward",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_backward_",
+    "cross_entropy_fused_",
+    "scale_",
+)
+
+
+def load_build() -> Any:
+    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build()
+needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc: CUDA is left out")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_kernels_are_registered(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"llmloss::{name}", "CUDA")
+
+
+def planned_threads(kernel: str) -> int:
+    """Threads of a multiprocessor that a kernel must leave registers for: chunks.cuh has them."""
+    if kernel.startswith(("reduce_loss", "denominator", "sum_")):
+        return 1024
+    name, _, parameters = kernel.partition("<")
+    if name in ("scale_kernel", "merge_rows_kernel"):
+        return 4 * 256
+    plain, wide = "true" in parameters, "double" in parameters
+    return (3 if plain and not wide else 2) * 256
+
+
+@needs_nvcc
+def test_no_kernel_spills_and_each_has_its_occupancy() -> None:
+    report = json.loads(REPORT.read_text())
+    per_architecture = {arch: 0 for arch in build.ARCHITECTURES}
+    for kernel in report:
+        per_architecture[kernel["architecture"]] += 1
+        assert kernel["stack_bytes"] == 0, kernel
+        assert kernel["spill_bytes"] == 0, kernel
+        # Registers are handed out in units of 8 a thread.
+        assert -(-kernel["registers"] // 8) * 8 * planned_threads(kernel["kernel"]) <= REGISTERS, kernel
+    # Eight for each of four types of logits, three for each type of statistics.
+    assert per_architecture == {arch: 8 * 4 + 3 * 2 for arch in build.ARCHITECTURES}
+
+
+def test_the_report_is_read_as_ptxas_writes_it() -> None:
+    text = (
+        "ptxas info    : Compiling entry function '_Z1kIfLb1EEvT_' for 'sm_90'\n"
+        "ptxas info    : Function properties for _Z1kIfLb1EEvT_\n"
+        "    16 bytes stack frame, 24 bytes spill stores, 8 bytes spill loads\n"
+        "ptxas info    : Used 80 registers, used 1 barriers, 512 bytes smem\n"
+    )
+    assert build.read_report(text) == [
+        {
+            "kernel": "k<float, true>",
+            "architecture": "90",
+            "registers": 80,
+            "shared_bytes": 512,
+            "stack_bytes": 16,
+            "spill_bytes": 32,
+        }
+    ]
+
+
+@needs_nvcc
+def test_info_lists_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "fused_kernel<BFloat16, true>" in out
+    assert all(f"sm_{arch}" in out for arch in build.ARCHITECTURES)
+
+
+def plan(rows: int, vocab_size: int, element_bytes: int, device: Any = info.H100) -> dict[str, str]:
+    text = torch.ops.llmloss.launch_plan(rows, vocab_size, element_bytes, *device)
+    return dict(line.split(": ", 1) for line in text.splitlines())
+
+
+def test_plans_of_common_sizes() -> None:
+    large = plan(8192, 128256, 2)
+    assert large["row_stats"].startswith("1 block of 8 warps for each row")
+    assert large["fused"].startswith("a cluster of 4 blocks")
+    assert "kept there" in large["fused"]
+    assert "a cluster of 16" in plan(8192, 262144, 4)["fused"]
+    assert plan(100_000, 300, 2)["row_stats"].startswith("a warp for each row")
+
+
+def test_few_rows_do_not_run_on_one_multiprocessor() -> None:
+    for vocab_size in (32000, 262144):
+        few = plan(1, vocab_size, 2)
+        assert not few["row_stats"].startswith("1 block")
+        assert "second kernel" in few["row_stats"]
+        assert not few["row_grad"].startswith("1 block")
+    no_clusters = (108, 163 << 10, 164 << 10, 1)
+    assert plan(1, 262144, 2, no_clusters)["fused"] == "row_stats, then row_grad in place"
+
+
+def test_a_rows_chunks_do_not_depend_on_the_number_of_rows() -> None:
+    for vocab_size in (1, 4096, 50257, 1 << 20):
+        assert len({plan(n, vocab_size, 2)["chunks"] for n in (1, 7, 1000, 1 << 20)}) == 1
+
+
+def test_info_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["info", "--plan", "8192", "128256", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "8,192 x 128,256 bfloat16 on " in out
+    assert "fused: " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["8192", "many", "bfloat16"], "must be integers"),
+        (["8192", "0", "bfloat16"], "columns >= 1"),
+        (["8192", "128256", "int8"], "must be one of"),
+        (["8192", str(1 << 31), "bfloat16"], "too many columns"),
+    ],
+)
+def test_a_wrong_plan_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["info", "--plan", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
