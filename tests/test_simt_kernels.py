@@ -145,6 +145,17 @@ def test_statistics_with_options(kernels: Any, dtype: str, option: str, columns:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_behind_the_vocabulary_do_not_count(kernels: Any, dtype: str) -> None:
+    for tiles in (1, 4):
+        for behind in (1, 9, TILE[dtype] // 2, TILE[dtype]):
+            columns = tiles * TILE[dtype] + behind
+            p = problem(columns, vocab_size=columns - behind + 1)
+            p.logits[:, columns - behind + 1 :] = np.inf
+            case = Case(kernels, dtype, p)
+            check_stats(case, case.row_stats())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_few_rows_are_split_to_the_same_bits(kernels: Any, dtype: str, schedule: Any) -> None:
     kernels.set_schedule(*schedule)
     p = problem(17 * TILE[dtype] + 5)

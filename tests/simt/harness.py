@@ -8,6 +8,7 @@ float64 arrays.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -28,9 +29,15 @@ STATE = ("reference", "sum_exp", "sum_weights")
 SCHEDULES = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1)}
 
 
-def library(dtype: str, flags: tuple[str, ...] = ("-O1",), root: Any = build.ROOT) -> build.Library:
-    """The emulated kernels of a logits type."""
-    name = f"simt_{dtype}"
+SANITIZED = os.environ.get("LLMLOSS_SIMT_SANITIZE") == "1"
+FLAGS = ("-O1", *build.SANITIZERS) if SANITIZED else ("-O1",)
+
+
+def library(
+    dtype: str, flags: tuple[str, ...] = FLAGS, root: Any = build.ROOT, name: str = ""
+) -> build.Library:
+    """The emulated kernels of a logits type. A process loads a module of one name only once."""
+    name = name or f"simt_{dtype}"
     defines = (f"-DLLMLOSS_SIMT_TYPE={TYPES[dtype]}", f"-DLLMLOSS_SIMT_MODULE={name}")
     source = build.HERE / "kernels.cpp"
     return build.Library(name, source, (*flags, *defines), root=root, pybind=True)

@@ -38,7 +38,9 @@ __device__ __forceinline__ T* dynamic_shared() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
 __device__ __forceinline__ unsigned cluster_blocks() { return __clusterSizeInBlocks(); }
+// All threads of the cluster meet; of the block, where it has one block.
 __device__ __forceinline__ void cluster_sync() {
+  if (cluster_blocks() == 1) return block_sync();
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 }
@@ -50,7 +52,7 @@ __device__ __forceinline__ T* peer_shared(T* mine, unsigned rank) {
 #else
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ unsigned cluster_blocks() { return 1; }
-__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_sync() { block_sync(); }
 template <typename T>
 __device__ __forceinline__ T* peer_shared(T* mine, unsigned) {
   return mine;

@@ -111,17 +111,15 @@ struct Columns {
     return from - margin >= first && to + margin <= end();
   }
 
-  // The vector at a column; elements from end() on are not read and hold zero bits.
+  // The vector at a column; nothing but its own elements is read where others may not be.
   __device__ __forceinline__ V load(int column) const {
     if (is_inside(column, column + V::size)) {
       return skew_of(at(column)) == 0 ? load_aligned(at(column))
                                       : load_skewed(at(column), skew_of(at(column)));
     }
-    V vector = {};
+    V vector;
 #pragma unroll
-    for (int i = 0; i < V::size; ++i) {
-      if (column + i < end()) vector.at[i] = *at(column + i);
-    }
+    for (int i = 0; i < V::size; ++i) vector.at[i] = *at(column + i);
     return vector;
   }
 };

@@ -19,15 +19,6 @@ __device__ __forceinline__ Columns<T> stage(const Columns<T>& from, T* room) {
   return {to, from.first, from.count};
 }
 
-// The blocks of a row meet.
-__device__ __forceinline__ void row_sync() {
-  if (simt::cluster_blocks() > 1) {
-    simt::cluster_sync();
-  } else {
-    simt::block_sync();
-  }
-}
-
 // A cluster of blocks for each row, each with `slice_chunks` of its chunks. Reads the logits once,
 // keeps them in shared memory, shares the chunks' states among the blocks, writes the gradient over
 // the logits: 2 x rows x columns x sizeof(T) bytes move, half of that for a row that is not active.
@@ -72,7 +63,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   const Wanted wanted = plain ? Wanted{} : Wanted::by(out);
   const auto reducer = reducer_of<T, plain>(in, transform, row, target, wanted);
   simt::wait_for_copies();
-  row_sync();  // the slice is here, and so are the other blocks
+  simt::cluster_sync();  // the slice is here, and so are the other blocks
 
   for (int chunk = first_chunk + int(simt::warp_index()); chunk < last_chunk;
        chunk += threads / int(warp_size)) {
@@ -81,7 +72,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
         reducer.chunk(columns, from, min_of(from + chunks.columns, vocab_size));
     if (simt::lane() < blocks) *simt::peer_shared(states + chunk, simt::lane()) = state;
   }
-  row_sync();  // all states are here, and all reads of the row are done
+  simt::cluster_sync();  // all states are here, and all reads of the row are done
   const State total = merge_chunks(states, chunks.count, wanted);
 
   const RowStats<double> stats = finalize_row(total, target.logit, in.vocab_size);

@@ -1,0 +1,97 @@
+"""A few seconds of emulated kernels that notice any one thing gone wrong in them.
+
+`find_fault` is what the mutants of the kernels are held against; `tests/test_simt_kernels.py` is the
+thorough one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from oracle import Problem, cross_entropy, cross_entropy_gradient, row_stats, stats_gradient
+
+from simt.harness import SCHEDULES, STATISTICS, Case
+
+TOLERANCES = {"bfloat16": (3e-6, 4e-3), "float32": (3e-6, 3e-6)}  # statistics, gradients
+
+
+def _problem(columns: int, rows: int = 3, **options: Any) -> Problem:
+    rng = np.random.default_rng(columns)
+    logits = rng.normal(0, 4, (rows, columns))
+    # Far from 0, and rising: a state that is not moved to a new maximum overflows.
+    logits += np.linspace(0, 200, columns)
+    target = rng.integers(0, options.get("vocab_size") or columns, rows)
+    target[0] = (options.get("vocab_size") or columns) - 1
+    if rows > 1:
+        target[1] = -100
+    return Problem(logits, target, **options)
+
+
+def _stats(case: Case, wanted: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
+    out, expected = case.row_stats(wanted), row_stats(case.problem)
+    for name in wanted:
+        yield out[name], getattr(expected, name)
+
+
+def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any]]:
+    """Which tolerance, what came, and what should have come."""
+    split = (4, 227 << 10, 1)
+    clusters = (1, 16 << 10, 8)
+    for columns, device in ((61, split), (2 * tile - 1, split), (9 * tile + 5, (1, 1, 1)),
+                            (9 * tile + 5, split), (300 * tile + 1, (1, 1, 1))):  # fmt: skip
+        rows = 3 if columns < 100 * tile else 1
+        for skew in (None, 0, 1):
+            for wanted in (("log_prob", "lse"), STATISTICS):
+                case = Case(kernels, dtype, _problem(columns, rows), skew, device=device)
+                yield from ((0, *pair) for pair in _stats(case, wanted))
+    # Columns that do not take part, in the last tile.
+    case = Case(kernels, dtype, _problem(4 * tile, vocab_size=4 * tile - 3))
+    yield from ((0, *pair) for pair in _stats(case, STATISTICS))
+    for columns, device in ((61, split), (9 * tile + 5, split)):
+        for skew, out in ((None, None), (1, None), (0, 1)):
+            p = _problem(columns, vocab_size=columns - 3)
+            case = Case(kernels, dtype, p, skew, gap=1, device=device)
+            grad, _ = case.row_grad(grad_loss=np.ones(3), skew=out)
+            yield 1, grad, cross_entropy_gradient(case.problem).logits
+            yield 1, case.logits.gaps(), np.full(2, 7.0)
+        upstream = {"entropy": np.array([1.0, 1.0, -2.0]), "log_prob": np.ones(3)}
+        case = Case(kernels, dtype, _problem(columns, softcap=50.0), 1, device=device)
+        grad, scale = case.row_grad(upstream, with_scale=True)
+        expected = stats_gradient(case.problem, **upstream)
+        size = np.abs(expected.scale).max() + 1
+        yield 1, grad, expected.logits
+        yield 1, scale / size, expected.scale / size
+    for columns in (61, 17 * tile + 5):
+        for device in ((1, 227 << 10, 1), clusters, (1, 1 << 10, 1)):
+            p = _problem(columns, vocab_size=columns - 3)
+            case = Case(kernels, dtype, p, 1, gap=1, device=device)
+            out, grad = case.fused(("log_prob", "lse"))
+            yield 0, out["log_prob"], row_stats(case.problem).log_prob
+            yield 1, grad, cross_entropy_gradient(case.problem).logits
+            yield 1, case.logits.gaps(), np.full(2, 7.0)
+    case = Case(kernels, dtype, _problem(9, 1200))
+    for reduction in ("none", "mean", "sum"):
+        loss, _ = case.loss(reduction)
+        yield 0, loss, cross_entropy(case.problem).reduced(reduction)
+    for skew in (None, 1):
+        case = Case(kernels, dtype, _problem(tile + 3), skew, gap=1)
+        expected = case.logits.values() * 0.5
+        yield 1, case.scaled(0.5), expected
+        yield 1, case.logits.gaps(), np.full(2, 7.0)
+
+
+def find_fault(kernels: Any, dtype: str) -> str | None:
+    """What is wrong under one schedule or another, or None."""
+    for name, schedule in SCHEDULES.items():
+        kernels.set_schedule(*schedule)
+        try:
+            with np.errstate(invalid="ignore", over="ignore"):
+                for which, actual, expected in _checks(kernels, dtype, kernels.tile_columns):
+                    tolerance = TOLERANCES[dtype][which]
+                    if not np.allclose(actual, expected, tolerance, tolerance, equal_nan=True):
+                        return f"wrong values, {name}"
+        except RuntimeError as error:  # a fault, a deadlock, shared memory out of bounds
+            return f"{error}, {name}"
+    return None
