@@ -120,6 +120,8 @@ cpp-test: $(SETUP)  ## C++ tests of the torch-free core and kernels
 sanitize: $(SETUP)  ## The same under AddressSanitizer and UBSan
 	@echo "C++ tests under AddressSanitizer and UBSan"
 	$(call ctest,build/sanitize,-DCMAKE_BUILD_TYPE=Debug -DLLMLOSS_SANITIZE=ON)
+	@echo "Emulated CUDA kernels under AddressSanitizer and UBSan"
+	@$(PY) tests/simt/sanitize.py
 
 bench: build  ## Times the losses against torch (about two minutes)
 	@$(PY) -m bench

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.cases import Case, cross_entropy_cases, option_cases, small_cases
+from bench.gpu_cases import gpu_suites, missing_peers
 from bench.timing import measure
 from llmloss_ext.cli.info import ISAS
 
@@ -35,9 +36,18 @@ def machine() -> dict[str, object]:
         "isa": ISAS[torch.ops.llmloss.cpu_isa()],
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **_gpu(),
         "date": date.today().isoformat(),
         "commit": commit,
     }
+
+
+def _gpu() -> dict[str, object]:
+    if not torch.cuda.is_available():
+        return {}
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver, clock": told}
 
 
 def result(case: Case) -> dict[str, object]:
@@ -49,9 +59,13 @@ def result(case: Case) -> dict[str, object]:
         "milliseconds": {name: round(t * 1e3, 3) for name, t in times.items()},
         "spread": {c.name: round(c.spread, 3) for c in case.contenders},
         "times_faster_than": {
-            name: round(t / ours, 2) for name, t in times.items() if name not in ("llmloss", "copy")
+            name: round(t / ours, 2)
+            for name, t in times.items()
+            if name not in ("llmloss", "copy", "read")
         },
     }
+    if "read" in times:
+        figures["share_of_read_bandwidth"] = round(times["read"] / ours, 3)
     if "copy" in times:
         size = case.rows * case.columns * case.dtype.itemsize
         figures["gigabytes_per_second"] = round(case.bytes / ours / 1e9, 2)
@@ -64,12 +78,13 @@ def result(case: Case) -> dict[str, object]:
 
 def show(console: Console, results: list[dict]) -> None:
     """The figures as a table."""
-    table = Table(title="llmloss_ext beside torch (median milliseconds; x: times faster)")
-    for column in ("case", "llmloss", "torch", "compile", "plain", "GB/s", "of copy"):
+    names = list(dict.fromkeys(name for r in results for name in r["times_faster_than"]))
+    table = Table(title="llmloss_ext beside others (median milliseconds; x: times faster)")
+    for column in ("case", "llmloss", *names, "GB/s", "of copy"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for r in results:
         cells = [r["case"], f"{r['milliseconds']['llmloss']:.2f}"]
-        for peer in ("torch", "compile", "plain"):
+        for peer in names:
             time, ratio = r["milliseconds"].get(peer), r["times_faster_than"].get(peer)
             cells.append("" if time is None else f"{time:.2f} ({ratio}x)")
         cells.append(str(r.get("gigabytes_per_second", "")))
@@ -94,6 +109,10 @@ def main() -> None:
         lambda: cross_entropy_cases(1024, 128256),
         lambda: option_cases(1024, 128256),
     ]
+    if torch.cuda.is_available():
+        suites = gpu_suites()
+        for line in missing_peers():
+            console.print(line)
     results = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("timing", total=len(suites))

@@ -45,12 +45,15 @@ class Case:
 class Inputs:
     """Logits and targets of one size; contenders that overwrite the logits get a fresh copy."""
 
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.logits = (torch.randn(rows, columns, generator=generator) * 2).to(dtype)
-        self.target = torch.randint(0, columns, (rows,), generator=generator)
+    def __init__(
+        self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        like = {"generator": generator, "device": device}
+        self.logits = (torch.randn(rows, columns, **like) * 2).to(dtype)
+        self.target = torch.randint(0, columns, (rows,), **like)
         self.half = self.target.clone()
-        self.half[torch.randperm(rows, generator=generator)[: rows // 2]] = -100
+        self.half[torch.randperm(rows, **like)[: rows // 2]] = -100
         self.scratch = self.logits.clone()
 
     @property
@@ -65,7 +68,8 @@ class Inputs:
     def overwritable(self) -> tuple[Tensor]:
         """Logits that are not a leaf, over memory that may be overwritten."""
         self.scratch.copy_(self.logits)
-        return (_Passed.apply(self.scratch, torch.zeros((), requires_grad=True)),)
+        anchor = torch.zeros((), requires_grad=True, device=self.scratch.device)
+        return (_Passed.apply(self.scratch, anchor),)
 
 
 class _Passed(torch.autograd.Function):
@@ -80,7 +84,7 @@ class _Passed(torch.autograd.Function):
         return None, grad.new_zeros(())
 
 
-def _backward(loss: Loss, target: Tensor) -> Callable[[Tensor], object]:
+def backward_of(loss: Loss, target: Tensor) -> Callable[[Tensor], object]:
     def run(logits: Tensor) -> object:
         value = loss(logits, target)
         value.backward()
@@ -89,18 +93,18 @@ def _backward(loss: Loss, target: Tensor) -> Callable[[Tensor], object]:
     return run
 
 
-def _torch_loss(logits: Tensor, target: Tensor) -> Tensor:
+def torch_loss(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-def _inplace(logits: Tensor, target: Tensor) -> Tensor:
+def inplace_loss(logits: Tensor, target: Tensor) -> Tensor:
     return llmloss_ext.cross_entropy(logits, target, inplace=True)
 
 
 def cross_entropy_cases(rows: int, columns: int) -> list[Case]:
     """The table of the foundation issue at one size."""
     cases = []
-    compiled = torch.compile(_torch_loss, fullgraph=True)
+    compiled = torch.compile(torch_loss, fullgraph=True)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = Inputs(rows, columns, dtype)
         target, size = inputs.target, inputs.bytes
@@ -119,18 +123,18 @@ def cross_entropy_cases(rows: int, columns: int) -> list[Case]:
 
         forward = [
             Contender("llmloss", llmloss_ext.cross_entropy, lambda i=inputs: (i.logits, i.target)),
-            Contender("torch", _torch_loss, lambda i=inputs: (i.logits, i.target)),
+            Contender("torch", torch_loss, lambda i=inputs: (i.logits, i.target)),
             Contender("compile", compiled, lambda i=inputs: (i.logits, i.target)),
         ]
         case("forward", size, forward)
         peers = [
-            Contender("torch", _backward(_torch_loss, target), inputs.leaf),
-            Contender("compile", _backward(compiled, target), inputs.leaf),
+            Contender("torch", backward_of(torch_loss, target), inputs.leaf),
+            Contender("compile", backward_of(compiled, target), inputs.leaf),
         ]
-        ours = Contender("llmloss", _backward(llmloss_ext.cross_entropy, target), inputs.leaf)
+        ours = Contender("llmloss", backward_of(llmloss_ext.cross_entropy, target), inputs.leaf)
         case("forward+backward", 3 * size, [ours, *peers])
         peers = [Contender(p.name, p.run, p.setup) for p in peers]
-        ours = Contender("llmloss", _backward(_inplace, target), inputs.overwritable)
+        ours = Contender("llmloss", backward_of(inplace_loss, target), inputs.overwritable)
         case("forward+backward, inplace", 2 * size, [ours, *peers])
     return cases
 
@@ -144,7 +148,7 @@ def option_cases(rows: int, columns: int) -> list[Case]:
         return Contender("plain", lambda: llmloss_ext.cross_entropy(logits, target))
 
     def plain_inplace() -> Contender:
-        return Contender("plain", _backward(_inplace, target), inputs.overwritable)
+        return Contender("plain", backward_of(inplace_loss, target), inputs.overwritable)
 
     options: list[tuple[str, Callable[[], object]]] = [
         ("half of the rows ignored", lambda: llmloss_ext.cross_entropy(logits, inputs.half)),
@@ -160,7 +164,7 @@ def option_cases(rows: int, columns: int) -> list[Case]:
         Case(name, rows, columns, torch.float32, inputs.bytes, [Contender("llmloss", run), plain()])
         for name, run in options
     ]
-    half = Contender("llmloss", _backward(_inplace, inputs.half), inputs.overwritable)
+    half = Contender("llmloss", backward_of(inplace_loss, inputs.half), inputs.overwritable)
     name = "half of the rows ignored, forward+backward inplace"
     return [
         *cases,
@@ -183,8 +187,8 @@ def small_cases() -> list[Case]:
     cases = []
     for name, logits in (("forward", inputs.logits), ("forward+backward", leaf)):
         contenders = []
-        for who, loss in (("llmloss", llmloss_ext.cross_entropy), ("torch", _torch_loss)):
-            step = _backward(loss, inputs.target)
+        for who, loss in (("llmloss", llmloss_ext.cross_entropy), ("torch", torch_loss)):
+            step = backward_of(loss, inputs.target)
 
             def run(step=step, loss=loss, logits=logits) -> object:
                 return step(logits) if logits.requires_grad else loss(logits, inputs.target)

@@ -60,15 +60,17 @@ def planned_threads(kernel: str) -> int:
 @needs_nvcc
 def test_no_kernel_spills_and_each_has_its_occupancy() -> None:
     report = json.loads(REPORT.read_text())
-    per_architecture = {arch: 0 for arch in build.ARCHITECTURES}
+    per_architecture = dict.fromkeys(build.ARCHITECTURES, 0)
     for kernel in report:
         per_architecture[kernel["architecture"]] += 1
         assert kernel["stack_bytes"] == 0, kernel
         assert kernel["spill_bytes"] == 0, kernel
         # Registers are handed out in units of 8 a thread.
-        assert -(-kernel["registers"] // 8) * 8 * planned_threads(kernel["kernel"]) <= REGISTERS, kernel
+        assert -(-kernel["registers"] // 8) * 8 * planned_threads(kernel["kernel"]) <= REGISTERS, (
+            kernel
+        )
     # Eight for each of four types of logits, three for each type of statistics.
-    assert per_architecture == {arch: 8 * 4 + 3 * 2 for arch in build.ARCHITECTURES}
+    assert per_architecture == dict.fromkeys(build.ARCHITECTURES, 8 * 4 + 3 * 2)
 
 
 def test_the_report_is_read_as_ptxas_writes_it() -> None:

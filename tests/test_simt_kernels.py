@@ -85,7 +85,9 @@ def check_stats(case: Case, out: dict[str, Any]) -> None:
             want = np.where(case.problem.valid, np.exp(expected.log_sum), 0.0)
         else:
             want = getattr(expected, name)
-        want = np.where(case.problem.valid, want, 0) if name in ("reference", "sum_weights") else want
+        want = (
+            np.where(case.problem.valid, want, 0) if name in ("reference", "sum_weights") else want
+        )
         if name == "sum_weights" and np.all(values[case.problem.valid] == 0):
             continue  # the mean was not asked for
         if name == "reference":  # of a row without statistics it may be anything
@@ -373,7 +375,7 @@ def test_no_rows(kernels: Any, dtype: str) -> None:
     case = Case(kernels, dtype, Problem(np.zeros((0, 5)), np.zeros(0, np.int64)))
     case.row_stats()
     case.fused()
-    loss, denominator = case.loss("sum")
+    loss, _ = case.loss("sum")
     assert loss == 0
     assert np.isnan(case.loss("mean")[0])
 

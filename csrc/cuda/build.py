@@ -24,7 +24,9 @@ REPORT = "cuda_kernels.json"
 def find_nvcc() -> str | None:
     """Of CUDA_HOME, else on PATH, else where the toolkit is installed by default."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [str(Path(home, "bin"))] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    places = (
+        [str(Path(home, "bin"))] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    )
     return next((found for place in places if (found := shutil.which("nvcc", path=place))), None)
 
 
@@ -104,7 +106,9 @@ def _command() -> list[str]:
 
 def read_report(text: str) -> list[dict[str, str | int]]:
     """What ptxas -v says of each kernel: registers, spills, stack frame, by architecture."""
-    text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
+    ).stdout
     pattern = re.compile(
         r"Compiling entry function '(?P<name>.*?)' for 'sm_(?P<arch>\d+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "

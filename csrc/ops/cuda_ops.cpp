@@ -55,8 +55,8 @@ class CudaBackend {
   void check_targets(const Problem<T>& problem) const {
     const char* asked = std::getenv("LLMLOSS_CHECK_TARGETS");
     if (asked == nullptr || std::string_view(asked) != "1" || !problem.has_indices()) return;
-    const Tensor on_host =
-        torch::stable::to(problem.target, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    const Tensor on_host = torch::stable::to(
+        problem.target, torch::stable::Device(torch::headeronly::DeviceType::CPU));
     Targets targets = problem.rows.targets;
     if (on_host.numel() > 0) targets.data = on_host.data_ptr();
     check_targets_on_host(targets, on_host, problem.rows.rows, problem.rows.vocab_size);
@@ -67,8 +67,7 @@ class CudaBackend {
     using Kernels = cuda::RowKernels<T>;
     const auto plan =
         cuda::plan_stats(in.rows, in.vocab_size, sizeof(T), Kernels::state_bytes, limits_);
-    const Tensor workspace =
-        new_tensor(input_, std::array{plan.workspace_bytes}, ScalarType::Byte);
+    const Tensor workspace = new_tensor(input_, std::array{plan.workspace_bytes}, ScalarType::Byte);
     check(Kernels::row_stats(in, out, plan, workspace.data_ptr(), stream_));
   }
 

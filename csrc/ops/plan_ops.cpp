@@ -1,4 +1,5 @@
-// What the launchers would do with a problem on a device of given limits, in words. Needs no device.
+// What the launchers would do with a problem on a device of given limits, in words. Needs no
+// device.
 #include <torch/csrc/stable/library.h>
 
 #include <sstream>
@@ -25,8 +26,8 @@ std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
                         int64_t multiprocessors, int64_t shared_per_block,
                         int64_t shared_per_multiprocessor, int64_t max_cluster) {
   STD_TORCH_CHECK(rows >= 0 && vocab_size >= 1, "llmloss: expected rows >= 0 and columns >= 1");
-  const cuda::DeviceLimits device{int(multiprocessors), shared_per_block,
-                                  shared_per_multiprocessor, int(max_cluster)};
+  const cuda::DeviceLimits device{int(multiprocessors), shared_per_block, shared_per_multiprocessor,
+                                  int(max_cluster)};
   const int64_t state_bytes =
       element_bytes == 8 ? sizeof(PartialState<double>) : sizeof(PartialState<float>);
   std::ostringstream out;
@@ -41,13 +42,13 @@ std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
   const auto grad = cuda::plan_grad(rows, vocab_size, element_bytes, false, device);
   out << "\nrow_grad: ";
   tell(out, grad.share);
-  const auto fused =
-      cuda::plan_fused(rows, vocab_size, element_bytes, state_bytes, false, device);
+  const auto fused = cuda::plan_fused(rows, vocab_size, element_bytes, state_bytes, false, device);
   out << "\nfused: ";
   if (!fused.is_fused) {
     out << "row_stats, then row_grad in place";
   } else {
-    out << (fused.cluster == 1 ? "one block" : "a cluster of " + std::to_string(fused.cluster) + " blocks")
+    out << (fused.cluster == 1 ? "one block"
+                               : "a cluster of " + std::to_string(fused.cluster) + " blocks")
         << " for each row; " << fused.blocks << " blocks of " << fused.threads << " threads; "
         << fused.shared_bytes << " bytes of shared memory; the row is "
         << (fused.is_staged ? "kept there" : "read twice");

@@ -1,7 +1,7 @@
 """A few seconds of emulated kernels that notice any one thing gone wrong in them.
 
-`find_fault` is what the mutants of the kernels are held against; `tests/test_simt_kernels.py` is the
-thorough one.
+`find_fault` is what the mutants of the kernels are held against; `tests/test_simt_kernels.py` is
+the thorough one.
 """
 
 from __future__ import annotations

@@ -20,7 +20,12 @@ from simt import build
 from simt.memory import GuardedMemory
 
 TYPES = {"float32": "float", "float64": "double", "bfloat16": "BFloat16", "float16": "Half"}
-STORAGE = {"float32": np.float32, "float64": np.float64, "bfloat16": np.uint16, "float16": np.float16}
+STORAGE = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "bfloat16": np.uint16,
+    "float16": np.float16,
+}
 # Multiprocessors, shared memory of a block in bytes, largest cluster. With one multiprocessor and
 # large blocks no row is split.
 ONE = (1, 227 << 10, 1)
@@ -88,8 +93,15 @@ class Rows:
 
     def gaps(self) -> Any:
         """What lies between the rows, which nobody may write."""
-        gaps = [self.array[(r + 1) * self.stride - (self.stride - self.columns) :][: self.stride - self.columns] for r in range(self.rows - 1)]
-        return np.concatenate([to_float64(gap, self.dtype) for gap in gaps]) if gaps else np.zeros(0)
+        gaps = [
+            self.array[(r + 1) * self.stride - (self.stride - self.columns) :][
+                : self.stride - self.columns
+            ]
+            for r in range(self.rows - 1)
+        ]
+        return (
+            np.concatenate([to_float64(gap, self.dtype) for gap in gaps]) if gaps else np.zeros(0)
+        )
 
     @property
     def address(self) -> int:

@@ -107,7 +107,8 @@ cuda::DeviceLimits limits(const py::dict& d) {
   const auto [multiprocessors, shared_per_block, max_cluster] =
       d["device"].cast<std::tuple<int, int64_t, int>>();
   // Room enough in a multiprocessor that only the block's own limit counts.
-  const int64_t shared = cuda::fused_blocks_per_multiprocessor * (shared_per_block + cuda::reserved_shared);
+  const int64_t shared =
+      cuda::fused_blocks_per_multiprocessor * (shared_per_block + cuda::reserved_shared);
   return {multiprocessors, shared_per_block, shared, max_cluster};
 }
 

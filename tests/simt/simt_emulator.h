@@ -72,8 +72,8 @@ enum class Wait : unsigned char {
 };
 
 inline const char* name_of(Wait wait) {
-  static constexpr const char* names[] = {"block_sync",  "warp_sync",    "cluster_sync",
-                                          "shuffle_xor", "shuffle_down", "shuffle",
+  static constexpr const char* names[] = {"block_sync",     "warp_sync",    "cluster_sync",
+                                          "shuffle_xor",    "shuffle_down", "shuffle",
                                           "wait_for_copies"};
   return names[int(wait)];
 }
@@ -285,7 +285,9 @@ class Cluster {
     Context::switch_to(thread.context, host_);
   }
 
-  void copy_later(void* to, const Words& words) { threads_[current_].copies.push_back({to, words}); }
+  void copy_later(void* to, const Words& words) {
+    threads_[current_].copies.push_back({to, words});
+  }
 
   void finish_copies(const Place& place) {
     record(Wait::copies, place, 0);

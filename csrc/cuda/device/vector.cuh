@@ -65,7 +65,7 @@ __device__ __forceinline__ Vector<T> load_skewed(const T* at, unsigned skew) {
 // `count` elements in memory as whole aligned vectors, with single elements before and behind.
 template <typename T>
 struct Peeled {
-  int head;     // singles before
+  int head;  // singles before
   int vectors;
   int tail;     // where the singles behind begin
   int singles;  // before and behind
@@ -78,9 +78,7 @@ struct Peeled {
     singles = head + (count - tail);
   }
   __device__ __forceinline__ int vector(int v) const { return head + v * Vector<T>::size; }
-  __device__ __forceinline__ int single(int i) const {
-    return i < head ? i : tail + (i - head);
-  }
+  __device__ __forceinline__ int single(int i) const { return i < head ? i : tail + (i - head); }
 
   // Calls on_vector and on_single with where they begin, this thread's share of all of them.
   template <typename OnVector, typename OnSingle>
@@ -104,8 +102,8 @@ struct Columns {
   __device__ __forceinline__ int end() const { return first + count; }
   __device__ __forceinline__ unsigned skew() const { return skew_of(data); }
 
-  // Whether vectors can be read anywhere within [from, to) without a look at the ends: a skewed load
-  // touches up to one vector before and behind.
+  // Whether vectors can be read anywhere within [from, to) without a look at the ends: a skewed
+  // load touches up to one vector before and behind.
   __device__ __forceinline__ bool is_inside(int from, int to) const {
     const int margin = skew() == 0 ? 0 : V::size;
     return from - margin >= first && to + margin <= end();

@@ -3,8 +3,8 @@
 // A row is cut into chunks of whole tiles; a tile is 4 KB, eight 16-byte vectors for each lane of a
 // warp. One warp reduces a chunk to one PartialState, and lane i of a warp merges the chunks i,
 // i + 32, ... before the lanes are merged. Cut and order depend on the row's length and type alone.
-// So the bits of a row are the same whether a warp, a block, a cluster or many blocks work on it, in
-// whatever batch it stands, and wherever in memory it begins.
+// So the bits of a row are the same whether a warp, a block, a cluster or many blocks work on it,
+// in whatever batch it stands, and wherever in memory it begins.
 #pragma once
 
 #include "../../core/rows.h"
@@ -16,10 +16,10 @@ namespace llmloss::cuda {
 inline constexpr int tile_vectors = 8;  // for each lane
 
 template <typename T>
-inline constexpr int tile_columns = int{warp_size} * tile_vectors* Vector<T>::size;
+inline constexpr int tile_columns = int{warp_size} * tile_vectors * Vector<T>::size;
 
-// Threads of a block at most, and how many such blocks a multiprocessor holds: what bounds a kernel's
-// registers. tests/test_cuda_build.py reads the compiler's report for them.
+// Threads of a block at most, and how many such blocks a multiprocessor holds: what bounds a
+// kernel's registers. tests/test_cuda_build.py reads the compiler's report for them.
 inline constexpr int block_size = 256;
 template <typename T, bool plain>
 inline constexpr int planned_blocks = plain && sizeof(T) < 8 ? 3 : 2;

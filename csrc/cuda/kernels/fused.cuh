@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   for (int chunk = first_chunk + int(simt::warp_index()); chunk < last_chunk;
        chunk += threads / int(warp_size)) {
     const int from = chunk * chunks.columns;
-    const State state =
-        reducer.chunk(columns, from, min_of(from + chunks.columns, vocab_size));
+    const State state = reducer.chunk(columns, from, min_of(from + chunks.columns, vocab_size));
     if (simt::lane() < blocks) *simt::peer_shared(states + chunk, simt::lane()) = state;
   }
   simt::cluster_sync();  // all states are here, and all reads of the row are done

@@ -16,14 +16,14 @@ struct ColumnGradient {
   LogitTransform<Real> transform;  // resolved
   int64_t row;
   GradRow<Real> grad;
-  int target;   // its column; -1: none
+  int target;       // its column; -1: none
   bool with_scale;  // whether the scale's gradient is asked for
 
   // Writes the columns [begin, end) of the row to `out`, their place in memory. The threads of the
   // row's share work side by side: this one is `thread` of `threads`. Returns its part of the
   // scale's gradient.
-  __device__ __forceinline__ double write(const Columns<T>& logits, T* out, int begin,
-                                        int end, int thread, int threads) const {
+  __device__ __forceinline__ double write(const Columns<T>& logits, T* out, int begin, int end,
+                                          int thread, int threads) const {
     Pass pass;
     if (with_scale) {
       // A sum, whose order must not depend on where in memory the row begins.
@@ -77,8 +77,7 @@ struct ColumnGradient {
     }
   }
 
-  __device__ __forceinline__ Vector<T> vector(const Vector<T>& raw, int column,
-                                              Pass& pass) const {
+  __device__ __forceinline__ Vector<T> vector(const Vector<T>& raw, int column, Pass& pass) const {
     const unsigned place = unsigned(target) - unsigned(column);
     if (place < unsigned(width)) {
       pass.has_target = true;
@@ -117,8 +116,7 @@ struct ColumnGradient {
 
   __device__ __forceinline__ T at_target(T raw, Pass& pass) const {
     const Real x = plain ? to_real(raw) : transform.apply(to_real(raw));
-    const Real g =
-        target_gradient(grad.c, (x - grad.reference) - grad.log_sum, weight(target));
+    const Real g = target_gradient(grad.c, (x - grad.reference) - grad.log_sum, weight(target));
     if constexpr (plain) {
       return stored(g);
     } else {
@@ -150,8 +148,7 @@ struct ColumnGradient {
 
 // Zeros in the columns [begin, end) of a row.
 template <typename T>
-__device__ __forceinline__ void write_zeros(T* row, int begin, int end, int thread,
-                                            int threads) {
+__device__ __forceinline__ void write_zeros(T* row, int begin, int end, int thread, int threads) {
   T* const at = row + begin;
   Peeled<T>(at, end - begin)
       .each(

@@ -41,9 +41,8 @@ __device__ __forceinline__ Columns<T> logits_of(const RowInputs<T>& in, int64_t 
 }
 
 template <typename T>
-__device__ __forceinline__ void write_row(const RowInputs<T>& in,
-                                          const RowOutputs<real_t<T>>& out, int64_t row,
-                                          const PartialState<real_t<T>>& state,
+__device__ __forceinline__ void write_row(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
+                                          int64_t row, const PartialState<real_t<T>>& state,
                                           real_t<T> target_logit) {
   write_statistics(out, row, finalize_row(state, target_logit, in.vocab_size));
 }

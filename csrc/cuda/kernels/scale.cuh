@@ -21,15 +21,16 @@ __global__ void __launch_bounds__(block_size)
     return x;
   };
   T* const at = data + layout.offset(row);
-  Peeled<T>(at, int(columns)).each(
-      thread, threads,
-      [&](int i) {
-        Vector<T> vector = load_aligned(at + i);
+  Peeled<T>(at, int(columns))
+      .each(
+          thread, threads,
+          [&](int i) {
+            Vector<T> vector = load_aligned(at + i);
 #pragma unroll
-        for (int e = 0; e < Vector<T>::size; ++e) vector.at[e] = scaled(vector.at[e]);
-        store_aligned(at + i, vector);
-      },
-      [&](int i) { at[i] = scaled(at[i]); });
+            for (int e = 0; e < Vector<T>::size; ++e) vector.at[e] = scaled(vector.at[e]);
+            store_aligned(at + i, vector);
+          },
+          [&](int i) { at[i] = scaled(at[i]); });
 }
 
 }  // namespace llmloss::cuda

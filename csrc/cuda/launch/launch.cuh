@@ -40,12 +40,11 @@ int RowKernels<T>::row_stats(const RowInputs<T>& in, const RowOutputs<Real>& out
                              const StatsPlan& plan, void* workspace, void* stream) {
   auto* states = plan.workspace_bytes > 0 ? static_cast<PartialState<Real>*>(workspace) : nullptr;
   const auto kernel = is_plain(in, out) ? row_stats_kernel<T, true> : row_stats_kernel<T, false>;
-  const int error =
-      launch(kernel, {plan.share.blocks, plan.share.threads, plan.shared_bytes}, stream, in, out,
-             states, chunks_of(plan.chunks), share_of(plan.share));
+  const int error = launch(kernel, {plan.share.blocks, plan.share.threads, plan.shared_bytes},
+                           stream, in, out, states, chunks_of(plan.chunks), share_of(plan.share));
   if (error != 0 || states == nullptr) return error;
-  return launch(merge_rows_kernel<T>, {ceil_div(in.rows, max_warps_per_block), block_size}, stream, in,
-                out, states, chunks_of(plan.chunks));
+  return launch(merge_rows_kernel<T>, {ceil_div(in.rows, max_warps_per_block), block_size}, stream,
+                in, out, states, chunks_of(plan.chunks));
 }
 
 template <typename T>

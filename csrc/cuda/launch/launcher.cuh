@@ -15,7 +15,8 @@ struct Shape {
 #if defined(LLMLOSS_SIMT)
 
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), const Shape& shape, void*, const Arguments&... arguments) {
+int launch(void (*kernel)(Parameters...), const Shape& shape, void*,
+           const Arguments&... arguments) {
   if (shape.blocks == 0) return 0;
   simt::launch(kernel, simt::Grid{unsigned(shape.blocks)}, unsigned(shape.threads),
                unsigned(shape.cluster), size_t(shape.shared_bytes), arguments...);

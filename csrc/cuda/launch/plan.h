@@ -21,7 +21,7 @@ inline constexpr int max_chunks = 256;
 // Statistics and gradient of different rows overlap where several blocks share a multiprocessor.
 inline constexpr int fused_blocks_per_multiprocessor = 3;
 inline constexpr int64_t reserved_shared = 1024;  // bytes, for each block, by the system
-inline constexpr int64_t shortest_fused = 1024;  // bytes of a row
+inline constexpr int64_t shortest_fused = 1024;   // bytes of a row
 inline constexpr int64_t max_blocks = 0x7fffffff;
 inline constexpr int64_t max_columns = int64_t{1} << 30;  // kernels count columns in 32 bits
 
@@ -57,7 +57,8 @@ inline SharePlan plan_share(int64_t rows, int64_t units, const DeviceLimits& dev
   int64_t blocks_per_row = 1;
   if (may_split && warps > 1 && rows < device.multiprocessors) {
     // Two blocks for each multiprocessor, as far as every warp has work.
-    const int64_t wanted = ceil_div(2 * int64_t{device.multiprocessors}, std::max<int64_t>(rows, 1));
+    const int64_t wanted =
+        ceil_div(2 * int64_t{device.multiprocessors}, std::max<int64_t>(rows, 1));
     blocks_per_row = std::min(wanted, ceil_div(units, warps));
   }
   const int64_t blocks = warps == 1 ? ceil_div(rows, max_warps_per_block) : rows * blocks_per_row;
@@ -112,11 +113,10 @@ inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_by
   FusedPlan plan{};
   plan.chunks = plan_chunks(vocab_size, element_bytes);
   const int64_t states = ceil_div(plan.chunks.count * state_bytes, 16) * 16;
-  const auto slice_chunks = [&](int cluster) {
-    return int(ceil_div(plan.chunks.count, cluster));
-  };
+  const auto slice_chunks = [&](int cluster) { return int(ceil_div(plan.chunks.count, cluster)); };
   const auto shared_bytes = [&](int cluster) {
-    const int64_t slice = std::min(int64_t{slice_chunks(cluster)} * plan.chunks.columns, vocab_size);
+    const int64_t slice =
+        std::min(int64_t{slice_chunks(cluster)} * plan.chunks.columns, vocab_size);
     return states + ceil_div(slice * element_bytes, 16) * 16 + 16;  // 16: the row's skew
   };
   const int64_t comfortable = std::min(
