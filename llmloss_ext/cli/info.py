@@ -80,7 +80,8 @@ def _limits() -> tuple[str, tuple[int, int, int, int]]:
 
     if not torch.cuda.is_available():
         return "an H100 (there is no CUDA device here)", H100
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    # Any: torch's type stubs leave out half of the properties.
+    device: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     cluster = {9: 16, 10: 16}.get(device.major, 8 if device.major > 8 else 1)
     shared = (device.shared_memory_per_block_optin, device.shared_memory_per_multiprocessor)
     return device.name, (device.multi_processor_count, *shared, cluster)
