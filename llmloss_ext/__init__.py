@@ -1,6 +1,28 @@
 """Losses of large language models as hand-written kernels: one read of the logits, any loss."""
 
-from llmloss_ext import functional, nn, ops
+from llmloss_ext import functional, linear, nn, ops
 from llmloss_ext.functional import TokenStats, cross_entropy, token_stats
+from llmloss_ext.linear import (
+    Plan,
+    linear_cross_entropy,
+    linear_kl_div,
+    linear_log_probs,
+    linear_token_stats,
+    plan,
+)
 
-__all__ = ["TokenStats", "cross_entropy", "functional", "nn", "ops", "token_stats"]
+__all__ = [
+    "Plan",
+    "TokenStats",
+    "cross_entropy",
+    "functional",
+    "linear",
+    "linear_cross_entropy",
+    "linear_kl_div",
+    "linear_log_probs",
+    "linear_token_stats",
+    "nn",
+    "ops",
+    "plan",
+    "token_stats",
+]

@@ -7,6 +7,7 @@ lines here. They keep several copies of the logits: slower, never wrong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -123,12 +124,29 @@ def row_losses(
     eps = loss.label_smoothing
     shares = Weights(1.0 - eps, eps / options.vocab_size)
     stats = token_stats(input, target, weight, logit_scale, options, shares)
+    return losses_of(stats, target, weight, token_weight, options.ignore_index, loss)
+
+
+def losses_of(
+    stats: Sequence[Tensor],
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    loss: LossOptions,
+) -> Tensor:
+    """The losses of rows whose `Stats` are known; those that no term reads may be empty."""
+    log_prob, lse, _, mean_log_prob = stats[:4]
+    eps = loss.label_smoothing
     if is_indices(target):
-        w_y = target_weights(target, weight, options.ignore_index, stats.lse.dtype)
-        rows = -(1.0 - eps) * w_y * stats.log_prob - eps * stats.mean_log_prob
+        w_y = target_weights(target, weight, ignore_index, lse.dtype)
+        rows = -(1.0 - eps) * w_y * log_prob
+        if eps != 0:
+            rows = rows - eps * mean_log_prob
     else:
-        rows = -stats.mean_log_prob
-    rows = rows + loss.z_loss * stats.lse.square()
+        rows = -mean_log_prob
+    if loss.z_loss != 0:
+        rows = rows + loss.z_loss * lse.square()
     return rows if token_weight is None else rows * token_weight.to(rows.dtype)
 
 

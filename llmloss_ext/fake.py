@@ -63,6 +63,14 @@ def _token_stats_backward_fake(
     return _gradient(input), _scalar(input, with_grad_scale)
 
 
+@torch.library.register_fake("llmloss::token_stats_backward_")
+def _token_stats_backward_inplace_fake(
+    grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob, input, target, weight, logit_scale,
+    scale, softcap, ignore_index, vocab_size, entropy, state, with_grad_scale,
+):  # fmt: skip
+    return _scalar(input, with_grad_scale)
+
+
 @torch.library.register_fake("llmloss::cross_entropy")
 def _cross_entropy_fake(
     input, target, weight, token_weight, num_items, logit_scale, scale, softcap, ignore_index,

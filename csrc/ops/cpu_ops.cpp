@@ -143,6 +143,7 @@ int64_t cpu_isa() { return int64_t(cpu::active_isa()); }
 STABLE_TORCH_LIBRARY_IMPL(llmloss, CPU, m) {
   m.impl("token_stats", TORCH_BOX(&Cpu::token_stats));
   m.impl("token_stats_backward", TORCH_BOX(&Cpu::token_stats_backward));
+  m.impl("token_stats_backward_", TORCH_BOX(&Cpu::token_stats_backward_inplace));
   m.impl("cross_entropy", TORCH_BOX(&Cpu::cross_entropy));
   m.impl("cross_entropy_backward", TORCH_BOX(&Cpu::cross_entropy_backward));
   m.impl("cross_entropy_backward_", TORCH_BOX(&Cpu::cross_entropy_backward_inplace));

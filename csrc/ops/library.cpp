@@ -13,6 +13,11 @@ STABLE_TORCH_LIBRARY(llmloss, m) {
       "Tensor? logit_scale, float scale, float softcap, int ignore_index, SymInt vocab_size, "
       "Tensor entropy, Tensor state, bool with_grad_scale) -> (Tensor, Tensor)");
   m.def(
+      "token_stats_backward_(Tensor? grad_log_prob, Tensor? grad_lse, Tensor? grad_entropy, "
+      "Tensor? grad_mean_log_prob, Tensor(a!) input, Tensor target, Tensor? weight, "
+      "Tensor? logit_scale, float scale, float softcap, int ignore_index, SymInt vocab_size, "
+      "Tensor entropy, Tensor state, bool with_grad_scale) -> Tensor");
+  m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, Tensor? token_weight, "
       "Tensor? num_items, Tensor? logit_scale, float scale, float softcap, int ignore_index, "
       "SymInt vocab_size, float label_smoothing, float z_loss, int reduction) "

@@ -6,6 +6,7 @@
 //   new_gradient, check_targets
 #pragma once
 
+#include <array>
 #include <tuple>
 
 #include "arguments.h"
@@ -60,28 +61,25 @@ struct Operators {
       MaybeTensor grad_mean_log_prob, Tensor input, Tensor target, MaybeTensor weight,
       MaybeTensor logit_scale, double scale, double softcap, int64_t ignore_index,
       int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale) {
-    return dispatch(input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
-      using Real = real_t<T>;
-      const Problem<T> problem(input, target,
-                               {weight, logit_scale, scale, softcap, ignore_index, vocab_size});
-      const MaybeTensor grads[] = {as_real<Real>(grad_log_prob), as_real<Real>(grad_lse),
-                                   as_real<Real>(grad_entropy), as_real<Real>(grad_mean_log_prob)};
-      for (const MaybeTensor& grad : grads) {
-        STD_TORCH_CHECK(!grad.has_value() || grad->numel() == problem.rows.rows,
-                        "llmloss: a statistic's gradient must have one number per row");
-      }
-      GradSource<Real> source;
-      source.log_prob = pointer<Real>(grads[0]);
-      source.lse = pointer<Real>(grads[1]);
-      source.entropy = pointer<Real>(grads[2]);
-      source.mean_log_prob = pointer<Real>(grads[3]);
-      Backend backend(input);
-      const Tensor grad_input = backend.new_gradient(input);
-      const Tensor grad_scale =
-          write_gradient(backend, problem, State<Real>(state).saved(pointer<Real>(entropy)), source,
-                         grad_input, with_grad_scale);
-      return {grad_input, grad_scale};
-    });
+    const Tensor grad_input = Backend(input).new_gradient(input);
+    const Tensor grad_scale = token_stats_backward_into(
+        grad_input, {grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob}, input, target,
+        {weight, logit_scale, scale, softcap, ignore_index, vocab_size}, entropy, state,
+        with_grad_scale);
+    return {grad_input, grad_scale};
+  }
+
+  // The same, with the input's gradient written over the input.
+  static Tensor token_stats_backward_inplace(
+      MaybeTensor grad_log_prob, MaybeTensor grad_lse, MaybeTensor grad_entropy,
+      MaybeTensor grad_mean_log_prob, Tensor input, Tensor target, MaybeTensor weight,
+      MaybeTensor logit_scale, double scale, double softcap, int64_t ignore_index,
+      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale) {
+    check_writable(input);
+    return token_stats_backward_into(
+        input, {grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob}, input, target,
+        {weight, logit_scale, scale, softcap, ignore_index, vocab_size}, entropy, state,
+        with_grad_scale);
   }
 
   // loss, state, denominator. The loss has the target's shape without a reduction, else no
@@ -209,6 +207,32 @@ struct Operators {
     GradRows<T> grad(grad_input, problem.rows.rows, with_grad_scale);
     backend.row_grad(problem.rows, saved, source, grad.outputs());
     return grad.sum(backend);
+  }
+
+  // upstream: of log_prob, lse, entropy, mean_log_prob.
+  static Tensor token_stats_backward_into(const Tensor& grad_input,
+                                          const std::array<MaybeTensor, 4>& upstream,
+                                          const Tensor& input, const Tensor& target,
+                                          const LogitArguments& logits, const Tensor& entropy,
+                                          const Tensor& state, bool with_grad_scale) {
+    return dispatch(input, [&]<typename T>() -> Tensor {
+      using Real = real_t<T>;
+      const Problem<T> problem(input, target, logits);
+      const MaybeTensor grads[] = {as_real<Real>(upstream[0]), as_real<Real>(upstream[1]),
+                                   as_real<Real>(upstream[2]), as_real<Real>(upstream[3])};
+      for (const MaybeTensor& grad : grads) {
+        STD_TORCH_CHECK(!grad.has_value() || grad->numel() == problem.rows.rows,
+                        "llmloss: a statistic's gradient must have one number per row");
+      }
+      GradSource<Real> source;
+      source.log_prob = pointer<Real>(grads[0]);
+      source.lse = pointer<Real>(grads[1]);
+      source.entropy = pointer<Real>(grads[2]);
+      source.mean_log_prob = pointer<Real>(grads[3]);
+      Backend backend(input);
+      return write_gradient(backend, problem, State<Real>(state).saved(pointer<Real>(entropy)),
+                            source, grad_input, with_grad_scale);
+    });
   }
 
   static Tensor cross_entropy_backward_into(

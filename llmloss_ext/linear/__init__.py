@@ -1,0 +1,18 @@
+"""Losses straight from hidden states: the projection and the loss, a chunk of tokens at a time."""
+
+from llmloss_ext.linear.functional import (
+    linear_cross_entropy,
+    linear_kl_div,
+    linear_log_probs,
+    linear_token_stats,
+)
+from llmloss_ext.linear.planning import Plan, plan
+
+__all__ = [
+    "Plan",
+    "linear_cross_entropy",
+    "linear_kl_div",
+    "linear_log_probs",
+    "linear_token_stats",
+    "plan",
+]

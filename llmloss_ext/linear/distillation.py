@@ -1,0 +1,126 @@
+"""Divergence between two chunked projections: the loop of the linear losses with two logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from llmloss_ext import ops
+from llmloss_ext.linear.loop import Gradients, Projection, take
+
+__all__ = ["divergence", "kl_div"]
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, direction: str, beta: float, temperature: float
+) -> Tensor:
+    """Each row's divergence times T^2, from logits (rows, V), in float32 or float64.
+
+    A probability of zero in the distribution that is averaged over counts as nothing.
+    """
+    real = torch.float64 if student.dtype == torch.float64 else torch.float32
+    log_q = torch.log_softmax(student.to(real) / temperature, -1)
+    log_p = torch.log_softmax(teacher.to(real) / temperature, -1)
+    if direction == "forward":
+        rows = _kl(log_p, log_q)
+    elif direction == "reverse":
+        rows = _kl(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        rows = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return rows * temperature**2
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+class _Divergence(Function):
+    """The gradients are formed in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher: Tensor,
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+        valid: Tensor | None,
+        options: tuple[str, float, float],
+        mean: bool,
+        chunk_tokens: int,
+    ) -> Tensor:
+        projection = Projection(student, student_weight, student_bias)
+        other = Projection(teacher, teacher_weight, teacher_bias)
+        needs = ctx.needs_input_grad[:3]
+        real = torch.float64 if student.dtype == torch.float64 else torch.float32
+        gradients = Gradients(projection, needs, real)
+        count = student.shape[0] if valid is None else valid.sum()
+        divisor = torch.as_tensor(count if mean else 1, dtype=real, device=student.device)
+        loss = torch.zeros((), dtype=torch.float64, device=student.device) / divisor
+        for chunk in projection.chunks(chunk_tokens, valid):
+            hidden = take(teacher, chunk.rows)
+            teacher_logits = torch.mm(hidden, other.weight.t())
+            if other.bias is not None:
+                teacher_logits += other.bias
+            with torch.enable_grad():
+                leaf = chunk.logits.detach().requires_grad_(any(needs))
+                part = divergence(leaf, teacher_logits, *options).sum() / divisor
+            if any(needs):
+                (gradient,) = torch.autograd.grad(part, leaf)
+                chunk.logits.copy_(gradient)
+                gradients.add(chunk)
+            loss += part.detach()
+            del chunk, leaf, part, teacher_logits
+        ctx.set_materialize_grads(False)
+        results = (gradients.hidden, gradients.weight_result(student_weight.dtype), gradients.bias)
+        ctx.save_for_backward(*results)
+        ctx.dtypes = (student.dtype, student_weight.dtype,
+                      None if student_bias is None else student_bias.dtype)  # fmt: skip
+        return loss.to(real)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 10
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("linear_kl_div has no second-order gradient")
+        results = (
+            None if g is None else (g * grad_loss).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*results, *(None,) * 7)
+
+
+def kl_div(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    valid: Tensor | None,
+    direction: str,
+    beta: float,
+    temperature: float,
+    mean: bool,
+    chunk_tokens: int,
+) -> Tensor:
+    """The loss over the rows; see `llmloss_ext.linear_kl_div`."""
+    if any(t is not None and t.requires_grad for t in (teacher, teacher_weight, teacher_bias)):
+        raise RuntimeError("linear_kl_div: the teacher gets no gradient; pass it detached")
+    if ops.in_transform():
+        raise RuntimeError("linear_kl_div does not work under torch.func transforms")
+    result: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
+        student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid,
+        (direction, beta, temperature), mean, chunk_tokens,
+    )  # fmt: skip
+    return result
+

@@ -1,0 +1,297 @@
+"""The linear losses as operators of torch: opaque to compilers, and without derivatives.
+
+Tensors that are not asked for come back without elements.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmloss_ext import composite, fake
+from llmloss_ext.linear.loop import Gradients, Projection, put, take
+
+__all__ = ["linear_loss", "linear_stats", "linear_stats_backward"]
+
+LIBRARY = fake.LIBRARY
+_ops = torch.ops.llmloss
+
+
+def _real(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _valid(target: Tensor, ignore_index: int, drop_ignored: bool) -> Tensor | None:
+    if not drop_ignored or not composite.is_indices(target):
+        return None
+    return target != ignore_index
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+@torch.library.custom_op("llmloss::linear_loss", mutates_args=())
+def linear_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    num_items: Tensor | None,
+    logit_scale: Tensor | None,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: int,
+    chunk_tokens: int,
+    drop_ignored: bool,
+    needs: list[bool],
+    weight_grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The mean (1) or sum (2) over the tokens, with its gradients.
+
+    Args:
+        needs: Which gradients: of input, linear_weight, linear_bias, logit_scale.
+
+    Returns:
+        The loss; the gradients of input, linear_weight, linear_bias and logit_scale; and the factor
+        (0-d) that is still to be multiplied into them. It is 1 except for float16, whose gradients
+        are kept away from its subnormal numbers.
+    """
+    real = _real(input)
+    projection = Projection(input, linear_weight, linear_bias)
+    one = torch.ones((), dtype=real, device=input.device)
+    denominator = one
+    if reduction == 1:
+        denominator = num_items
+        if denominator is None:
+            denominator = composite.denominators(
+                input, target, weight, token_weight, ignore_index
+            ).sum()
+        denominator = denominator.to(real).reshape(())
+    factor = one
+    if input.dtype == torch.float16:
+        # A power of two near the denominator: gradients of the size of p, not of p / N.
+        factor = torch.exp2(-torch.floor(torch.log2(denominator.clamp_min(1.0))))
+    divisor = denominator * factor
+    # 0, but nan where there is no token to divide by.
+    loss = torch.zeros((), dtype=torch.float64, device=input.device) / denominator
+    grad_scale = torch.zeros_like(loss) if needs[3] else None
+    gradients = Gradients(projection, (needs[0], needs[1], needs[2]), weight_grad_dtype)
+    logit_options = (scale, softcap, ignore_index, vocab_size)
+    loss_options = (label_smoothing, z_loss)
+    for chunk in projection.chunks(chunk_tokens, _valid(target, ignore_index, drop_ignored)):
+        tokens = None if token_weight is None else take(token_weight, chunk.rows)
+        arguments = (take(target, chunk.rows), weight, tokens, divisor, logit_scale)
+        if any(needs):
+            part, part_scale = _ops.cross_entropy_fused_(
+                chunk.logits, *arguments, *logit_options, *loss_options, 1, needs[3]
+            )
+            gradients.add(chunk)
+            if grad_scale is not None:
+                grad_scale += part_scale
+        else:
+            part, _, _ = _ops.cross_entropy(
+                chunk.logits, *arguments, *logit_options, *loss_options, 1
+            )
+        loss += part
+        del chunk  # its buffer, before the gradient of the weight is rounded
+    return (
+        (loss * factor).to(real),
+        _or_empty(gradients.hidden, input),
+        _or_empty(gradients.weight_result(linear_weight.dtype), input),
+        _or_empty(None if linear_bias is None else _cast(gradients.bias, linear_bias), input),
+        _or_empty(_cast(grad_scale, logit_scale), input),
+        factor.clone(),
+    )
+
+
+def _cast(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    if gradient is None or parameter is None:
+        return None
+    return gradient.reshape(parameter.shape).to(parameter.dtype)
+
+
+@linear_loss.register_fake
+def _(
+    input, linear_weight, target, linear_bias, weight, token_weight, num_items, logit_scale,
+    scale, softcap, ignore_index, vocab_size, label_smoothing, z_loss, reduction, chunk_tokens,
+    drop_ignored, needs, weight_grad_dtype,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    def gradient(parameter, asked):  # type: ignore[no-untyped-def]
+        if not asked or parameter is None:
+            return input.new_empty(0)
+        return parameter.new_empty(parameter.shape)
+
+    scalar = input.new_empty((), dtype=_real(input))
+    return (
+        scalar,
+        gradient(input, needs[0]),
+        gradient(linear_weight, needs[1]),
+        gradient(linear_bias, needs[2]),
+        gradient(logit_scale, needs[3]),
+        torch.empty_like(scalar),
+    )
+
+
+@torch.library.custom_op("llmloss::linear_stats", mutates_args=())
+def linear_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    logit_scale: Tensor | None,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    vocab_size: int,
+    wanted: list[bool],
+    chunk_tokens: int,
+    drop_ignored: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The statistics of `token_stats`, and the state that backward needs, (N, 3).
+
+    Args:
+        wanted: Whether entropy, mean_log_prob, and argmax and rank are asked for.
+    """
+    real, tokens = _real(input), input.shape[0]
+
+    def column(asked: bool, dtype: torch.dtype = real, fill: int = 0) -> Tensor:
+        return torch.full((tokens if asked else 0,), fill, dtype=dtype, device=input.device)
+
+    stats = [column(True), column(True), column(wanted[0]), column(wanted[1]),
+             column(wanted[2], torch.int64, -1),
+             column(wanted[2], torch.int64, vocab_size)]  # fmt: skip
+    states = torch.zeros(tokens, 3, dtype=real, device=input.device)
+    projection = Projection(input, linear_weight, linear_bias)
+    for chunk in projection.chunks(chunk_tokens, _valid(target, ignore_index, drop_ignored)):
+        *parts, state = _ops.token_stats(
+            chunk.logits, take(target, chunk.rows), weight, logit_scale,
+            scale, softcap, ignore_index, vocab_size, *wanted,
+        )  # fmt: skip
+        put(states, chunk.rows, state.t())
+        for whole, part in zip(stats, parts, strict=True):
+            if whole.numel():
+                put(whole, chunk.rows, part)
+    return (*stats, states)  # type: ignore[return-value]
+
+
+@linear_stats.register_fake
+def _(
+    input, linear_weight, target, linear_bias, weight, logit_scale, scale, softcap, ignore_index,
+    vocab_size, wanted, chunk_tokens, drop_ignored,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    tokens, real = input.shape[0], _real(input)
+
+    def column(asked, dtype=real):  # type: ignore[no-untyped-def]
+        return input.new_empty(tokens if asked else 0, dtype=dtype)
+
+    return (
+        column(True),
+        column(True),
+        column(wanted[0]),
+        column(wanted[1]),
+        column(wanted[2], torch.int64),
+        column(wanted[2], torch.int64),
+        input.new_empty((tokens, 3), dtype=real),
+    )
+
+
+def stats_backward(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    logit_scale: Tensor | None,
+    logit_options: tuple[float, float, int, int],
+    entropy: Tensor,
+    states: Tensor,
+    chunk_tokens: int,
+    drop_ignored: bool,
+    needs: list[bool],
+    weight_grad_dtype: torch.dtype,
+    accumulator: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients from those of log_prob, lse, entropy and mean_log_prob, each (N) or None.
+
+    The weight's is added to ``accumulator`` if there is one.
+    """
+    projection = Projection(input, linear_weight, linear_bias)
+    which = (needs[0], needs[1], needs[2])
+    gradients = Gradients(projection, which, weight_grad_dtype, accumulator)
+    ignore_index = logit_options[2]
+    grad_scale = torch.zeros((), dtype=torch.float64, device=input.device) if needs[3] else None
+    for chunk in projection.chunks(chunk_tokens, _valid(target, ignore_index, drop_ignored)):
+        rows = chunk.rows
+        part_scale = _ops.token_stats_backward_(
+            *(None if grad is None else take(grad, rows) for grad in grads),
+            chunk.logits, take(target, rows), weight, logit_scale, *logit_options,
+            take(entropy, rows) if entropy.numel() else entropy,
+            take(states, rows).t().contiguous(), needs[3],
+        )  # fmt: skip
+        gradients.add(chunk)
+        if grad_scale is not None:
+            grad_scale += part_scale
+        del chunk
+    grad_weight = None
+    if accumulator is None:
+        grad_weight = gradients.weight_result(linear_weight.dtype)
+    return (
+        _or_empty(gradients.hidden, input),
+        _or_empty(grad_weight, input),
+        _or_empty(None if linear_bias is None else _cast(gradients.bias, linear_bias), input),
+        _or_empty(_cast(grad_scale, logit_scale), input),
+    )
+
+
+@torch.library.custom_op("llmloss::linear_stats_backward", mutates_args=())
+def linear_stats_backward(
+    grad_log_prob: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_mean_log_prob: Tensor | None,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    logit_scale: Tensor | None,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    vocab_size: int,
+    entropy: Tensor,
+    states: Tensor,
+    chunk_tokens: int,
+    drop_ignored: bool,
+    needs: list[bool],
+    weight_grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`stats_backward` without an accumulator."""
+    return stats_backward(
+        (grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob),
+        input, linear_weight, target, linear_bias, weight, logit_scale,
+        (scale, softcap, ignore_index, vocab_size), entropy, states, chunk_tokens, drop_ignored,
+        needs, weight_grad_dtype,
+    )  # fmt: skip
+
+
+@linear_stats_backward.register_fake
+def _(
+    grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob, input, linear_weight, target,
+    linear_bias, weight, logit_scale, scale, softcap, ignore_index, vocab_size, entropy, states,
+    chunk_tokens, drop_ignored, needs, weight_grad_dtype,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    parameters = (input, linear_weight, linear_bias, logit_scale)
+    return tuple(
+        p.new_empty(p.shape) if asked and p is not None else input.new_empty(0)
+        for p, asked in zip(parameters, needs, strict=True)
+    )

@@ -1,0 +1,155 @@
+"""How large a chunk of tokens is, and what the whole will cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Plan", "plan", "row_stride"]
+
+# Bytes of a chunk's logits, and tokens of a chunk at least: what keeps the matrix products at full
+# speed (fewer tokens would read the whole weight for too little work).
+_DEFAULT_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+_LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
+_ALIGNED_BYTES = 128
+"""Rows of a chunk's logits begin at multiples of this: oneDNN's products are a third faster so."""
+VOCAB_BLOCK = 4096
+"""Rows of the weight's gradient that are rounded to 16 bits together before they are added."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a linear loss does, in numbers.
+
+    Attributes:
+        tokens: N.
+        features: D.
+        vocab_size: V.
+        dtype: Of the hidden states, in which the products are computed.
+        chunk_tokens: Tokens of a chunk.
+        chunks: Their number.
+        products: N x D x V matrix products, forward and backward.
+        flops: Of these products.
+        chunk_bytes: Of a chunk's logits, the one large buffer.
+        gradient_bytes: Of the gradients that are returned.
+        peak_bytes: The most memory beyond the inputs, gradients included.
+        unfused_bytes: The same for a projection followed by a loss: the logits and their gradient.
+    """
+
+    tokens: int
+    features: int
+    vocab_size: int
+    dtype: torch.dtype
+    chunk_tokens: int
+    chunks: int
+    products: int
+    flops: int
+    chunk_bytes: int
+    gradient_bytes: int
+    peak_bytes: int
+    unfused_bytes: int
+
+
+def row_stride(vocab_size: int, dtype: torch.dtype) -> int:
+    """Elements from one row of a chunk's logits to the next."""
+    unit = _ALIGNED_BYTES // dtype.itemsize
+    return -(-vocab_size // unit) * unit
+
+
+def plan(
+    tokens: int,
+    features: int,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    chunk_tokens: int | None = None,
+    max_chunk_bytes: int | None = None,
+    weight_grad_dtype: torch.dtype | None = None,
+    needs_grad: tuple[bool, bool] = (True, True),
+    recompute: bool = False,
+) -> Plan:
+    """Plans a linear loss of N x D hidden states and a V x D weight.
+
+    Args:
+        tokens: N, those that are not dropped.
+        features: D.
+        vocab_size: V.
+        dtype: In which the products are computed.
+        device: Where.
+        chunk_tokens: Tokens of a chunk; by default as many as `max_chunk_bytes` holds.
+        max_chunk_bytes: The most that a chunk's logits may take. By default 64 MiB on a CPU and
+            256 MiB on CUDA, or what 256 and 1,024 tokens need.
+        weight_grad_dtype: In which the weight's gradient is accumulated, by default float32
+            (float64 for float64).
+        needs_grad: Whether the hidden states and the weight get gradients.
+        recompute: Whether backward computes the logits again: for ``reduction="none"`` and the
+            statistics.
+
+    Raises:
+        ValueError: A size that is not positive, or a budget too small for one token.
+    """
+    kind = torch.device(device).type
+    if features < 1 or vocab_size < 1 or tokens < 0:
+        raise ValueError(f"expected N >= 0, D >= 1 and V >= 1, got {tokens, features, vocab_size}")
+    row_bytes = row_stride(vocab_size, dtype) * dtype.itemsize
+    chunk = _chunk_tokens(tokens, row_bytes, kind, chunk_tokens, max_chunk_bytes)
+    with_input, with_weight = needs_grad
+    products = 1 + with_input + with_weight
+    if recompute and (with_input or with_weight):
+        products += 1
+    size = dtype.itemsize
+    accumulated = weight_grad_dtype or (torch.float64 if size == 8 else torch.float32)
+    grad_input = with_input * tokens * features * size
+    grad_weight = with_weight * vocab_size * features * size
+    accumulator = with_weight * vocab_size * features * accumulated.itemsize
+    # While accumulating: the accumulator and a chunk. At the end: the accumulator is rounded.
+    working = chunk * (row_bytes + 2 * features * size)
+    if with_weight and accumulated != dtype:
+        if kind == "cpu":
+            working += VOCAB_BLOCK * features * size
+        accumulator += max(grad_weight - working, 0)
+    chunks = -(-tokens // chunk)
+    return Plan(
+        tokens=tokens,
+        features=features,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        chunk_tokens=chunk,
+        chunks=chunks,
+        products=products,
+        flops=2 * products * tokens * features * vocab_size,
+        chunk_bytes=chunk * row_bytes,
+        gradient_bytes=grad_input + grad_weight,
+        peak_bytes=grad_input + accumulator + working,
+        unfused_bytes=(2 if with_input or with_weight else 1) * tokens * vocab_size * size
+        + grad_input
+        + grad_weight,
+    )
+
+
+def _chunk_tokens(
+    tokens: int, row_bytes: int, kind: str, asked: int | None, budget: int | None
+) -> int:
+    if asked is not None and asked < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {asked}")
+    if budget is not None and budget < row_bytes:
+        raise ValueError(
+            f"max_chunk_bytes must be at least {row_bytes}, the logits of one token, got {budget}"
+        )
+    most = max(tokens, 1)
+    if asked is not None:
+        chunk = asked if budget is None else min(asked, budget // row_bytes)
+        return min(chunk, most)
+    if budget is None:
+        default = _DEFAULT_BYTES.get(kind, _DEFAULT_BYTES["cuda"])
+        chunk = max(default // row_bytes, _LEAST_TOKENS.get(kind, _LEAST_TOKENS["cuda"]))
+    else:
+        chunk = budget // row_bytes
+    if chunk >= most:
+        return most
+    # Chunks of one size: a short last one would waste a pass over the weight.
+    even = -(-most // -(-most // chunk))
+    rounded = -(-even // 16) * 16
+    return rounded if rounded <= chunk else even

@@ -1,0 +1,549 @@
+"""The linear losses: as the projection followed by the dense loss, without its memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FLOATS, GRADIENT, VALUE, assert_close
+from torch import Tensor
+
+from llmloss_ext import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_log_probs,
+    linear_token_stats,
+    token_stats,
+)
+
+N, D, V = 37, 16, 101
+
+
+class Problem:
+    """Hidden states, a projection, targets, in one dtype; and the same in float64."""
+
+    def __init__(self, device, dtype=torch.float32, tokens=N, bias=True) -> None:
+        self.hidden = torch.randn(tokens, D, device=device).to(dtype)
+        self.weight = (torch.randn(V, D, device=device) * 0.5).to(dtype)
+        self.bias = torch.randn(V, device=device).to(dtype) if bias else None
+        self.target = torch.randint(0, V, (tokens,), device=device)
+        self.target[::5] = -100
+
+    def leaves(self, double: bool = False) -> list[Tensor]:
+        tensors = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+        return [(t.double() if double else t).clone().requires_grad_() for t in tensors]
+
+    def run(self, loss: Any, double: bool = False, upstream: Tensor | None = None):
+        leaves = self.leaves(double)
+        value = loss(*leaves)
+        if upstream is None:
+            upstream = torch.ones_like(value)
+        return value.detach(), torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+
+
+def linear(target: Tensor, **options: Any) -> Any:
+    def loss(hidden, weight, bias=None):
+        return linear_cross_entropy(hidden, weight, target, linear_bias=bias, **options)
+
+    return loss
+
+
+def reference(target: Tensor, **options: Any) -> Any:
+    def loss(hidden, weight, bias=None):
+        return cross_entropy(F.linear(hidden, weight, bias), target, **options)
+
+    return loss
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    actual, exact = actual.detach().double(), exact.detach()
+    return float((actual - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "no option": {},
+    "sum": {"reduction": "sum"},
+    "label smoothing": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss": 1e-2},
+    "softcap and scale": {"softcap": 5.0, "logit_scale": 0.7},
+    "vocab_size": {"vocab_size": 90},
+    "num_items": {"num_items": 50},
+    "everything": {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 9.0, "num_items": 7},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("reduction", ["reduced", "none"])
+@pytest.mark.parametrize("drop", [False, True])
+def test_as_the_dense_loss(device, dtype, option, reduction, drop):
+    problem = Problem(device, dtype)
+    options = dict(OPTIONS[option])
+    upstream = None
+    if "vocab_size" in options:
+        problem.target.clamp_(max=89)
+    if reduction == "none":
+        options.pop("num_items", None)
+        options["reduction"] = "none"
+        upstream = torch.randn(N, device=device)
+    loss, grads = problem.run(
+        linear(problem.target, chunk_tokens=8, drop_ignored=drop, **options), upstream=upstream
+    )
+    exact, expected = problem.run(reference(problem.target, **options), True, upstream)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    assert_close(loss, exact, tolerance)
+    for grad, want in zip(grads, expected, strict=True):
+        assert_close(grad, want, tolerance)
+        assert grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_error_above_eager_torchs(device, dtype, reduction):
+    problem = Problem(device, dtype, tokens=300, bias=False)
+    upstream = torch.full((300,), 1 / 240, device=device) if reduction == "none" else None
+
+    def eager(hidden, weight):
+        return F.cross_entropy(F.linear(hidden, weight), problem.target, reduction=reduction)
+
+    loss, grads = problem.run(
+        linear(problem.target, reduction=reduction, chunk_tokens=64), upstream=upstream
+    )
+    theirs, their_grads = problem.run(eager, upstream=upstream)
+    exact, exact_grads = problem.run(eager, True, upstream)
+    assert error(loss, exact) <= 1.05 * error(theirs, exact) + VALUE[dtype]
+    for ours, their, want in zip(grads, their_grads, exact_grads, strict=True):
+        assert error(ours, want) <= 1.2 * error(their, want) + 1e-12
+
+
+def test_the_weights_gradient_is_not_accumulated_in_16_bits(device):
+    """Many chunks whose gradients point one way: 16-bit sums stand still after a few hundred."""
+    tokens = 2048
+    hidden = torch.ones(tokens, D, device=device, dtype=torch.bfloat16)
+    weight = torch.zeros(V, D, device=device, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(tokens, dtype=torch.long, device=device)
+    linear_cross_entropy(hidden, weight, target, chunk_tokens=4, reduction="sum").backward()
+    expected = torch.full((V, D), tokens / V, device=device)
+    expected[0] -= tokens
+    assert_close(weight.grad / tokens, expected / tokens, 4e-3)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, N])
+def test_any_number_of_tokens_and_chunks(device, tokens):
+    problem = Problem(device, tokens=tokens)
+    for chunk in (1, 8, 1000):
+        options = {"num_items": 3.0}
+        loss, grads = problem.run(linear(problem.target, chunk_tokens=chunk, **options))
+        exact, expected = problem.run(reference(problem.target, **options), True)
+        assert_close(loss, exact, 1e-5)
+        for grad, want in zip(grads, expected, strict=True):
+            assert_close(grad, want, 1e-5)
+
+
+def test_all_tokens_ignored(device):
+    problem = Problem(device)
+    problem.target[:] = -100
+    for drop in (True, False):
+        loss, grads = problem.run(linear(problem.target, drop_ignored=drop))
+        assert loss.isnan()
+        assert all((grad == 0).all() for grad in grads)
+        loss, grads = problem.run(linear(problem.target, drop_ignored=drop, num_items=5))
+        assert loss == 0
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 3, 4)])
+def test_shapes(device, shape):
+    hidden = torch.randn(*shape, D, device=device)
+    weight = torch.randn(V, D, device=device)
+    target = torch.randint(0, V, shape, device=device)
+    rows = linear_cross_entropy(hidden, weight, target, reduction="none")
+    assert rows.shape == shape
+    expected = cross_entropy(hidden @ weight.t(), target, reduction="none")
+    assert_close(rows, expected, 1e-5)
+    assert_close(linear_cross_entropy(hidden, weight, target), expected.mean(), 1e-5)
+
+
+def test_a_drop_in_for_torchs(device):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    problem = Problem(device)
+    for options in ({}, {"label_smoothing": 0.1}, {"ignore_index": 3}, {"reduction": "none"},
+                    {"weight": torch.rand(V, device=device)}):  # fmt: skip
+        target = problem.target.clamp_min(0) if "ignore_index" in options else problem.target
+        arguments = (problem.hidden, problem.weight, target)
+        kwargs = {"linear_bias": problem.bias, **options}
+        expected = F.linear_cross_entropy(*arguments, **kwargs)
+        assert_close(linear_cross_entropy(*arguments, **kwargs), expected, 1e-5)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_shift(device, drop):
+    hidden = torch.randn(3, 9, D, device=device)
+    weight = torch.randn(V, D, device=device)
+    labels = torch.randint(0, V, (3, 9), device=device)
+    labels[1, 4:] = -100
+    loss = linear_cross_entropy(hidden, weight, labels, shift=1, drop_ignored=drop)
+    logits = hidden @ weight.t()
+    assert_close(loss, cross_entropy(logits[:, :-1], labels[:, 1:]), 1e-5)
+    rows = linear_cross_entropy(hidden, weight, labels, shift=2, reduction="none")
+    assert rows.shape == (3, 9)
+    assert (rows[:, -2:] == 0).all()
+    assert linear_cross_entropy(hidden, weight, labels, shift=20, reduction="sum") == 0
+
+
+def test_probability_targets(device):
+    problem = Problem(device)
+    target = torch.softmax(torch.randn(N, V, device=device), -1)
+    weight = torch.rand(V, device=device)
+    for options in ({}, {"label_smoothing": 0.2, "weight": weight}, {"reduction": "sum"}):
+        loss, grads = problem.run(linear(target, chunk_tokens=8, **options))
+        exact = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+        want, expected = problem.run(reference(target.double(), **exact), True)
+        assert_close(loss, want, 1e-5)
+        for grad, other in zip(grads, expected, strict=True):
+            assert_close(grad, other, 1e-5)
+    leaf = target.clone().requires_grad_()
+    linear_cross_entropy(problem.hidden, problem.weight, leaf).backward()
+    assert leaf.grad is not None
+    rows = linear_cross_entropy(problem.hidden, problem.weight, target, reduction="none")
+    assert rows.shape == (N,)
+
+
+def test_class_and_token_weights(device):
+    problem = Problem(device)
+    weight, tokens = torch.rand(V, device=device), torch.rand(N, device=device)
+    for reduction in ("mean", "sum", "none"):
+        options = {"reduction": reduction, "label_smoothing": 0.1}
+        given = {"weight": weight, "token_weight": tokens}
+        loss, grads = problem.run(linear(problem.target, chunk_tokens=8, **given, **options))
+        exact = {k: v.double() for k, v in given.items()}
+        want, expected = problem.run(reference(problem.target, **exact, **options), True)
+        assert_close(loss, want, 1e-5)
+        for grad, other in zip(grads, expected, strict=True):
+            assert_close(grad, other, 1e-5)
+    leaf = tokens.clone().requires_grad_()
+    loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, token_weight=leaf)
+    dense = cross_entropy(
+        problem.hidden @ problem.weight.t(), problem.target, token_weight=leaf
+    )
+    assert_close(loss, dense, 1e-5)
+    (ours,), (theirs,) = (torch.autograd.grad(x, leaf) for x in (loss, dense))
+    assert_close(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {0, 2}, {1, 2}, {0, 1, 2}])
+def test_what_is_frozen_gets_no_gradient(device, frozen):
+    problem = Problem(device)
+    for reduction in ("mean", "none"):
+        leaves = problem.leaves()
+        for i in frozen:
+            leaves[i].requires_grad_(False)
+        hidden, weight, bias = leaves
+        loss = linear_cross_entropy(
+            hidden, weight, problem.target, linear_bias=bias, reduction=reduction
+        ).sum()
+        if len(frozen) == 3:
+            assert not loss.requires_grad
+            continue
+        loss.backward()
+        _, expected = problem.run(reference(problem.target, reduction=reduction), True,
+                                  torch.ones(N, device=device) if reduction == "none" else None)  # fmt: skip
+        for i, leaf in enumerate(leaves):
+            if i in frozen:
+                assert leaf.grad is None
+            else:
+                assert_close(leaf.grad, expected[i], 1e-5)
+
+
+def test_a_learnable_scale(device):
+    problem = Problem(device)
+    for reduction in ("mean", "none"):
+        scale = torch.tensor(0.7, device=device, requires_grad=True)
+        loss = linear_cross_entropy(
+            problem.hidden, problem.weight, problem.target, logit_scale=scale, softcap=5.0,
+            reduction=reduction, chunk_tokens=8,
+        ).sum()  # fmt: skip
+        loss.backward()
+        other = torch.tensor(0.7, device=device, requires_grad=True, dtype=torch.float64)
+        cross_entropy(
+            problem.hidden.double() @ problem.weight.double().t(), problem.target,
+            logit_scale=other, softcap=5.0, reduction=reduction,
+        ).sum().backward()  # fmt: skip
+        assert_close(scale.grad, other.grad, 1e-5)
+
+
+@pytest.mark.parametrize("with_rank", [False, True])
+def test_token_stats(device, with_rank):
+    problem = Problem(device)
+    names = ("log_prob", "lse", "entropy", "mean_log_prob")
+    upstreams = {name: torch.randn(N, device=device) for name in names}
+
+    def total(stats):
+        return sum((getattr(stats, name) * upstreams[name]).sum() for name in names)
+
+    leaves = problem.leaves()
+    stats = linear_token_stats(leaves[0], leaves[1], problem.target, linear_bias=leaves[2],
+                               with_rank=with_rank, chunk_tokens=8)  # fmt: skip
+    grads = torch.autograd.grad(total(stats), leaves)
+    exact = problem.leaves(True)
+    expected = token_stats(F.linear(*exact), problem.target, with_rank=with_rank)
+    for ours, theirs in zip(stats, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert_close(ours, theirs, 1e-5)
+    for grad, want in zip(grads, torch.autograd.grad(total(expected), exact), strict=True):
+        assert_close(grad, want, 1e-5)
+
+
+def test_log_probs(device):
+    problem = Problem(device)
+    log_probs = linear_log_probs(problem.hidden, problem.weight, problem.target)
+    expected = token_stats(problem.hidden @ problem.weight.t(), problem.target).log_prob
+    assert_close(log_probs, expected, 1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_backward(device, reduction):
+    problem = Problem(device)
+    leaves = problem.leaves()
+    loss = linear_cross_entropy(leaves[0], leaves[1], problem.target, linear_bias=leaves[2],
+                                reduction=reduction).sum()  # fmt: skip
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(3 * loss, leaves)
+    for one, kept_one, other in zip(first, kept, second, strict=True):
+        assert torch.equal(one, kept_one)  # the second has not touched what was handed out
+        assert_close(other, 3 * one, 1e-5)
+
+
+def test_accumulated_gradients(device):
+    problem = Problem(device)
+    leaves = problem.leaves()
+    for _ in range(2):
+        linear(problem.target)(*leaves).backward()
+    _, expected = problem.run(reference(problem.target), True)
+    for leaf, want in zip(leaves, expected, strict=True):
+        assert_close(leaf.grad, 2 * want, 1e-5)
+
+
+def test_upstream_gradients_of_stride_0(device):
+    problem = Problem(device)
+    rows = linear(problem.target, reduction="none")
+    _, expected = problem.run(rows, upstream=torch.full((N,), 2.0, device=device))
+    _, grads = problem.run(rows, upstream=torch.tensor(2.0, device=device).expand(N))
+    for grad, want in zip(grads, expected, strict=True):
+        assert torch.equal(grad, want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_order_gradients(device, reduction):
+    problem = Problem(device, torch.float64)
+
+    def gradient_norm(loss):
+        leaves = problem.leaves()
+        value = loss(*leaves).square().sum()
+        grads = torch.autograd.grad(value, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    ours = gradient_norm(linear(problem.target, reduction=reduction, label_smoothing=0.1))
+    dense = gradient_norm(reference(problem.target, reduction=reduction, label_smoothing=0.1))
+    for a, b in zip(ours, dense, strict=True):
+        assert_close(a, b, 1e-9)
+
+
+def test_function_transforms(device):
+    problem = Problem(device)
+    for reduction in ("mean", "sum"):
+        loss = linear(problem.target, reduction=reduction)
+        plain = problem.leaves()
+        grads = torch.func.grad(loss, argnums=(0, 1, 2))(*(p.detach() for p in plain))
+        for grad, want in zip(grads, torch.autograd.grad(loss(*plain), plain), strict=True):
+            assert_close(grad, want, 1e-5)
+    hidden = torch.randn(4, N, D, device=device)
+    targets = torch.randint(0, V, (4, N), device=device)
+
+    def one(h, y):
+        return linear_cross_entropy(h, problem.weight, y)
+
+    batched = torch.func.vmap(one)(hidden, targets)
+    assert_close(batched, torch.stack([one(*a) for a in zip(hidden, targets, strict=True)]), 1e-5)
+    per_sample = torch.func.vmap(torch.func.grad(one))(hidden, targets)
+    assert_close(per_sample[2], torch.func.grad(one)(hidden[2], targets[2]), 1e-5)
+    tangent = torch.randn(N, D, device=device)
+    _, slope = torch.func.jvp(lambda h: one(h, targets[0]), (hidden[0],), (tangent,))
+    assert_close(slope, (torch.func.grad(one)(hidden[0], targets[0]) * tangent).sum(), 1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(device, reduction, dynamic):
+    problem = Problem(device)
+    loss = linear(problem.target, reduction=reduction, z_loss=1e-3)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    upstream = torch.tensor(2.0) if reduction == "mean" else torch.randn(N)
+    value, grads = problem.run(compiled, upstream=upstream.to(device))
+    expected, expected_grads = problem.run(loss, upstream=upstream.to(device))
+    assert_close(value, expected, 1e-6)
+    for grad, want in zip(grads, expected_grads, strict=True):
+        assert_close(grad, want, 1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast(device, reduction):
+    problem = Problem(device, tokens=400)
+    leaves = problem.leaves()
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        loss = linear_cross_entropy(leaves[0], leaves[1], problem.target, linear_bias=leaves[2],
+                                    reduction=reduction, chunk_tokens=64).sum()  # fmt: skip
+        theirs = problem.leaves()
+        their_loss = F.cross_entropy(F.linear(*theirs), problem.target, reduction=reduction).sum()
+    loss.backward()
+    their_loss.backward()
+    exact_loss, exact = problem.run(
+        lambda *p: reference(problem.target, reduction=reduction)(*p).sum(), True
+    )
+    assert error(loss, exact_loss) <= error(their_loss, exact_loss) + 1e-3
+    for ours, their, want in zip(leaves, theirs, exact, strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert error(ours.grad, want) <= 1.2 * error(their.grad, want)
+
+
+def test_float16_keeps_small_gradients(device):
+    """1 / N is subnormal in float16; the loss scale comes after the matrix products."""
+    tokens, scale = 65536, 4096.0
+    hidden = torch.randn(tokens, 4, device=device).half().requires_grad_()
+    weight = torch.randn(9, 4, device=device).half().requires_grad_()
+    target = torch.randint(0, 9, (tokens,), device=device)
+    (linear_cross_entropy(hidden, weight, target) * scale).backward()
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    (F.cross_entropy(F.linear(*exact), target) * scale).backward()
+    for ours, want in zip((hidden, weight), exact, strict=True):
+        assert error(ours.grad, want.grad) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_accumulator_takes_the_weights_gradient(device, dtype):
+    problem = Problem(device, dtype)
+    _, expected = problem.run(reference(problem.target), True)
+    for reduction in ("mean", "sum"):
+        leaves = problem.leaves()
+        total = torch.full((V, D), 2.0, device=device)
+        loss = linear_cross_entropy(
+            leaves[0], leaves[1], problem.target, linear_bias=leaves[2], reduction=reduction,
+            weight_grad_accumulator=total, chunk_tokens=8,
+        )  # fmt: skip
+        factor = 1.0 if reduction == "mean" else 1 / int((problem.target != -100).sum())
+        (loss * factor).backward()
+        assert leaves[1].grad is None
+        assert_close(total - 2, expected[1], 1e-5 if dtype == torch.float32 else 2e-2)
+        assert_close(leaves[0].grad, expected[0], 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_weight_grad_dtype(device):
+    problem = Problem(device, torch.bfloat16, bias=False)
+    _, expected = problem.run(reference(problem.target), True)
+    _, grads = problem.run(linear(problem.target, weight_grad_dtype=torch.bfloat16))
+    assert_close(grads[1], expected[1], GRADIENT[torch.bfloat16] * 4)
+
+
+def test_rows_of_any_stride(device):
+    whole = torch.randn(2, 9, 2 * D, device=device)
+    weight = torch.randn(V, 2 * D, device=device)[:, ::2]
+    target = torch.randint(0, V, (2, 7), device=device)
+    hidden = whole[:, 1:8, ::2]
+    expected = linear_cross_entropy(hidden.contiguous(), weight.contiguous(), target)
+    assert_close(linear_cross_entropy(hidden, weight, target), expected, 1e-6)
+
+
+def test_the_same_bits_again(device):
+    problem = Problem(device)
+    one, two = (problem.run(linear(problem.target, chunk_tokens=8)) for _ in range(2))
+    assert torch.equal(one[0], two[0])
+    assert all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
+
+
+def test_int32_targets(device):
+    problem = Problem(device)
+    a, b = (
+        linear_cross_entropy(problem.hidden, problem.weight, target)
+        for target in (problem.target, problem.target.int())
+    )
+    assert torch.equal(a, b)
+
+
+def test_nothing_is_kept_without_gradients(device):
+    problem = Problem(device)
+    with torch.no_grad():
+        loss = linear_cross_entropy(*problem.leaves()[:2], problem.target)
+    assert not loss.requires_grad
+
+
+def test_module_with_tied_embeddings(device):
+    from llmloss_ext.nn import LinearCrossEntropyLoss
+
+    embedding = torch.nn.Embedding(V, D, device=device)
+    loss = LinearCrossEntropyLoss(D, V, linear_weight=embedding.weight, label_smoothing=0.1)
+    assert loss.linear_weight is embedding.weight
+    hidden = torch.randn(N, D, device=device)
+    target = torch.randint(0, V, (N,), device=device)
+    value = loss(hidden, target)
+    value.backward()
+    expected = cross_entropy(hidden @ embedding.weight.t(), target, label_smoothing=0.1)
+    assert_close(value, expected, 1e-5)
+    assert embedding.weight.grad is not None
+    own = LinearCrossEntropyLoss(D, V, bias=True, device=device)
+    assert {name for name, _ in own.named_parameters()} == {"linear_weight", "linear_bias"}
+    again = copy.deepcopy(own)
+    again.load_state_dict(own.state_dict())
+    assert torch.equal(own(hidden, target), again(hidden, target))
+    assert "features=16" in repr(own)
+
+
+ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("features", {"linear_weight": torch.randn(V, D + 1)}, ValueError, "a weight (V, D), got"),
+    ("rank", {"linear_weight": torch.randn(V, 2, D)}, ValueError, "a weight (V, D), got"),
+    ("empty", {"linear_weight": torch.randn(0, D)}, ValueError, "the weight is empty"),
+    ("bias", {"linear_bias": torch.randn(V + 1)}, ValueError, "the bias must have shape"),
+    ("target", {"target": torch.zeros(N + 1).long()}, ValueError, "does not fit hidden states"),
+    ("class", {"target": torch.full((N,), V)}, IndexError, "out of bounds"),
+    ("dtype", {"linear_weight": torch.randn(V, D).bfloat16()}, RuntimeError, "the same dtype"),
+    ("integer input", {"input": torch.ones(N, D).long()}, RuntimeError, "expected hidden states"),
+    ("chunk", {"chunk_tokens": 0}, ValueError, "chunk_tokens must be at least 1"),
+    ("budget", {"max_chunk_bytes": 100}, ValueError, "at least 512, the logits of one token"),
+    ("shift", {"shift": -1}, ValueError, "shift must be an integer >= 0"),
+    ("reduction", {"reduction": "avg"}, ValueError, "not a valid value for reduction"),
+    ("smoothing", {"label_smoothing": 1.5}, ValueError, "label_smoothing must be between"),
+    ("softcap", {"softcap": -1.0}, ValueError, "softcap must be"),
+    ("vocab_size", {"vocab_size": V + 1}, ValueError, "vocab_size must be in"),
+    ("items", {"num_items": 0}, ValueError, "num_items must be > 0"),
+    ("weight", {"weight": torch.ones(V - 1)}, RuntimeError, "weight tensor should be defined"),
+    ("tokens", {"token_weight": torch.ones(N + 1)}, ValueError, "one number per token"),
+    ("accumulator", {"weight_grad_accumulator": torch.zeros(V, D + 1)}, ValueError, "the weight's shape"),
+    ("accumulator dtype",
+     {"weight_grad_accumulator": torch.zeros(V, D).half(), "weight_grad_dtype": torch.float32},
+     ValueError, "contiguous and of torch.float32"),
+    ("gradient dtype", {"weight_grad_dtype": torch.int8}, ValueError, "weight_grad_dtype must be"),
+    ("device", {"target": torch.zeros(N, device="meta").long()}, RuntimeError, "same device"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "kind", "words"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS])  # fmt: skip
+def test_bad_input(changes, kind, words):
+    arguments = {
+        "input": torch.randn(N, D),
+        "linear_weight": torch.randn(V, D),
+        "target": torch.zeros(N).long(),
+        **changes,
+    }
+    with pytest.raises(kind) as caught:
+        linear_cross_entropy(**arguments)
+    assert words in str(caught.value)
+
+
+def test_token_stats_want_class_indices():
+    with pytest.raises(RuntimeError, match="must hold class indices"):
+        linear_token_stats(torch.randn(3, D), torch.randn(V, D), torch.rand(3, V))

@@ -1,0 +1,140 @@
+"""Distillation between two chunked projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FLOATS, assert_close
+from torch import Tensor
+
+from llmloss_ext import linear_kl_div
+
+N, D, E, V = 23, 8, 12, 67
+DIRECTIONS = ["forward", "reverse", "jsd"]
+
+
+def make(device, dtype=torch.float32) -> tuple[Tensor, ...]:
+    sizes = ((N, D), (V, D), (N, E), (V, E))
+    return tuple(torch.randn(size, device=device).to(dtype) for size in sizes)
+
+
+def reference(tensors: Any, direction: str, beta: float, temperature: float, valid: Any) -> Tensor:
+    """By torch's own kl_div, in float64."""
+    student, teacher = (
+        F.log_softmax(h @ w.t() / temperature, -1)
+        for h, w in (tensors[:2], tensors[2:])
+    )
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+    if direction == "forward":
+        rows = kl(teacher, student)
+    elif direction == "reverse":
+        rows = kl(student, teacher)
+    else:
+        middle = (beta * teacher.exp() + (1 - beta) * student.exp()).log()
+        rows = beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
+    return (rows * temperature**2)[valid].mean()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chunk", [1, 8, 100])
+def test_as_torchs_kl_div(device, direction, temperature, chunk):
+    tensors = make(device)
+    target = torch.zeros(N, dtype=torch.long, device=device)
+    target[::4] = -100
+    student = [t.clone().requires_grad_() for t in tensors[:2]]
+    loss = linear_kl_div(
+        *student, *tensors[2:], direction=direction, beta=0.3, temperature=temperature,
+        target=target, chunk_tokens=chunk,
+    )  # fmt: skip
+    exact = [t.double().requires_grad_(i < 2) for i, t in enumerate(tensors)]
+    expected = reference(exact, direction, 0.3, temperature, target != -100)
+    assert_close(loss.detach(), expected.detach(), 1e-5)
+    grads = torch.autograd.grad(2 * loss, student, retain_graph=True)
+    wanted = torch.autograd.grad(2 * expected, exact[:2])
+    for grad, want in zip(grads, wanted, strict=True):
+        assert_close(grad, want, 1e-5)
+    for grad, again in zip(grads, torch.autograd.grad(2 * loss, student), strict=True):
+        assert torch.equal(grad, again)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_of_itself_it_is_zero(device, dtype, direction):
+    hidden, weight, _, _ = make(device, dtype)
+    leaf = hidden.clone().requires_grad_()
+    loss = linear_kl_div(leaf, weight, hidden, weight, direction=direction)
+    loss.backward()
+    assert_close(loss.detach(), torch.zeros(()), 1e-6)
+    assert leaf.grad is not None
+    assert_close(leaf.grad, torch.zeros(N, D), 1e-6)
+
+
+def test_biases_sum_and_shapes(device):
+    tensors = make(device)
+    bias = torch.randn(V, device=device, requires_grad=True)
+    other = torch.randn(V, device=device)
+    loss = linear_kl_div(
+        tensors[0].view(1, N, D), tensors[1], tensors[2].view(1, N, E), tensors[3],
+        student_bias=bias, teacher_bias=other, reduction="sum", chunk_tokens=5,
+    )  # fmt: skip
+    exact = bias.detach().double().requires_grad_()
+    q = F.log_softmax(tensors[0].double() @ tensors[1].double().t() + exact, -1)
+    p = F.log_softmax(tensors[2].double() @ tensors[3].double().t() + other.double(), -1)
+    expected = F.kl_div(q, p, reduction="sum", log_target=True)
+    assert_close(loss.detach(), expected.detach(), 1e-5)
+    (grad,), (want,) = torch.autograd.grad(loss, bias), torch.autograd.grad(expected, exact)
+    assert_close(grad, want, 1e-5)
+
+
+def test_a_teacher_that_rules_tokens_out(device):
+    student, weight, teacher, other = make(device)
+    bias = torch.zeros(V, device=device)
+    bias[::3] = -torch.inf
+    leaf = student.clone().requires_grad_()
+    loss = linear_kl_div(leaf, weight, teacher, other, teacher_bias=bias)
+    loss.backward()
+    assert loss.isfinite()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+
+
+def test_no_token(device):
+    tensors = make(device)
+    target = torch.full((N,), -100, device=device)
+    assert linear_kl_div(*tensors, target=target).isnan()
+    assert linear_kl_div(*tensors, target=target, reduction="sum") == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"direction": "both"}, "direction must be"),
+        ({"temperature": 0.0}, "temperature must be"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"beta": 1.0}, "beta must be"),
+        ({"reduction": "none"}, 'must be "mean" or "sum"'),
+        ({"teacher_hidden": torch.randn(N + 1, E)}, "the same tokens"),
+        ({"teacher_weight": torch.randn(V + 1, E)}, "the same vocabulary"),
+        ({"teacher_weight": torch.randn(V, D)}, r"a weight \(V, D\)"),
+        ({"target": torch.zeros(N + 1)}, "one label per token"),
+        ({"chunk_tokens": 0}, "at least 1"),
+    ],
+)
+def test_bad_input(changes, words):
+    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    arguments = {**dict(zip(names, make("cpu"), strict=True)), **changes}
+    with pytest.raises(ValueError, match=words):
+        linear_kl_div(**arguments)
+
+
+def test_the_teacher_gets_no_gradient():
+    tensors = [t.requires_grad_() for t in make("cpu")]
+    with pytest.raises(RuntimeError, match="pass it detached"):
+        linear_kl_div(*tensors)
