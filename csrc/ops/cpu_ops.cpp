@@ -27,6 +27,18 @@ struct RowOrder {
   int64_t active = 0;
 };
 
+// Asks for huge pages under a contiguous tensor that has not been written yet. Fresh memory of
+// hundreds of megabytes costs more in page faults than in arithmetic; this takes most of it away.
+void prefer_huge_pages(Tensor t) {
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t end = begin + uintptr_t(t.numel()) * t.element_size();
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 struct CpuBackend {
   explicit CpuBackend(const Tensor&) {}
 
@@ -100,17 +112,10 @@ struct CpuBackend {
     });
   }
 
-  // Contiguous, of the input's shape. A fresh gradient of hundreds of megabytes costs more in page
-  // faults than in arithmetic; huge pages take most of that away.
+  // Contiguous, of the input's shape.
   Tensor new_gradient(const Tensor& input) const {
     Tensor grad = new_tensor(input, sizes_of(input), input.scalar_type());
-#if defined(__linux__)
-    constexpr uintptr_t huge = uintptr_t{1} << 21;
-    const auto begin = reinterpret_cast<uintptr_t>(grad.data_ptr());
-    const uintptr_t end = begin + uintptr_t(grad.numel()) * grad.element_size();
-    const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
+    prefer_huge_pages(grad);
     return grad;
   }
 
@@ -149,6 +154,7 @@ STABLE_TORCH_LIBRARY_IMPL(llmloss, CPU, m) {
   m.impl("cross_entropy_backward_", TORCH_BOX(&Cpu::cross_entropy_backward_inplace));
   m.impl("cross_entropy_fused_", TORCH_BOX(&Cpu::cross_entropy_fused));
   m.impl("scale_", TORCH_BOX(&Cpu::scale));
+  m.impl("prefer_huge_pages_", TORCH_BOX(&prefer_huge_pages));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmloss, CompositeExplicitAutograd, m) {

@@ -38,6 +38,7 @@ STABLE_TORCH_LIBRARY(llmloss, m) {
       "SymInt vocab_size, float label_smoothing, float z_loss, int reduction, "
       "bool with_grad_scale) -> (Tensor, Tensor)");
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
+  m.def("prefer_huge_pages_(Tensor(a!) x) -> ()");
   m.def("cpu_isa() -> int");
   m.def(
       "launch_plan(int rows, int vocab_size, int element_bytes, int multiprocessors, "

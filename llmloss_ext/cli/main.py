@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a small GPT on real text with a large vocabulary",
     "info": "print versions, instruction sets and what is available",
     "verify": "check every operator against float64 on this machine",
+    "plan": "say what a linear loss costs: chunks, products, FLOPs and memory",
 }
 
 INTERRUPTED = 130

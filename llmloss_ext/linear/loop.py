@@ -47,6 +47,14 @@ def chunk_rows(tokens: int, chunk_tokens: int, valid: Tensor | None) -> Iterator
         yield slice(begin, min(begin + chunk_tokens, tokens))
 
 
+def new_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory of many megabytes."""
+    buffer = torch.empty(shape, dtype=dtype, device=like.device)
+    if buffer.device.type == "cpu":
+        torch.ops.llmloss.prefer_huge_pages_(buffer)
+    return buffer
+
+
 @dataclass
 class Chunk:
     """Some tokens: their rows, hidden states and logits (which may be overwritten)."""
@@ -71,9 +79,9 @@ class Projection:
         next one.
         """
         tokens, vocab_size = self.hidden.shape[0], self.weight.shape[0]
-        buffer = self.hidden.new_empty(
-            min(chunk_tokens, tokens), row_stride(vocab_size, self.hidden.dtype)
-        )
+        dtype = self.hidden.dtype
+        shape = (min(chunk_tokens, tokens), row_stride(vocab_size, dtype))
+        buffer = new_buffer(self.hidden, shape, dtype)
         # oneDNN's products read a column too many and multiply it by 0: no nan may stand there.
         buffer[:, vocab_size:] = 0
         for rows in chunk_rows(tokens, chunk_tokens, valid):
@@ -107,7 +115,7 @@ class Gradients:
         self._accumulator = accumulator
         self._is_empty = accumulator is None
         if needs[1] and accumulator is None:
-            self._accumulator = weight.new_empty(weight.shape, dtype=accumulate_in)
+            self._accumulator = new_buffer(weight, tuple(weight.shape), accumulate_in)
         real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.bias = weight.new_zeros(weight.shape[0], dtype=real) if needs[2] else None
 
@@ -155,4 +163,6 @@ class Gradients:
             return None
         if self._is_empty:
             total.zero_()
-        return total.to(dtype)
+        if total.dtype == dtype:
+            return total
+        return new_buffer(total, tuple(total.shape), dtype).copy_(total)

@@ -1,0 +1,66 @@
+"""``llmloss plan``: what a linear loss of a given size costs, before it is run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from llmloss_ext.cli.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command's options."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="say what a linear loss costs: chunks, products, FLOPs and memory",
+        description="For N tokens with D features and a vocabulary of V: linear_cross_entropy with "
+        "its gradients.",
+    )
+    for name, text in (("N", "tokens"), ("D", "features"), ("V", "vocabulary")):
+        parser.add_argument(name, type=int, help=text)
+    parser.add_argument("dtype", choices=DTYPES, nargs="?", default="bfloat16")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--chunk-tokens", type=int, help="tokens of a chunk")
+    parser.add_argument("--max-chunk-bytes", type=int, help="the most that a chunk's logits take")
+    parser.add_argument(
+        "--recompute", action="store_true", help='reduction="none", or functions of the statistics'
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints one fact a line."""
+    import torch
+
+    from llmloss_ext import plan
+
+    try:
+        planned = plan(
+            args.N,
+            args.D,
+            args.V,
+            getattr(torch, args.dtype),
+            args.device,
+            chunk_tokens=args.chunk_tokens,
+            max_chunk_bytes=args.max_chunk_bytes,
+            recompute=args.recompute,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    saved = planned.unfused_bytes / planned.peak_bytes
+    for name, value in (
+        ("chunks", f"{planned.chunks} of {planned.chunk_tokens} tokens"),
+        ("products", f"{planned.products} of {args.N:,} x {args.D:,} x {args.V:,}"),
+        ("work", f"{planned.flops / 1e12:.2f} TFLOP"),
+        ("chunk's logits", _mebibytes(planned.chunk_bytes)),
+        ("gradients", _mebibytes(planned.gradient_bytes)),
+        ("peak beyond inputs", _mebibytes(planned.peak_bytes)),
+        ("whole logits would", f"{_mebibytes(planned.unfused_bytes)}, {saved:.1f} times as much"),
+    ):
+        print(f"{name:<18} {value}")
+    return 0
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,98 @@
+"""The plan of the linear losses, and that the memory is what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmloss_ext import plan
+from llmloss_ext.cli import main
+
+HERE = Path(__file__).parent
+MIB = 2**20
+
+
+def test_numbers():
+    planned = plan(2048, 768, 50257)
+    assert planned.products == 3
+    assert planned.flops == 3 * 2 * 2048 * 768 * 50257
+    assert planned.chunk_bytes <= 64 * MIB
+    assert planned.chunk_tokens * (planned.chunks - 1) < 2048 <= planned.chunk_tokens * planned.chunks
+    assert planned.gradient_bytes == (2048 + 50257) * 768 * 4
+    assert planned.peak_bytes - planned.gradient_bytes <= 64 * MIB
+    assert planned.unfused_bytes == 2 * 2048 * 50257 * 4 + planned.gradient_bytes
+    assert plan(2048, 768, 50257, recompute=True).products == 4
+    assert plan(2048, 768, 50257, needs_grad=(True, False)).products == 2
+    assert plan(2048, 768, 50257, needs_grad=(False, False), recompute=True).products == 1
+
+
+def test_a_budget_is_honoured():
+    for budget in (MIB, 10 * MIB, 100 * MIB):
+        for dtype in (torch.float32, torch.bfloat16):
+            planned = plan(10_000, 64, 30_001, dtype, max_chunk_bytes=budget)
+            assert planned.chunk_bytes <= budget
+    assert plan(100, 64, 1000, chunk_tokens=7).chunk_tokens == 7
+    assert plan(100, 64, 1000, chunk_tokens=1000).chunk_tokens == 100
+    row = plan(1, 64, 1000).chunk_bytes
+    assert plan(100, 64, 1000, chunk_tokens=50, max_chunk_bytes=3 * row).chunk_tokens == 3
+
+
+def test_the_chunk_does_not_grow_with_the_tokens():
+    chunks = {plan(n, 768, 262_144, torch.bfloat16).chunk_bytes for n in (2048, 65_536, 1_000_000)}
+    assert len(chunks) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
+        ({"max_chunk_bytes": 3999}, "max_chunk_bytes must be at least 4096"),
+        ({"vocab_size": 0}, "V >= 1"),
+        ({"features": 0}, "D >= 1"),
+        ({"tokens": -1}, "N >= 0"),
+    ],
+)
+def test_bad_input(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        plan(**{"tokens": 10, "features": 8, "vocab_size": 1000, **arguments})
+
+
+def test_the_command(capsys):
+    assert main.main(["plan", "8192", "4096", "128256"]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 8,192 x 4,096 x 128,256" in out
+    assert "peak beyond inputs" in out
+    assert main.main(["plan", "8192", "4096", "128256", "--max-chunk-bytes", "10"]) == 1
+    assert "the logits of one token" in capsys.readouterr().err
+
+
+def peak(*arguments: object) -> tuple[int, int]:
+    """The measured and the planned peak, in bytes."""
+    command = [sys.executable, str(HERE / "linear_memory.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent)
+    measured, planned = map(int, done.stdout.split())
+    return measured, planned
+
+
+linux_only = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
+)
+
+
+@linux_only
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_peak_is_what_the_plan_says(dtype, reduction):
+    measured, planned = peak(1024, 768, 50257, dtype, reduction)
+    assert 0.9 * planned <= measured <= 1.1 * planned
+
+
+@linux_only
+def test_more_tokens_take_no_more_memory_than_their_own_gradient():
+    small, _ = peak(512, 32, 100_000, "bfloat16", "mean")
+    large, _ = peak(8192, 32, 100_000, "bfloat16", "mean")
+    assert large - small <= 4 * MIB
