@@ -148,7 +148,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.linear_bias: torch.nn.Parameter | None = None
         if bias:
             bound = 1 / math.sqrt(in_features)
-            values = torch.empty(num_classes, device=linear_weight.device, dtype=linear_weight.dtype)
+            values = torch.empty(
+                num_classes, device=linear_weight.device, dtype=linear_weight.dtype
+            )
             self.linear_bias = torch.nn.Parameter(values.uniform_(-bound, bound))
         self.register_buffer("weight", weight)
         logit_scale = options.pop("logit_scale", 1.0)

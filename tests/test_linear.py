@@ -226,9 +226,7 @@ def test_class_and_token_weights(device):
             assert_close(grad, other, 1e-5)
     leaf = tokens.clone().requires_grad_()
     loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target, token_weight=leaf)
-    dense = cross_entropy(
-        problem.hidden @ problem.weight.t(), problem.target, token_weight=leaf
-    )
+    dense = cross_entropy(problem.hidden @ problem.weight.t(), problem.target, token_weight=leaf)
     assert_close(loss, dense, 1e-5)
     (ours,), (theirs,) = (torch.autograd.grad(x, leaf) for x in (loss, dense))
     assert_close(ours, theirs, 1e-5)

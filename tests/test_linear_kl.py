@@ -24,8 +24,7 @@ def make(device, dtype=torch.float32) -> tuple[Tensor, ...]:
 def reference(tensors: Any, direction: str, beta: float, temperature: float, valid: Any) -> Tensor:
     """By torch's own kl_div, in float64."""
     student, teacher = (
-        F.log_softmax(h @ w.t() / temperature, -1)
-        for h, w in (tensors[:2], tensors[2:])
+        F.log_softmax(h @ w.t() / temperature, -1) for h, w in (tensors[:2], tensors[2:])
     )
 
     def kl(p: Tensor, q: Tensor) -> Tensor:

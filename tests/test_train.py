@@ -109,13 +109,14 @@ def stop_after(step: int, run) -> None:
 
 
 def test_torch_and_our_loss_agree(corpus, tmp_path):
-    for kind in ("logits", "torch"):
+    for kind in ("linear", "logits", "torch"):
         out = tmp_path / kind
         options = ("--loss", kind, "--lr", "0.01", "--accumulate", "2")
         assert train(corpus, out, "--steps", "5", *options) == 0
-    for ours, torchs in zip(metrics(tmp_path / "logits"), metrics(tmp_path / "torch"), strict=True):
-        assert ours["loss"] == pytest.approx(torchs["loss"], rel=1e-3)
-        assert ours["top5_accuracy"] == pytest.approx(torchs["top5_accuracy"], abs=0.05)
+    for kind in ("linear", "logits"):
+        for ours, torchs in zip(metrics(tmp_path / kind), metrics(tmp_path / "torch"), strict=True):
+            assert ours["loss"] == pytest.approx(torchs["loss"], rel=1e-3)
+            assert ours["top5_accuracy"] == pytest.approx(torchs["top5_accuracy"], abs=0.05)
 
 
 def test_bfloat16(corpus, tmp_path):

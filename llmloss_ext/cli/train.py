@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     add("dim", _positive, "width of the model")
     add("seed", _not_negative, "of the weights and of the order of the data")
     add("dtype", str, "of the matrix products; bfloat16 by autocast", choices=DTYPES)
-    add("loss", str, "llmloss_ext's loss from logits, or torch's own", choices=LOSSES)
+    add("loss", str, "from hidden states, from logits, or torch's own", choices=LOSSES)
     add("device", str, "cpu or cuda")
     add("threads", _not_negative, "CPU threads, 0: torch's choice")
     add("eval-every", _positive, "steps between validations")
@@ -182,7 +182,8 @@ def _print_table(training: Run) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmloss_ext.cli.training.loop import peak_memory
+    from llmloss_ext.cli.training.comparison import compare
+    from llmloss_ext.cli.training.memory import peak_memory
 
     totals = training.totals
     table = Table(title=f"llmloss train: {training.config.describe()}", show_header=False)
@@ -197,8 +198,18 @@ def _print_table(training: Run) -> None:
     table.add_row("tokens/s", f"{totals.tokens / totals.seconds:,.0f}")
     table.add_row("peak memory", f"{peak_memory(training.device) / 2**20:,.0f} MiB")
     share = totals.loss_seconds / totals.seconds
-    table.add_row("time in the loss", f"{totals.loss_seconds:.1f} s, {share:.1%} of training")
-    Console().print(table)
+    table.add_row("head and loss", f"{totals.loss_seconds:.1f} s, {share:.1%} of training")
+    console = Console()
+    console.print(table)
+
+    console.print("timing the other losses on the same micro-batch", highlight=False)
+    beside = Table(title="one micro-batch, forward and backward, the same weights")
+    for column in ("--loss", "loss", "time in head and loss", "peak memory of the step"):
+        beside.add_column(column, justify="left" if column == "--loss" else "right")
+    for one in compare(training):
+        peak = "?" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:,.0f} MiB"
+        beside.add_row(one.kind, f"{one.loss:.5f}", f"{one.seconds * 1e3:,.0f} ms", peak)
+    console.print(beside)
 
 
 def _number(

@@ -123,4 +123,3 @@ def kl_div(
         (direction, beta, temperature), mean, chunk_tokens,
     )  # fmt: skip
     return result
-

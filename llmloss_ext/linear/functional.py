@@ -141,9 +141,11 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         return losses.reshape(call.shape)
-    denominator = num_items if num_items is not None else composite.denominators(
-        call.hidden, call.targets, weight, token_weight, ignored
-    ).sum()
+    denominator = (
+        num_items
+        if num_items is not None
+        else composite.denominators(call.hidden, call.targets, weight, token_weight, ignored).sum()
+    )
     return composite.reduce(losses, denominator, loss.reduction)
 
 
@@ -199,7 +201,7 @@ def linear_token_stats(
 def linear_log_probs(
     input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
 ) -> Tensor:
-    """log p_target of every token, shaped like the target; 0 at ignored ones.
+    """Log p_target of every token, shaped like the target; 0 at ignored ones.
 
     What preference and policy losses (DPO, PPO, GRPO) are made of. Differentiable.
 

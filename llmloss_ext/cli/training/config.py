@@ -8,7 +8,7 @@ from typing import Any
 from llmloss_ext.cli.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
-LOSSES = ("logits", "torch")
+LOSSES = ("linear", "logits", "torch")
 
 # What the weights and the order of the data depend on: a resumed run cannot change them.
 _FIXED = ("layers", "heads", "dim", "seq_len", "seed")
@@ -35,7 +35,7 @@ class TrainConfig:
     dim: int = 128
     seed: int = 0
     dtype: str = "float32"
-    loss: str = "logits"
+    loss: str = "linear"
     device: str = "cpu"
     threads: int = 0
     eval_every: int = 45

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -146,12 +145,14 @@ class Run:
         cosine = 0.5 * (1 + math.cos(math.pi * done))
         return self.config.lr * (_FINAL_RATE + (1 - _FINAL_RATE) * cosine)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the matrix products."""
         if self.config.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.config.dtype))
 
-    def _batch(self, windows: Any, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, windows: Any, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Token ids and targets (B, S) of some windows, on the device."""
         inputs, targets = windows.batch(indices)
         return inputs.to(self.device), targets.to(self.device)
 
@@ -164,7 +165,7 @@ class Run:
         batches = []
         for _ in range(config.accumulate):
             batches.append(
-                self._batch(self.training, self.order.take(self.position, config.batch_size))
+                self.batch(self.training, self.order.take(self.position, config.batch_size))
             )
             self.position += config.batch_size
         items = sum(int((targets != IGNORED).sum()) for _, targets in batches)
@@ -174,7 +175,7 @@ class Run:
         total = torch.zeros((), device=self.device)
         scores = []
         for inputs, targets in batches:
-            with self._autocast():
+            with self.autocast():
                 hidden = self.model.hidden(inputs)
                 loss, score = self.loss.train(hidden, self.model.head.weight, targets, items, logs)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -211,8 +212,8 @@ class Run:
         size, scores = self.config.batch_size, []
         for start in range(0, len(self.validation), size):
             indices = list(range(start, min(start + size, len(self.validation))))
-            inputs, targets = self._batch(self.validation, indices)
-            with self._autocast():
+            inputs, targets = self.batch(self.validation, indices)
+            with self.autocast():
                 hidden = self.model.hidden(inputs)
                 score = self.loss.score(hidden, self.model.head.weight, targets)
             scores.append((score, targets))
@@ -260,10 +261,3 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the allocator on a GPU, of the whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

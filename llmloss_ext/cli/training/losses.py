@@ -1,13 +1,13 @@
 """The loss behind one small interface: hidden states and projection weight in, a scalar out.
 
-A kind that never makes the logits fits the same interface: write a class with the methods of
-`TokenLoss`, and name it in `create_loss` and `llmloss_ext.cli.training.config.LOSSES`.
+What is timed is the same for every kind: the projection and the loss, forward and backward.
 """
 
 from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -76,6 +76,12 @@ class LossClock:
         else:
             self._seconds += time.perf_counter() - self._started
 
+    def watch_backward(self, hidden: Tensor, loss: Tensor) -> None:
+        """Times the backward pass of a loss, down to the gradient of the hidden states."""
+        if hidden.requires_grad:
+            hidden.register_hook(self.stop)  # type: ignore[no-untyped-call]
+            loss.register_hook(self.start)  # type: ignore[no-untyped-call]
+
     def take(self) -> float:
         """The seconds since the last call; waits for the device."""
         if self._events:
@@ -101,18 +107,17 @@ class _LossOfLogits(TokenLoss):
     def train(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
     ) -> tuple[Tensor, TokenScores | None]:
+        self.clock.start()
         logits = F.linear(hidden, weight)
+        self.clock.stop()
         scores = None
         if with_scores:  # first: the loss may overwrite the logits
             with torch.no_grad():
                 scores = self._scores(logits, targets)
-        # Backward runs the loss's part first, between the gradient of the loss and the gradient
-        # of the logits; hooks on the two see when.
-        logits.register_hook(self.clock.stop)  # type: ignore[no-untyped-call]
         self.clock.start()
         loss = self._loss(logits, targets, num_items)
         self.clock.stop()
-        loss.register_hook(self.clock.start)  # type: ignore[no-untyped-call]
+        self.clock.watch_backward(hidden, loss)
         return loss, scores
 
     def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
@@ -123,6 +128,58 @@ class _LossOfLogits(TokenLoss):
 
     @abstractmethod
     def _scores(self, logits: Tensor, targets: Tensor) -> TokenScores: ...
+
+
+class LinearLoss(TokenLoss):
+    """llmloss_ext's own, straight from the hidden states: no logits in memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Checks that the operators exist for the device.
+
+        Raises:
+            UserError: If this build has none.
+        """
+        import llmloss_ext
+
+        _require_kernels(device)
+        self.clock = LossClock(device)
+        self._cross_entropy = llmloss_ext.linear_cross_entropy
+        self._token_stats = llmloss_ext.linear_token_stats
+
+    def train(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
+    ) -> tuple[Tensor, TokenScores | None]:
+        """The gradients are formed here; backward hands them out."""
+        scores = None
+        if with_scores:
+            with torch.no_grad():
+                scores = self.score(hidden, weight, targets)
+        self.clock.start()
+        loss = self._cross_entropy(
+            hidden, weight, targets, ignore_index=IGNORED, num_items=num_items
+        )
+        self.clock.stop()
+        self.clock.watch_backward(hidden, loss)
+        return loss, scores
+
+    def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
+        """From the row statistics."""
+        stats = self._token_stats(hidden, weight, targets, ignore_index=IGNORED, with_rank=True)
+        assert stats.rank is not None  # with_rank
+        return TokenScores(stats.log_prob, stats.rank)
+
+
+def _require_kernels(device: torch.device) -> None:
+    import llmloss_ext
+
+    try:
+        target = torch.zeros(1, dtype=torch.int64, device=device)
+        llmloss_ext.cross_entropy(torch.zeros(1, 2, device=device), target)
+    except NotImplementedError as error:
+        raise UserError(
+            f"this build of llmloss_ext has no kernels for device {device.type}: use "
+            "--loss torch or --device cpu"
+        ) from error
 
 
 class LogitsLoss(_LossOfLogits):
@@ -137,16 +194,9 @@ class LogitsLoss(_LossOfLogits):
         super().__init__(device)
         import llmloss_ext
 
+        _require_kernels(device)
         self._cross_entropy = llmloss_ext.cross_entropy
         self._token_stats = llmloss_ext.token_stats
-        try:
-            target = torch.zeros(1, dtype=torch.int64, device=device)
-            self._cross_entropy(torch.zeros(1, 2, device=device), target)
-        except NotImplementedError as error:
-            raise UserError(
-                f"this build of llmloss_ext has no kernels for device {device.type}: use "
-                "--loss torch or --device cpu"
-            ) from error
 
     def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor:
         return self._cross_entropy(
@@ -178,5 +228,9 @@ class TorchLoss(_LossOfLogits):
 
 def create_loss(kind: str, device: torch.device) -> TokenLoss:
     """The loss called ``kind``, one of `llmloss_ext.cli.training.config.LOSSES`."""
-    kinds = {"logits": LogitsLoss, "torch": TorchLoss}
+    kinds: dict[str, Callable[[torch.device], TokenLoss]] = {
+        "linear": LinearLoss,
+        "logits": LogitsLoss,
+        "torch": TorchLoss,
+    }
     return kinds[kind](device)

@@ -1,0 +1,42 @@
+"""Peak memory: of the allocator on a GPU, of the process on a CPU."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class PeakMeter:
+    """The peak beyond what is held at the start."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Starts."""
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+            self._device, self._before = device, torch.cuda.memory_allocated(device)
+        elif _CLEAR.exists():
+            _CLEAR.write_text("5")  # the resident set's peak counts from here
+            self._before = _resident("VmRSS")
+
+    def peak(self) -> int | None:
+        """Bytes, or None where the system does not tell."""
+        if self._cuda:
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return _resident("VmHWM") - self._before if _CLEAR.exists() else None
+
+
+def _resident(field: str) -> int:
+    lines = _STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
