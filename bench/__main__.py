@@ -17,6 +17,7 @@ from rich.table import Table
 
 from bench.cases import Case, cross_entropy_cases, option_cases, small_cases
 from bench.gpu_cases import gpu_suites, missing_peers
+from bench.linear_cases import linear_cases
 from bench.timing import measure
 from llmloss_ext.cli.info import ISAS
 
@@ -108,6 +109,7 @@ def main() -> None:
         lambda: cross_entropy_cases(2048, 32000),
         lambda: cross_entropy_cases(1024, 128256),
         lambda: option_cases(1024, 128256),
+        linear_cases,
     ]
     if torch.cuda.is_available():
         suites = gpu_suites()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -78,17 +79,23 @@ def _flush_buffer() -> torch.Tensor:
 
 
 def measure(contenders: list[Contender], rounds: int) -> None:
-    """Warms up, then times every contender once a round, the order turning each time."""
+    """Warms up, then times every contender once a round.
+
+    The order is another one each round: what a contender leaves behind (gigabytes for the system
+    to clean up) must not always hit the same successor.
+    """
     for contender in contenders:
         for _ in range(2):
             contender.time()
         contender.seconds.clear()
     gc.collect()
     gc.disable()
+    order = list(contenders)
+    shuffle = random.Random(0).shuffle
     try:
-        for i in range(rounds):
-            turn = i % len(contenders)
-            for contender in contenders[turn:] + contenders[:turn]:
+        for _ in range(rounds):
+            shuffle(order)
+            for contender in order:
                 contender.time()
     finally:
         gc.enable()

@@ -99,4 +99,5 @@ def test_more_tokens_take_no_more_memory_than_their_own_gradient():
     large, planned_large = peak(8192, 32, 100_000, "bfloat16", "mean")
     own = (8192 - 2048) * 32 * 2
     assert planned_large - planned_small - own <= 8 * MIB  # chunks of nearly one size
-    assert large - small <= planned_large - planned_small + 4 * MIB
+    # Whole logits would add 1.2 GiB; huge pages come and go by a few MiB.
+    assert large - small <= planned_large - planned_small + 16 * MIB

@@ -64,7 +64,7 @@ def test_a_run(corpus, tmp_path, capsys):
     assert train(corpus, tmp_path / "run", "--steps", "6", "--lr", "0.01") == 0
     output = capsys.readouterr().out
     for word in ("steps", "train loss", "validation loss", "tokens/s", "peak memory",
-                 "time in the loss", "metrics.jsonl", "loss.png", "checkpoint.pt"):  # fmt: skip
+                 "head and loss", "metrics.jsonl", "loss.png", "checkpoint.pt"):  # fmt: skip
         assert word in output
     records = metrics(tmp_path / "run")
     validation = [r for r in records if r["kind"] == "validation"]

@@ -70,11 +70,13 @@ struct Operators {
   }
 
   // The same, with the input's gradient written over the input.
-  static Tensor token_stats_backward_inplace(
-      MaybeTensor grad_log_prob, MaybeTensor grad_lse, MaybeTensor grad_entropy,
-      MaybeTensor grad_mean_log_prob, Tensor input, Tensor target, MaybeTensor weight,
-      MaybeTensor logit_scale, double scale, double softcap, int64_t ignore_index,
-      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale) {
+  static Tensor token_stats_backward_inplace(MaybeTensor grad_log_prob, MaybeTensor grad_lse,
+                                             MaybeTensor grad_entropy,
+                                             MaybeTensor grad_mean_log_prob, Tensor input,
+                                             Tensor target, MaybeTensor weight,
+                                             MaybeTensor logit_scale, double scale, double softcap,
+                                             int64_t ignore_index, int64_t vocab_size,
+                                             Tensor entropy, Tensor state, bool with_grad_scale) {
     check_writable(input);
     return token_stats_backward_into(
         input, {grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob}, input, target,

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from llmloss_ext import composite
 from llmloss_ext.composite import LogitOptions, LossOptions
-from llmloss_ext.linear import operators
+from llmloss_ext.linear import fake, operators  # noqa: F401  (fake registers itself)
 from llmloss_ext.ops import _Composite, _needs_differentiable_backward
 
 __all__ = ["ChunkOptions", "loss", "stats"]
@@ -119,12 +119,9 @@ def _loss_composite(inputs: Any, others: Any, options: Any) -> _Composite:
         )  # fmt: skip
         denominator = rows
         if loss_options.reduction == 1:
-            denominator = num_items
-            if denominator is None:
-                denominator = composite.denominators(
-                    input, target, weight, token_weight, logit_options.ignore_index
-                ).sum()
-            denominator = denominator.to(rows.dtype).reshape(())
+            denominator = operators.total_items(
+                input, target, weight, token_weight, num_items, logit_options.ignore_index
+            )
         return (composite.reduce(rows, denominator, loss_options.reduction),)
 
     return _Composite(loss, inputs, [0, 1, 2, 3])

@@ -13,7 +13,7 @@ from llmloss_ext import composite, ops
 from llmloss_ext import functional as dense
 from llmloss_ext.composite import LogitOptions, LossOptions
 from llmloss_ext.functional import TokenStats
-from llmloss_ext.linear import autograd
+from llmloss_ext.linear import autograd, operators
 from llmloss_ext.linear.autograd import ChunkOptions
 from llmloss_ext.linear.distillation import kl_div
 from llmloss_ext.linear.planning import plan
@@ -141,11 +141,10 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         return losses.reshape(call.shape)
-    denominator = (
-        num_items
-        if num_items is not None
-        else composite.denominators(call.hidden, call.targets, weight, token_weight, ignored).sum()
-    )
+    denominator = losses
+    if reduction == "mean":
+        items = (weight, token_weight, num_items, ignored)
+        denominator = operators.total_items(call.hidden, call.targets, *items)
     return composite.reduce(losses, denominator, loss.reduction)
 
 
@@ -435,8 +434,9 @@ class _LinearCall:
     ) -> ChunkOptions:
         """How to walk through the tokens, by the plan."""
         hidden, weight = self.hidden, self.linear_weight
+        tokens, features = hidden.shape
         planned = plan(
-            *hidden.shape, weight.shape[0], hidden.dtype, hidden.device,
+            tokens, features, weight.shape[0], hidden.dtype, hidden.device,
             chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
         )  # fmt: skip
         if accumulator is not None:

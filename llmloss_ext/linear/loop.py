@@ -41,7 +41,7 @@ def chunk_rows(tokens: int, chunk_tokens: int, valid: Tensor | None) -> Iterator
     """
     indices = None if valid is None else valid.nonzero().squeeze(1)
     if indices is not None and indices.numel() < tokens:
-        yield from indices.split(chunk_tokens) if indices.numel() else ()
+        yield from torch.split(indices, chunk_tokens) if indices.numel() else ()
         return
     for begin in range(0, tokens, chunk_tokens):
         yield slice(begin, min(begin + chunk_tokens, tokens))
@@ -75,9 +75,7 @@ class Projection:
         self.bias = None if bias is None else bias.to(hidden.dtype)
 
     def chunks(self, chunk_tokens: int, valid: Tensor | None) -> Iterator[Chunk]:
-        """Each chunk's logits, all in one buffer: what is made of a chunk must be done by the
-        next one.
-        """
+        """Each chunk's logits, all in one buffer: a chunk ends where the next one begins."""
         tokens, vocab_size = self.hidden.shape[0], self.weight.shape[0]
         dtype = self.hidden.dtype
         shape = (min(chunk_tokens, tokens), row_stride(vocab_size, dtype))

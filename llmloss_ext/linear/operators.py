@@ -17,7 +17,8 @@ LIBRARY = fake.LIBRARY
 _ops = torch.ops.llmloss
 
 
-def _real(input: Tensor) -> torch.dtype:
+def real_of(input: Tensor) -> torch.dtype:
+    """The dtype of losses and statistics."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
@@ -25,6 +26,20 @@ def _valid(target: Tensor, ignore_index: int, drop_ignored: bool) -> Tensor | No
     if not drop_ignored or not composite.is_indices(target):
         return None
     return target != ignore_index
+
+
+def total_items(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    num_items: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """What a mean divides by, 0-d."""
+    if num_items is None:
+        num_items = composite.denominators(input, target, weight, token_weight, ignore_index).sum()
+    return num_items.to(real_of(input)).reshape(())
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -55,25 +70,19 @@ def linear_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The mean (1) or sum (2) over the tokens, with its gradients.
 
-    Args:
-        needs: Which gradients: of input, linear_weight, linear_bias, logit_scale.
+    ``needs`` says which gradients: of input, linear_weight, linear_bias, logit_scale.
 
     Returns:
         The loss; the gradients of input, linear_weight, linear_bias and logit_scale; and the factor
         (0-d) that is still to be multiplied into them. It is 1 except for float16, whose gradients
         are kept away from its subnormal numbers.
     """
-    real = _real(input)
+    real = real_of(input)
     projection = Projection(input, linear_weight, linear_bias)
     one = torch.ones((), dtype=real, device=input.device)
     denominator = one
     if reduction == 1:
-        denominator = num_items
-        if denominator is None:
-            denominator = composite.denominators(
-                input, target, weight, token_weight, ignore_index
-            ).sum()
-        denominator = denominator.to(real).reshape(())
+        denominator = total_items(input, target, weight, token_weight, num_items, ignore_index)
     factor = one
     if input.dtype == torch.float16:
         # A power of two near the denominator: gradients of the size of p, not of p / N.
@@ -117,28 +126,6 @@ def _cast(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     return gradient.reshape(parameter.shape).to(parameter.dtype)
 
 
-@linear_loss.register_fake
-def _(
-    input, linear_weight, target, linear_bias, weight, token_weight, num_items, logit_scale,
-    scale, softcap, ignore_index, vocab_size, label_smoothing, z_loss, reduction, chunk_tokens,
-    drop_ignored, needs, weight_grad_dtype,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    def gradient(parameter, asked):  # type: ignore[no-untyped-def]
-        if not asked or parameter is None:
-            return input.new_empty(0)
-        return parameter.new_empty(parameter.shape)
-
-    scalar = input.new_empty((), dtype=_real(input))
-    return (
-        scalar,
-        gradient(input, needs[0]),
-        gradient(linear_weight, needs[1]),
-        gradient(linear_bias, needs[2]),
-        gradient(logit_scale, needs[3]),
-        torch.empty_like(scalar),
-    )
-
-
 @torch.library.custom_op("llmloss::linear_stats", mutates_args=())
 def linear_stats(
     input: Tensor,
@@ -157,10 +144,9 @@ def linear_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of `token_stats`, and the state that backward needs, (N, 3).
 
-    Args:
-        wanted: Whether entropy, mean_log_prob, and argmax and rank are asked for.
+    ``wanted`` says whether entropy, mean_log_prob, and argmax and rank are asked for.
     """
-    real, tokens = _real(input), input.shape[0]
+    real, tokens = real_of(input), input.shape[0]
 
     def column(asked: bool, dtype: torch.dtype = real, fill: int = 0) -> Tensor:
         return torch.full((tokens if asked else 0,), fill, dtype=dtype, device=input.device)
@@ -182,29 +168,8 @@ def linear_stats(
     return (*stats, states)  # type: ignore[return-value]
 
 
-@linear_stats.register_fake
-def _(
-    input, linear_weight, target, linear_bias, weight, logit_scale, scale, softcap, ignore_index,
-    vocab_size, wanted, chunk_tokens, drop_ignored,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    tokens, real = input.shape[0], _real(input)
-
-    def column(asked, dtype=real):  # type: ignore[no-untyped-def]
-        return input.new_empty(tokens if asked else 0, dtype=dtype)
-
-    return (
-        column(True),
-        column(True),
-        column(wanted[0]),
-        column(wanted[1]),
-        column(wanted[2], torch.int64),
-        column(wanted[2], torch.int64),
-        input.new_empty((tokens, 3), dtype=real),
-    )
-
-
 def stats_backward(
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    grads: tuple[Tensor | None, ...],
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -282,16 +247,3 @@ def linear_stats_backward(
         (scale, softcap, ignore_index, vocab_size), entropy, states, chunk_tokens, drop_ignored,
         needs, weight_grad_dtype,
     )  # fmt: skip
-
-
-@linear_stats_backward.register_fake
-def _(
-    grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob, input, linear_weight, target,
-    linear_bias, weight, logit_scale, scale, softcap, ignore_index, vocab_size, entropy, states,
-    chunk_tokens, drop_ignored, needs, weight_grad_dtype,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    parameters = (input, linear_weight, linear_bias, logit_scale)
-    return tuple(
-        p.new_empty(p.shape) if asked and p is not None else input.new_empty(0)
-        for p, asked in zip(parameters, needs, strict=True)
-    )
