@@ -22,7 +22,7 @@ def test_verify_passes(capsys):
     assert main(["verify"]) == 0
     output = capsys.readouterr().out
     assert "FAILED" not in output
-    for name in (*verify.OPTIONS, *verify.STATISTICS):
+    for name in (*verify.OPTIONS, *verify.STATISTICS, *verify.LINEAR_OPTIONS):
         assert name in output
     for kind in ("float32", "bfloat16", "float16", "float64"):
         assert kind in output

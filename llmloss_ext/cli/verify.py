@@ -33,6 +33,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "confident": {"peak": 25.0},
     "in place": {"inplace": True},
 }
+LINEAR_OPTIONS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "one at a time": {"chunk_tokens": 1},
+    "no reduction": {"reduction": "none", "chunk_tokens": 7},
+    "smoothing, z-loss": {"label_smoothing": 0.1, "z_loss": 1e-3, "chunk_tokens": 7},
+}
+FEATURES = 32
 STATISTICS = ("log_prob", "lse", "entropy", "mean_log_prob")
 
 
@@ -64,14 +71,14 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table; 1 if a check failed."""
     device = torch.device(args.device)
     failed = total = 0
-    print(f"{'check':<34} {'dtype':<9} {'value':>9} {'torch':>9} {'gradient':>9} {'torch':>9}")
+    print(f"{'check':<40} {'dtype':<9} {'value':>9} {'torch':>9} {'gradient':>9} {'torch':>9}")
     for check in checks(device):
         total += 1
         failed += not check.passed
         kind = str(check.dtype).removeprefix("torch.")
         figures = (check.value, check.torch_value, check.gradient, check.torch_gradient)
         line = " ".join(f"{f:9.1e}" for f in figures)
-        print(f"{check.what:<34} {kind:<9} {line}  {'ok' if check.passed else 'FAILED'}")
+        print(f"{check.what:<40} {kind:<9} {line}  {'ok' if check.passed else 'FAILED'}")
     print(f"{total - failed} of {total} checks passed (largest error relative to float64)")
     return 1 if failed else 0
 
@@ -84,6 +91,9 @@ def checks(device: torch.device) -> Iterator[Check]:
     for dtype in DTYPES:
         for statistic in STATISTICS:
             yield _check_statistic(statistic, dtype, device)
+    for name, options in LINEAR_OPTIONS.items():
+        for dtype in DTYPES:
+            yield _check_linear(name, dtype, device, options)
     if device.type != "cpu":
         return
     before = os.environ.get("LLMLOSS_CPU_ISA")
@@ -224,4 +234,29 @@ def _check_statistic(name: str, dtype: torch.dtype, device: torch.device) -> Che
         dtype,
         *_errors(ours, logits, *expected),
         *_errors(plain, logits, *expected),
+    )
+
+
+def _check_linear(
+    name: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+) -> Check:
+    """Hidden states and weight in one leaf, so that both gradients count."""
+    generator = torch.Generator().manual_seed(2)
+    both = torch.randn(ROWS + COLUMNS, FEATURES, generator=generator, dtype=torch.float64)
+    both[ROWS:] *= 0.5
+    both = both.to(dtype).to(device)
+    target = _inputs(dtype, {})[1].to(device)
+
+    def ours(z: Tensor) -> Tensor:
+        return llmloss_ext.linear_cross_entropy(z[:ROWS], z[ROWS:], target, **options)
+
+    def plain(z: Tensor) -> Tensor:
+        return torch_loss(z[:ROWS] @ z[ROWS:].t(), target, options)
+
+    expected = _value_and_gradient(plain, both.double())
+    return Check(
+        f"linear_cross_entropy, {name}",
+        dtype,
+        *_errors(ours, both, *expected),
+        *_errors(plain, both, *expected),
     )

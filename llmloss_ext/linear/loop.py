@@ -142,17 +142,25 @@ class Gradients:
                 total.zero_()
             torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
         else:
-            # A CPU's 16-bit products have 16-bit results: block by block they stay in the cache
-            # until they are added.
-            block = hidden.new_empty(VOCAB_BLOCK, hidden.shape[1])
-            for begin in range(0, total.shape[0], VOCAB_BLOCK):
-                rows = slice(begin, min(begin + VOCAB_BLOCK, total.shape[0]))
-                part = block[: rows.stop - rows.start]
-                torch.mm(gradient[:, rows].t(), hidden, out=part)
-                if self._is_empty:
-                    total[rows] = part
-                else:
-                    total[rows] += part
+            self._add_blocks(gradient, hidden, total)
+
+    def _add_blocks(self, gradient: Tensor, hidden: Tensor, total: Tensor) -> None:
+        """Products whose results have 16 bits, as a CPU's have, stay in its cache until added."""
+        # float16 has no fast products there: float32 costs no more, and rounds nothing.
+        exact = gradient.dtype == torch.float16
+        hidden = hidden.to(total.dtype) if exact else hidden
+        block = hidden.new_empty(VOCAB_BLOCK, hidden.shape[1])
+        for begin in range(0, total.shape[0], VOCAB_BLOCK):
+            rows = slice(begin, min(begin + VOCAB_BLOCK, total.shape[0]))
+            left = gradient[:, rows].t()
+            if exact:
+                product = torch.mm(left.to(total.dtype), hidden)
+            else:
+                product = torch.mm(left, hidden, out=block[: rows.stop - rows.start])
+            if self._is_empty:
+                total[rows] = product
+            else:
+                total[rows] += product
 
     def weight_result(self, dtype: torch.dtype) -> Tensor | None:
         """The weight's gradient, rounded. Call it when the chunks are gone, and once."""
