@@ -256,6 +256,31 @@ def test_what_is_frozen_gets_no_gradient(device, frozen):
                 assert_close(leaf.grad, expected[i], 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("frozen", "reduction", "products"),
+    [(set(), "mean", 3), ({0}, "mean", 2), ({1}, "sum", 2), ({0, 1}, "mean", 1), (set(), "none", 4),
+     ({1}, "none", 3)],
+)  # fmt: skip
+def test_no_product_more_than_needed(monkeypatch, frozen, reduction, products):
+    problem = Problem("cpu", bias=False)
+    leaves = problem.leaves()
+    for i in frozen:
+        leaves[i].requires_grad_(False)
+    count = 0
+    right = torch.mm
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    loss = linear_cross_entropy(*leaves, problem.target, reduction=reduction).sum()
+    if loss.requires_grad:
+        loss.backward()
+    assert count == products
+
+
 def test_a_learnable_scale(device):
     problem = Problem(device)
     for reduction in ("mean", "none"):

@@ -43,6 +43,14 @@ def test_a_budget_is_honoured():
     assert plan(100, 64, 1000, chunk_tokens=50, max_chunk_bytes=3 * row).chunk_tokens == 3
 
 
+def test_chunks_are_large_enough_for_the_products():
+    """A chunk of few tokens reads the whole weight, and adds to all of its gradient, for little."""
+    assert plan(8192, 4096, 1_000_000).chunk_tokens >= 256
+    assert plan(8192, 4096, 1_000_000, torch.bfloat16, "cuda").chunk_tokens >= 1024
+    even = plan(1000, 64, 50257, torch.bfloat16)
+    assert even.chunk_tokens * even.chunks - 1000 < 32  # no short last one
+
+
 def test_the_chunk_does_not_grow_with_the_tokens():
     chunks = {plan(n, 768, 262_144, torch.bfloat16).chunk_bytes for n in (2048, 65_536, 1_000_000)}
     assert len(chunks) == 1
