@@ -81,8 +81,9 @@ def _flush_buffer() -> torch.Tensor:
 def measure(contenders: list[Contender], rounds: int) -> None:
     """Warms up, then times every contender once a round.
 
-    The order is another one each round: what a contender leaves behind (gigabytes for the system
-    to clean up) must not always hit the same successor.
+    The order is another one each round, and each measurement follows an untimed run of the same
+    contender, as a training loop has it: what others leave behind (gigabytes for the system to
+    clean up, caches, pages given back) is not the next one's cost.
     """
     for contender in contenders:
         for _ in range(2):
@@ -96,6 +97,7 @@ def measure(contenders: list[Contender], rounds: int) -> None:
         for _ in range(rounds):
             shuffle(order)
             for contender in order:
+                contender.run(*contender.setup())
                 contender.time()
     finally:
         gc.enable()

@@ -1,6 +1,6 @@
 """Losses of large language models as hand-written kernels: one read of the logits, any loss."""
 
-from llmloss_ext import functional, linear, nn, ops
+from llmloss_ext import functional, linear, losses, metrics, nn, ops, training
 from llmloss_ext.functional import TokenStats, cross_entropy, token_stats
 from llmloss_ext.linear import (
     Plan,
@@ -21,8 +21,11 @@ __all__ = [
     "linear_kl_div",
     "linear_log_probs",
     "linear_token_stats",
+    "losses",
+    "metrics",
     "nn",
     "ops",
     "plan",
     "token_stats",
+    "training",
 ]

@@ -1,0 +1,56 @@
+"""The loss family: each a few readable lines over the row statistics."""
+
+from llmloss_ext.losses.combined import (
+    CombinedLoss,
+    UncertaintyWeights,
+    combined_loss,
+    linear_schedule,
+)
+from llmloss_ext.losses.contrastive import ClipLoss, contrastive_loss
+from llmloss_ext.losses.distillation import distillation_loss, top_k_distillation_loss
+from llmloss_ext.losses.distributions import cross_entropy_between, entropy, kl_divergence
+from llmloss_ext.losses.language_model import (
+    LabelSmoothingCrossEntropy,
+    LanguageModelLoss,
+    LossStats,
+    causal_lm_loss,
+    confidence_penalty_loss,
+    create_causal_mask,
+    next_token_targets,
+)
+from llmloss_ext.losses.masked_lm import mask_tokens, mlm_loss
+from llmloss_ext.losses.preference import (
+    PreferenceLoss,
+    dpo_loss,
+    grpo_loss,
+    ppo_clip_loss,
+    sequence_log_probs,
+)
+
+__all__ = [
+    "ClipLoss",
+    "CombinedLoss",
+    "LabelSmoothingCrossEntropy",
+    "LanguageModelLoss",
+    "LossStats",
+    "PreferenceLoss",
+    "UncertaintyWeights",
+    "causal_lm_loss",
+    "combined_loss",
+    "confidence_penalty_loss",
+    "contrastive_loss",
+    "create_causal_mask",
+    "cross_entropy_between",
+    "distillation_loss",
+    "dpo_loss",
+    "entropy",
+    "grpo_loss",
+    "kl_divergence",
+    "linear_schedule",
+    "mask_tokens",
+    "mlm_loss",
+    "next_token_targets",
+    "ppo_clip_loss",
+    "sequence_log_probs",
+    "top_k_distillation_loss",
+]

@@ -1,0 +1,121 @@
+"""Masked language modelling (Devlin et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from llmloss_ext import functional
+from llmloss_ext.linear import linear_cross_entropy
+
+__all__ = ["mask_tokens", "mlm_loss"]
+
+
+def mask_tokens(
+    input_ids: Tensor,
+    mask_token_id: int,
+    vocab_size: int,
+    *,
+    special_tokens: Iterable[int] = (),
+    maskable: Tensor | None = None,
+    probability: float = 0.15,
+    mask_share: float = 0.8,
+    random_share: float = 0.1,
+    ignore_index: int = -100,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Chooses tokens to predict, and hides them.
+
+    Each maskable position is chosen with ``probability``. Of the chosen, ``mask_share`` become the
+    mask token, ``random_share`` a random token, and the others stay.
+
+    Args:
+        input_ids: Any shape, int64 or int32. Not modified.
+        mask_token_id: What hides a token.
+        vocab_size: Random tokens are drawn from [0, vocab_size).
+        special_tokens: Ids that are never chosen (padding, separators ...).
+        maskable: bool, of the same shape: positions that may be chosen besides.
+        probability: In [0, 1].
+        mask_share: In [0, 1].
+        random_share: In [0, 1 - mask_share].
+        ignore_index: Label of positions that are not chosen.
+        generator: Makes the choice repeatable; on the ids' device.
+
+    Returns:
+        The new ids, and the labels: the old id where chosen, else ``ignore_index``.
+
+    Raises:
+        ValueError: A share or size is out of range, or the shapes do not fit.
+    """
+    for name, share in (("probability", probability), ("mask_share", mask_share),
+                        ("random_share", random_share)):  # fmt: skip
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"{name} must be between 0 and 1, got {share}")
+    if mask_share + random_share > 1.0 + 1e-9:
+        raise ValueError(
+            f"mask_share and random_share must not exceed 1 together, got "
+            f"{mask_share} + {random_share}"
+        )
+    if vocab_size < 1 or not mask_token_id >= 0:
+        raise ValueError(f"expected ids >= 0 and vocab_size >= 1, got {mask_token_id, vocab_size}")
+    allowed = torch.ones_like(input_ids, dtype=torch.bool) if maskable is None else maskable.bool()
+    if allowed.shape != input_ids.shape:
+        raise ValueError(
+            f"maskable must have the shape of input_ids, {tuple(input_ids.shape)}, got "
+            f"{tuple(allowed.shape)}"
+        )
+    for token in special_tokens:
+        allowed = allowed & (input_ids != token)
+
+    def uniform() -> Tensor:
+        return torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
+
+    chosen = (uniform() < probability) & allowed
+    labels = torch.where(chosen, input_ids, ignore_index)
+    how = uniform()
+    others = torch.randint(
+        vocab_size, input_ids.shape, generator=generator, device=input_ids.device,
+        dtype=input_ids.dtype,
+    )  # fmt: skip
+    hidden = torch.where(chosen & (how < mask_share), mask_token_id, input_ids)
+    is_random = chosen & (how >= mask_share) & (how < mask_share + random_share)
+    return torch.where(is_random, others, hidden), labels
+
+
+def mlm_loss(
+    input: Tensor,
+    labels: Tensor,
+    linear_weight: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Mean cross entropy of the chosen positions, in nats; 0 with a graph where none is chosen.
+
+    Args:
+        input: Hidden states (..., D) if ``linear_weight`` is given, else logits (..., V). From
+            hidden states, logits are computed at the chosen positions only.
+        labels: (...), ``ignore_index`` where not chosen.
+        linear_weight: The projection (V, D).
+        linear_bias: (V).
+        ignore_index: Label of positions that are not chosen.
+        label_smoothing: In [0, 1].
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    # Over at least one token: no chosen position is 0, not 0 / 0.
+    items = (labels != ignore_index).sum().clamp_min(1)
+    if linear_weight is None:
+        rows = input.reshape(-1, input.shape[-1])
+        return functional.cross_entropy(
+            rows, labels.reshape(-1), ignore_index=ignore_index, num_items=items,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+    return linear_cross_entropy(
+        input, linear_weight, labels, linear_bias=linear_bias, ignore_index=ignore_index,
+        num_items=items, label_smoothing=label_smoothing,
+    )  # fmt: skip

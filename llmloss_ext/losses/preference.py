@@ -1,0 +1,223 @@
+"""Preference and policy losses, over the log-probabilities of tokens.
+
+They take what `llmloss_ext.token_stats` and `llmloss_ext.linear_log_probs` return, so that they
+work from logits and from hidden states alike.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["PreferenceLoss", "dpo_loss", "grpo_loss", "ppo_clip_loss", "sequence_log_probs"]
+
+
+def sequence_log_probs(
+    log_probs: Tensor, mask: Tensor | None = None, *, average: bool = False
+) -> Tensor:
+    """The log-probability of each sequence: the sum (or mean) over its tokens.
+
+    Args:
+        log_probs: (..., S), 0 where a token takes no part.
+        mask: (..., S): which tokens count; None: all (ignored ones are 0 already).
+        average: Whether to divide by the number of tokens, which then needs the mask.
+
+    Returns:
+        (...). nan for the mean of no token.
+
+    Raises:
+        ValueError: The shapes do not fit, or ``average`` has no mask.
+    """
+    if mask is None:
+        if average:
+            raise ValueError("the mean over a sequence needs the mask of its tokens")
+        return log_probs.sum(-1)
+    total = torch.where(_mask(mask, log_probs), log_probs, 0.0).sum(-1)
+    return total / mask.bool().sum(-1) if average else total
+
+
+def _mask(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.shape != like.shape:
+        raise ValueError(
+            f"the mask must have the shape of the log-probabilities, {tuple(like.shape)}, got "
+            f"{tuple(mask.shape)}"
+        )
+    return mask.bool()
+
+
+class PreferenceLoss(NamedTuple):
+    """A preference loss and the implicit rewards, one a pair, detached."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    kind: str = "sigmoid",
+) -> PreferenceLoss:
+    """Direct preference optimisation, the mean over pairs.
+
+    With h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)):
+    ``"sigmoid"``: -(1 - eps) log sigma(beta h) - eps log sigma(-beta h) (Rafailov et al. 2023; eps:
+    Mitchell 2023); ``"hinge"``: max(0, 1 - beta h) (Zhao et al. 2023, SLiC);
+    ``"ipo"``: (h - 1 / (2 beta))^2 (Azar et al. 2023; its authors average over tokens).
+
+    Args:
+        policy_chosen: (B) log-probabilities of sequences, see `sequence_log_probs`.
+        policy_rejected: (B).
+        reference_chosen: (B), without a gradient.
+        reference_rejected: (B), without a gradient.
+        beta: > 0.
+        label_smoothing: eps in [0, 0.5), of ``"sigmoid"``.
+        kind: ``"sigmoid"``, ``"hinge"`` or ``"ipo"``.
+
+    Raises:
+        ValueError: The shapes differ, or an option is out of range.
+    """
+    tensors = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    if len({t.shape for t in tensors}) != 1:
+        raise ValueError(
+            f"expected four tensors of one shape, got {[tuple(t.shape) for t in tensors]}"
+        )
+    if not 0.0 < beta < math.inf:
+        raise ValueError(f"beta must be a finite number > 0, got {beta}")
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if label_smoothing and kind != "sigmoid":
+        raise ValueError(f'label_smoothing belongs to kind="sigmoid", got {kind!r}')
+    chosen = policy_chosen - reference_chosen.detach()
+    rejected = policy_rejected - reference_rejected.detach()
+    h = chosen - rejected
+    if kind == "sigmoid":
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h)
+        if label_smoothing:
+            losses = losses - label_smoothing * F.logsigmoid(-beta * h)
+    elif kind == "hinge":
+        losses = torch.relu(1 - beta * h)
+    elif kind == "ipo":
+        losses = (h - 1 / (2 * beta)).square()
+    else:
+        raise ValueError(f'kind must be "sigmoid", "hinge" or "ipo", got {kind!r}')
+    return PreferenceLoss(losses.mean(), beta * chosen.detach(), beta * rejected.detach())
+
+
+def ppo_clip_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_bonus: float = 0.0,
+) -> Tensor:
+    """PPO's clipped surrogate, the mean over tokens (Schulman et al. 2017).
+
+    -min(r A, clamp(r, 1 - clip, 1 + clip_high) A), r = exp(log pi - log pi_old), minus
+    entropy_bonus times the mean entropy.
+
+    Args:
+        log_probs: (..., S) of the policy.
+        old_log_probs: (..., S) of the policy that acted, without a gradient.
+        advantages: (..., S), or (..., 1) for one a sequence.
+        mask: (..., S): which tokens count.
+        clip: > 0.
+        clip_high: Another limit above (DAPO, Yu et al. 2025); None: ``clip``.
+        entropy: (..., S), of `llmloss_ext.token_stats`; with ``entropy_bonus``.
+        entropy_bonus: >= 0.
+
+    Returns:
+        0-d; nan where the mask selects nothing.
+
+    Raises:
+        ValueError: The shapes do not fit, or an option is out of range.
+    """
+    valid = _mask(mask, log_probs)
+    losses = _clipped(log_probs, old_log_probs, advantages, clip, clip_high)
+    losses = losses - _bonus(entropy, entropy_bonus)
+    return torch.where(valid, losses, 0.0).sum() / valid.sum()
+
+
+def _clipped(
+    log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float, clip_high: float | None
+) -> Tensor:
+    high = clip if clip_high is None else clip_high
+    if not (0.0 < clip < math.inf and 0.0 < high < math.inf):
+        raise ValueError(f"clip and clip_high must be finite numbers > 0, got {clip, high}")
+    ratio = torch.exp(log_probs - old.detach())
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + high) * advantages)
+
+
+def _bonus(entropy: Tensor | None, weight: float) -> Tensor | float:
+    if weight == 0:
+        return 0.0
+    if entropy is None or not 0.0 < weight < math.inf:
+        raise ValueError("entropy_bonus must be a finite number >= 0, and needs the entropy")
+    return weight * entropy
+
+
+def grpo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    reference_log_probs: Tensor | None = None,
+    kl_weight: float = 0.04,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_bonus: float = 0.0,
+) -> Tensor:
+    """Group-relative policy optimisation (Shao et al. 2024).
+
+    The clipped surrogate, averaged over each sequence's tokens and then over sequences, plus
+    kl_weight times the k3 estimate of KL(pi || ref): e^d - d - 1, d = log ref - log pi
+    (Schulman 2020), minus entropy_bonus times the entropy.
+
+    Args:
+        log_probs: (B, S) of the policy.
+        old_log_probs: (B, S), without a gradient.
+        advantages: (B): rewards of a prompt's group, standardised within it.
+        mask: (B, S): which tokens count.
+        reference_log_probs: (B, S), without a gradient; None: no KL term.
+        kl_weight: >= 0.
+        clip: > 0.
+        clip_high: Another limit above; None: ``clip``.
+        entropy: (B, S), with ``entropy_bonus``.
+        entropy_bonus: >= 0.
+
+    Returns:
+        0-d. A sequence of no token counts as 0.
+
+    Raises:
+        ValueError: The shapes do not fit, or an option is out of range.
+    """
+    if advantages.shape != log_probs.shape[:-1]:
+        raise ValueError(
+            f"advantages must have one number per sequence, {tuple(log_probs.shape[:-1])}, got "
+            f"{tuple(advantages.shape)}"
+        )
+    if not 0.0 <= kl_weight < math.inf:
+        raise ValueError(f"kl_weight must be a finite number >= 0, got {kl_weight}")
+    valid = _mask(mask, log_probs)
+    losses = _clipped(log_probs, old_log_probs, advantages.unsqueeze(-1), clip, clip_high)
+    if reference_log_probs is not None and kl_weight != 0:
+        d = reference_log_probs.detach() - log_probs
+        losses = losses + kl_weight * (torch.expm1(d) - d)
+    losses = losses - _bonus(entropy, entropy_bonus)
+    tokens = valid.sum(-1).clamp_min(1)
+    return (torch.where(valid, losses, 0.0).sum(-1) / tokens).mean()

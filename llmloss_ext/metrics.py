@@ -1,0 +1,220 @@
+"""Metrics of language models, from the row statistics."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmloss_ext import functional
+from llmloss_ext.losses.shapes import classes_last
+
+__all__ = [
+    "CorpusPerplexity",
+    "accuracy",
+    "bleu",
+    "length_normalized_score",
+    "perplexity",
+    "rouge",
+    "token_f1",
+    "top_k_accuracy",
+]
+
+
+def perplexity(loss: float | Tensor) -> float | Tensor:
+    """exp(loss) of a mean loss in nats: inf where that overflows, never an error.
+
+    Args:
+        loss: A number, or a tensor of any shape.
+
+    Returns:
+        A number for a number, a tensor for a tensor.
+    """
+    if isinstance(loss, Tensor):
+        return torch.exp(loss)
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+class CorpusPerplexity:
+    """Perplexity over many batches: of the sums, so that each token weighs the same.
+
+    The sums stay on the device; only `compute` waits for it.
+    """
+
+    def __init__(self) -> None:
+        """No tokens yet."""
+        self._sum: Tensor | None = None
+        self._tokens: Tensor | None = None
+
+    def update(self, log_probs: Tensor, mask: Tensor | None = None) -> None:
+        """Adds tokens.
+
+        Args:
+            log_probs: log p of each token, any shape, nats.
+            mask: Which of them count; None: all.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        if mask is None:
+            mask = torch.ones_like(log_probs, dtype=torch.bool)
+        if mask.shape != log_probs.shape:
+            raise ValueError(
+                f"the mask must have shape {tuple(log_probs.shape)}, got {tuple(mask.shape)}"
+            )
+        mask = mask.bool()
+        total = torch.where(mask, log_probs.detach().double(), 0.0).sum()
+        self._sum = total if self._sum is None else self._sum + total
+        tokens = mask.sum()
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+
+    def compute(self) -> float:
+        """exp(- mean log p); nan without tokens, inf where it overflows."""
+        if self._sum is None or self._tokens is None or int(self._tokens) == 0:
+            return math.nan
+        return float(perplexity(-float(self._sum) / int(self._tokens)))
+
+
+def top_k_accuracy(logits: Tensor, target: Tensor, k: int, *, ignore_index: int = -100) -> Tensor:
+    """The share of tokens with fewer than k logits strictly above their target's.
+
+    Ties do not count against the target; ignored tokens are left out.
+
+    Args:
+        logits: (..., V).
+        target: (...).
+        k: >= 1.
+        ignore_index: Tokens that take no part.
+
+    Returns:
+        0-d float64; nan if no token takes part.
+
+    Raises:
+        ValueError: k < 1, or the shapes do not fit.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    rows, flat = classes_last(logits.detach(), target)
+    rank = functional.token_stats(rows, flat, ignore_index=ignore_index, with_rank=True).rank
+    assert rank is not None  # with_rank
+    valid = flat != ignore_index
+    return ((rank < k) & valid).sum().double() / valid.sum()
+
+
+def accuracy(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """The share of tokens whose target has the largest logit; see `top_k_accuracy`."""
+    return top_k_accuracy(logits, target, 1, ignore_index=ignore_index)
+
+
+def length_normalized_score(
+    log_probs: Tensor, alpha: float = 0.6, lengths: Tensor | Sequence[int] | None = None
+) -> Tensor:
+    """Sum log p / |Y|^alpha, for ranking candidates of different length.
+
+    alpha 0 is the sum, 1 the mean, 0.6 what GNMT found best (Wu et al. 2016, without the 5 + 1).
+
+    Args:
+        log_probs: (S) of one sequence, or (B, S) of a padded batch.
+        alpha: Any finite number.
+        lengths: (B): tokens of each sequence, those behind are padding; None: all S.
+
+    Returns:
+        0-d, or (B).
+
+    Raises:
+        ValueError: A sequence is empty, a length exceeds S, or alpha is not finite.
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
+    if log_probs.dim() not in (1, 2):
+        raise ValueError(f"expected (S) or (B, S), got {tuple(log_probs.shape)}")
+    batch = log_probs if log_probs.dim() == 2 else log_probs.unsqueeze(0)
+    size = batch.shape[1]
+    if lengths is None:
+        counts = torch.full((batch.shape[0],), size, device=batch.device)
+    else:
+        counts = torch.as_tensor(lengths, device=batch.device).reshape(-1)
+    if counts.shape != batch.shape[:1]:
+        raise ValueError(f"expected {batch.shape[0]} lengths, got {counts.numel()}")
+    if bool((counts < 1).any()):
+        raise ValueError("a sequence is empty: it has no score")
+    if bool((counts > size).any()):
+        raise ValueError(f"a length exceeds the {size} tokens of the batch")
+    inside = torch.arange(size, device=batch.device) < counts.unsqueeze(1)
+    scores = torch.where(inside, batch, 0.0).sum(1) / counts.to(batch.dtype) ** alpha
+    return scores if log_probs.dim() == 2 else scores[0]
+
+
+def token_f1(prediction: Sequence[Any], reference: Sequence[Any]) -> float:
+    """F1 of two bags of tokens, as SQuAD's (Rajpurkar et al. 2016): 1 if both are empty.
+
+    Args:
+        prediction: Tokens: words, ids, anything that can be compared.
+        reference: Tokens.
+    """
+    if not prediction or not reference:
+        return float(not prediction and not reference)
+    common = sum((Counter(prediction) & Counter(reference)).values())
+    return 2 * common / (len(prediction) + len(reference))
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Corpus BLEU in [0, 100], by sacrebleu (Post 2018).
+
+    Args:
+        predictions: One text each.
+        references: For each prediction, its references.
+
+    Raises:
+        ImportError: sacrebleu is not installed.
+        ValueError: There are no predictions, or not as many references.
+    """
+    _same_length(predictions, references)
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise ImportError("bleu needs sacrebleu: pip install 'llmloss_ext[metrics]'") from error
+    most = max(len(r) for r in references)
+    # sacrebleu wants one stream for each reference; None where a prediction has fewer.
+    streams: Any = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
+    return float(sacrebleu.corpus_bleu(list(predictions), streams).score)
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F1 of ROUGE-1, -2 and -L in [0, 1], by rouge-score (Lin 2004).
+
+    Args:
+        predictions: One text each.
+        references: One reference each.
+
+    Returns:
+        "rouge1", "rouge2" and "rougeL".
+
+    Raises:
+        ImportError: rouge-score is not installed.
+        ValueError: There are no predictions, or not as many references.
+    """
+    _same_length(predictions, references)
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise ImportError("rouge needs rouge-score: pip install 'llmloss_ext[metrics]'") from error
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
+    return {kind: sum(s[kind].fmeasure for s in scores) / len(scores) for kind in kinds}
+
+
+def _same_length(predictions: Sequence[Any], references: Sequence[Any]) -> None:
+    if not predictions or len(predictions) != len(references):
+        raise ValueError(
+            f"expected as many references as predictions, and at least one; got {len(predictions)} "
+            f"and {len(references)}"
+        )

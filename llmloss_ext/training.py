@@ -1,0 +1,134 @@
+"""Helpers of training loops."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossMonitor", "accumulate_gradients", "count_items"]
+
+
+def count_items(
+    targets: Iterable[Tensor], ignore_index: int = -100, *, group: Any = None
+) -> Tensor:
+    """The tokens that take part in a step: what every micro-batch's sum is to be divided by.
+
+    With it as ``num_items``, the gradient of k micro-batches is that of the one large batch,
+    however unequal they are; dividing each micro-batch's mean by k is not.
+
+    Args:
+        targets: Of each micro-batch of the step.
+        ignore_index: Tokens that take no part.
+        group: A process group of torch.distributed, whose ranks' tokens are added. Gradients
+            that data parallelism averages over its ranks then have to be multiplied by their
+            number: divide the returned count by it.
+
+    Returns:
+        0-d int64, on the targets' device. Does not wait for it.
+
+    Raises:
+        ValueError: There is no micro-batch.
+    """
+    counts = [(target != ignore_index).sum() for target in targets]
+    if not counts:
+        raise ValueError("a step needs at least one micro-batch")
+    total = torch.stack(counts).sum()
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    return total
+
+
+def accumulate_gradients(
+    loss: Callable[[Any, Tensor], Tensor],
+    batches: Iterable[tuple[Any, Tensor]],
+    ignore_index: int = -100,
+) -> Tensor:
+    """Runs forward and backward of all micro-batches of a step; the optimiser's step is yours.
+
+    Args:
+        loss: ``loss(batch, num_items)`` returns the micro-batch's sum over tokens divided by
+            ``num_items``, e.g. by `llmloss_ext.cross_entropy`'s argument of that name.
+        batches: Of each micro-batch, what ``loss`` takes, and its targets.
+        ignore_index: Targets that take no part.
+
+    Returns:
+        The mean loss over all tokens of the step, detached.
+
+    Raises:
+        ValueError: There is no micro-batch.
+    """
+    step = list(batches)
+    items = count_items((targets for _, targets in step), ignore_index).clamp_min(1)
+    total: Tensor | None = None
+    for batch, _ in step:
+        part = loss(batch, items)
+        part.backward()  # type: ignore[no-untyped-call]
+        total = part.detach() if total is None else total + part.detach()
+    assert total is not None  # count_items has seen a micro-batch
+    return total
+
+
+class LossMonitor:
+    """Notices when the loss jumps.
+
+    A spike is a loss above mean + spike_threshold * std of the recent history, or one that is not
+    finite. Spikes do not enter the history. The training loop decides what to do: skip the step, or
+    lower the rate.
+
+    Args:
+        spike_threshold: > 0, in standard deviations.
+        history_size: Losses that are remembered, at least 10.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    warm_up = 10
+    """Losses that are only remembered."""
+    least_jump = 1e-3
+    """Of the mean: below that, a flat history (std 0) has no spikes but rounding."""
+
+    def __init__(self, spike_threshold: float = 2.0, history_size: int = 100) -> None:
+        if not 0.0 < spike_threshold < math.inf:
+            raise ValueError(f"spike_threshold must be a number > 0, got {spike_threshold}")
+        if history_size < self.warm_up:
+            raise ValueError(f"history_size must be at least {self.warm_up}, got {history_size}")
+        self.spike_threshold = spike_threshold
+        self.history: deque[float] = deque(maxlen=history_size)
+
+    def check_spike(self, loss: float | Tensor) -> bool:
+        """Whether the loss is a spike; if not, it enters the history."""
+        value = float(loss)
+        if not math.isfinite(value):
+            return True
+        if len(self.history) >= self.warm_up and value > self.limit():
+            return True
+        self.history.append(value)
+        return False
+
+    def limit(self) -> float:
+        """Above this a loss is a spike; inf while the history is short."""
+        count = len(self.history)
+        if count < self.warm_up:
+            return math.inf
+        mean = math.fsum(self.history) / count
+        variance = math.fsum((x - mean) ** 2 for x in self.history) / count
+        return mean + max(self.spike_threshold * math.sqrt(variance), self.least_jump * abs(mean))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "spike_threshold": self.spike_threshold,
+            "history_size": self.history.maxlen,
+            "history": list(self.history),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` returned."""
+        self.spike_threshold = state["spike_threshold"]
+        self.history = deque(state["history"], maxlen=state["history_size"])

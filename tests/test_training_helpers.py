@@ -1,0 +1,94 @@
+"""The loss monitor, and what micro-batches are divided by."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from llmloss_ext.training import LossMonitor, accumulate_gradients, count_items
+
+
+def warmed_up(*, noise: float = 0.1, **options) -> LossMonitor:
+    monitor = LossMonitor(**options)
+    generator = torch.Generator().manual_seed(0)
+    for value in (3 + noise * torch.randn(50, generator=generator)).tolist():
+        monitor.history.append(value)
+    return monitor
+
+
+def test_the_first_ten_are_no_spikes():
+    monitor = LossMonitor()
+    assert not any(monitor.check_spike(x) for x in (1, 100, 1, 1000, 1, 1, 1, 1, 1, 10_000))
+    assert len(monitor.history) == 10
+
+
+def test_a_jump_is_a_spike_and_does_not_enter_the_history():
+    monitor = warmed_up()
+    before = list(monitor.history)
+    assert monitor.check_spike(3.5)
+    assert list(monitor.history) == before
+    assert not monitor.check_spike(3.05)
+    assert not monitor.check_spike(0.1)  # better is never a spike
+    mean = sum(before) / 50
+    std = math.sqrt(sum((x - mean) ** 2 for x in before) / 50)
+    fresh = warmed_up()
+    assert fresh.limit() == pytest.approx(mean + 2 * std)
+    assert warmed_up(spike_threshold=3.0).limit() == pytest.approx(mean + 3 * std)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, torch.tensor(math.nan)])
+def test_what_is_not_finite_is_always_a_spike(loss):
+    for monitor in (LossMonitor(), warmed_up()):
+        count = len(monitor.history)
+        assert monitor.check_spike(loss)
+        assert len(monitor.history) == count
+
+
+def test_a_flat_history_needs_a_real_jump():
+    monitor = warmed_up(noise=0.0)
+    assert not monitor.check_spike(3.0 + 1e-12)
+    assert monitor.check_spike(3.1)
+
+
+def test_the_history_is_limited_and_can_be_resumed():
+    monitor = LossMonitor(history_size=20)
+    for i in range(50):
+        monitor.check_spike(50 - i)
+    assert list(monitor.history) == list(range(20, 0, -1))
+    state = json.loads(json.dumps(monitor.state_dict()))
+    again = LossMonitor()
+    again.load_state_dict(state)
+    assert again.history == monitor.history
+    assert again.history.maxlen == 20
+    assert again.limit() == monitor.limit()
+
+
+@pytest.mark.parametrize("options", [{"spike_threshold": 0.0}, {"spike_threshold": math.nan},
+                                     {"history_size": 9}])  # fmt: skip
+def test_bad_settings(options):
+    with pytest.raises(ValueError):
+        LossMonitor(**options)
+
+
+def test_count_items(device):
+    targets = [torch.tensor(t, device=device) for t in ([1, -100, 2], [-100], [3])]
+    assert count_items(targets) == 3
+    assert count_items(targets, 3) == 4
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        count_items([])
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        accumulate_gradients(lambda batch, items: batch, [])
+
+
+def test_count_items_over_ranks(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        group = torch.distributed.group.WORLD
+        assert count_items([torch.tensor([1, -100])], group=group) == 1
+    finally:
+        torch.distributed.destroy_process_group()
