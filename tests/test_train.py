@@ -290,3 +290,60 @@ def test_every_setting_is_an_option():
     assert {"dim", "seq_len", "save_every"} <= set(options)
     assert set(options) <= {*TrainConfig.__dataclass_fields__, "command", "out", "resume",
                             "overwrite"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--label-smoothing", "0.1", "--z-loss", "0.001"),
+        ("--confidence-penalty", "0.1"),
+        ("--contrastive", "0.1", "--mlm", "0.5", "--accumulate", "2"),
+    ],
+)
+def test_objectives_agree_between_the_losses(corpus, tmp_path, options):
+    for kind in ("linear", "logits", "torch"):
+        assert train(corpus, tmp_path / kind, "--steps", "3", "--loss", kind, *options) == 0
+    plain = tmp_path / "plain"
+    assert train(corpus, plain, "--steps", "3") == 0
+    for kind in ("linear", "logits"):
+        for ours, torchs in zip(metrics(tmp_path / kind), metrics(tmp_path / "torch"), strict=True):
+            assert ours["loss"] == pytest.approx(torchs["loss"], rel=1e-3)
+            for name in ("contrastive", "mlm"):
+                assert (name in ours) == (ours["kind"] == "train" and f"--{name}" in options)
+    assert losses(plain)[1:] != losses(tmp_path / "linear")[1:]
+
+
+@pytest.mark.parametrize("reaction", ["mark", "skip", "lower", "off"])
+def test_spikes(corpus, tmp_path, monkeypatch, reaction):
+    """A loss that jumps at step 12: marked, and the weights or the rate tell of the reaction."""
+    from llmloss_ext.cli.training import loop
+
+    right, steps = loop.LossMonitor.check_spike, []
+
+    def spiky(self, loss):
+        steps.append(1)
+        return right(self, float(loss) + (100.0 if len(steps) == 12 else 0.0))
+
+    monkeypatch.setattr(loop.LossMonitor, "check_spike", spiky)
+    applied = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda s: (applied.append(1), step(s))[1])
+    options = ("--steps", "14", "--on-spike", reaction, "--spike-threshold", "50")
+    assert train(corpus, tmp_path, *options) == 0
+    records = [r for r in metrics(tmp_path) if r["kind"] == "train"]
+    marked = {r["step"]: r["spike"] for r in records if "spike" in r}
+    assert marked == ({} if reaction == "off" else {12: reaction})
+    assert len(applied) == (13 if reaction == "skip" else 14)
+    ratio = records[12]["lr"] / records[10]["lr"]
+    assert (ratio < 0.51) == (reaction == "lower")
+
+
+def test_the_monitor_and_the_lowered_rate_are_resumed(corpus, tmp_path):
+    stop_after(3, lambda: train(corpus, tmp_path, "--steps", "6"))
+    state = checkpoint.load(tmp_path)
+    assert len(state["monitor"]["history"]) == 3
+    state["rate_factor"] = 0.25
+    checkpoint.save(tmp_path, state)
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 0
+    records = [r for r in metrics(tmp_path) if r["kind"] == "train"]
+    assert records[3]["lr"] < 0.3 * records[2]["lr"]

@@ -19,7 +19,7 @@ _EXTRAS = ("matplotlib", "mistral_common", "numpy", "rich")
 
 def add_parser(subparsers: Any) -> None:
     """Adds the command's options; what is not given is the demo's."""
-    from llmloss_ext.cli.training.config import DTYPES, LOSSES, TrainConfig
+    from llmloss_ext.cli.training.config import DTYPES, LOSSES, SPIKES, TrainConfig
 
     defaults = TrainConfig()
     parser = subparsers.add_parser(
@@ -51,6 +51,14 @@ def add_parser(subparsers: Any) -> None:
     add("seed", _not_negative, "of the weights and of the order of the data")
     add("dtype", str, "of the matrix products; bfloat16 by autocast", choices=DTYPES)
     add("loss", str, "from hidden states, from logits, or torch's own", choices=LOSSES)
+    add("label-smoothing", _share, "of the uniform distribution in the targets")
+    add("z-loss", _weight, "factor of lse^2")
+    add("confidence-penalty", _weight, "factor of -entropy")
+    add("contrastive", _weight, "weight of a contrastive loss between the halves of sequences")
+    add("mlm", _weight, "weight of a masked language modelling loss")
+    add("on-spike", str, "what to do about a loss that jumps: mark it, skip the step, or "
+        "lower the rate by half", choices=SPIKES)  # fmt: skip
+    add("spike-threshold", _positive_number, "standard deviations that make a spike")
     add("device", str, "cpu or cuda")
     add("threads", _not_negative, "CPU threads, 0: torch's choice")
     add("eval-every", _positive, "steps between validations")
@@ -230,6 +238,14 @@ def _positive(text: str) -> int:
 
 def _not_negative(text: str) -> int:
     return int(_number(text, int, lambda v: v >= 0, "a whole number of at least 0"))
+
+
+def _share(text: str) -> float:
+    return float(_number(text, float, lambda v: 0 <= v <= 1, "a number from 0 to 1"))
+
+
+def _weight(text: str) -> float:
+    return float(_number(text, float, lambda v: 0 <= v < math.inf, "a number of at least 0"))
 
 
 def _positive_number(text: str) -> float:

@@ -11,7 +11,7 @@ from llmloss_ext.cli.errors import UserError
 from llmloss_ext.cli.training.files import replace_file, writing
 
 NAME = "checkpoint.pt"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save(folder: Path, state: dict[str, Any]) -> Path:

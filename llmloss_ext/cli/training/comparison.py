@@ -41,7 +41,7 @@ def compare(run: Run) -> list[Measurement]:
     items = max(int((targets != IGNORED).sum()), 1)
     measured = []
     for kind in LOSSES:
-        loss = create_loss(kind, run.device)
+        loss = create_loss(kind, run.device, run.loss.objective)
         seconds = []
         peak: int | None = None
         for _ in range(1 + ROUNDS):

@@ -9,6 +9,7 @@ from llmloss_ext.cli.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
 LOSSES = ("linear", "logits", "torch")
+SPIKES = ("mark", "skip", "lower", "off")
 
 # What the weights and the order of the data depend on: a resumed run cannot change them.
 _FIXED = ("layers", "heads", "dim", "seq_len", "seed")
@@ -36,6 +37,13 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float32"
     loss: str = "linear"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    confidence_penalty: float = 0.0
+    contrastive: float = 0.0
+    mlm: float = 0.0
+    on_spike: str = "mark"
+    spike_threshold: float = 4.0
     device: str = "cpu"
     threads: int = 0
     eval_every: int = 45

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from llmloss_ext.cli.training import checkpoint
+from llmloss_ext.cli.training.auxiliary import Auxiliary
 from llmloss_ext.cli.training.config import TrainConfig
-from llmloss_ext.cli.training.losses import TokenScores, create_loss
+from llmloss_ext.cli.training.losses import Objective, TokenScores, create_loss
 from llmloss_ext.cli.training.model import GPT
 from llmloss_ext.cli.training.report import Metrics, perplexity
 from llmloss_ext.cli.training.tokens import TokenText
 from llmloss_ext.cli.training.windows import IGNORED, Order, split
+from llmloss_ext.losses import combined_loss
+from llmloss_ext.training import LossMonitor
 
 _WEIGHT_DECAY = 0.1
 _BETAS = (0.9, 0.95)
@@ -68,7 +71,11 @@ class Run:
         torch.manual_seed(config.seed)
         shape = (text.vocab_size, config.seq_len, config.dim, config.layers, config.heads)
         self.model = GPT(*shape).to(self.device)
-        self.loss = create_loss(config.loss, self.device)
+        objective = Objective(config.label_smoothing, config.z_loss, config.confidence_penalty)
+        self.loss = create_loss(config.loss, self.device, objective)
+        self.auxiliary = Auxiliary(config, self.model, text.separator)
+        self.monitor = LossMonitor(config.spike_threshold)
+        self.rate_factor = 1.0  # lowered by spikes
         self.optimiser = torch.optim.AdamW(
             self.model.parameter_groups(_WEIGHT_DECAY), lr=config.lr, betas=_BETAS, fused=True
         )
@@ -119,6 +126,8 @@ class Run:
                 "optimiser": self.optimiser.state_dict(),
                 "random": torch.get_rng_state(),
                 "totals": vars(self.totals),
+                "monitor": self.monitor.state_dict(),
+                "rate_factor": self.rate_factor,
             },
         )
 
@@ -128,6 +137,9 @@ class Run:
         torch.set_rng_state(state["random"])
         self.step, self.position = state["step"], state["position"]
         self.totals = Totals(**state["totals"])
+        self.monitor.load_state_dict(state["monitor"])
+        self.monitor.spike_threshold = self.config.spike_threshold
+        self.rate_factor = state["rate_factor"]
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -159,9 +171,6 @@ class Run:
     def _train_step(self) -> dict[str, Any] | None:
         """One optimiser step over all micro-batches; a record when one is due."""
         config, started = self.config, time.perf_counter()
-        rate = self._rate()
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
         batches = []
         for _ in range(config.accumulate):
             batches.append(
@@ -173,17 +182,31 @@ class Run:
         last = self.step + 1
         logs = last % config.log_every == 0 or last == config.steps
         total = torch.zeros((), device=self.device)
+        terms: dict[str, Tensor] = {}
         scores = []
         for inputs, targets in batches:
             with self.autocast():
                 hidden = self.model.hidden(inputs)
                 loss, score = self.loss.train(hidden, self.model.head.weight, targets, items, logs)
-            loss.backward()  # type: ignore[no-untyped-call]
+                combined = combined_loss(
+                    {"lm": loss, **self.auxiliary.terms(inputs, hidden)},
+                    {"lm": 1.0, **self.auxiliary.weights},
+                )
+            combined.total.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+            for name in self.auxiliary.weights:
+                terms[name] = terms.get(name, 0) + combined.terms[name] / config.accumulate
             if score is not None:
                 scores.append((score, targets))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.optimiser.step()
+        spike = config.on_spike != "off" and self.monitor.check_spike(total)
+        if spike and config.on_spike == "lower":
+            self.rate_factor /= 2
+        rate = self._rate() * self.rate_factor
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        if not (spike and config.on_spike == "skip"):
+            self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
         loss_seconds = self.loss.clock.take()
@@ -192,7 +215,7 @@ class Run:
         self.totals.tokens += items
         self.totals.seconds += seconds
         self.totals.loss_seconds += loss_seconds
-        if not logs:
+        if not (logs or spike):
             return None
         return {
             "kind": "train",
@@ -204,6 +227,8 @@ class Run:
             "grad_norm": float(norm),
             "tokens_per_second": items / seconds,
             "loss_seconds": loss_seconds,
+            **({"spike": config.on_spike} if spike else {}),
+            **{name: float(term) for name, term in terms.items()},
         }
 
     @torch.no_grad()
@@ -232,7 +257,8 @@ class Run:
 
 def _accuracies(scores: list[tuple[TokenScores, Tensor]]) -> dict[str, float]:
     """Shares of the valid tokens whose target ranks first, and among the first five."""
-    ranks = torch.cat([score.rank[targets != IGNORED] for score, targets in scores])
+    parts = [score.rank[targets != IGNORED] for score, targets in scores]
+    ranks = torch.cat(parts) if parts else torch.empty(0)
     if not len(ranks):
         return {"accuracy": math.nan, "top5_accuracy": math.nan}
     return {

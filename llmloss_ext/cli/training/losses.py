@@ -27,10 +27,25 @@ class TokenScores(NamedTuple):
     """Logits strictly greater than the target's: 0 is correct, below 5 is a top-5 hit."""
 
 
+class Objective(NamedTuple):
+    """What the loss of a token is made of, besides -log p."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    confidence_penalty: float = 0.0
+
+    def of(self, log_prob: Tensor, lse: Tensor, entropy: Tensor, mean_log_prob: Tensor) -> Tensor:
+        """The sum over tokens of what the row statistics say; ignored tokens are 0 in them."""
+        eps = self.label_smoothing
+        rows = -(1 - eps) * log_prob - eps * mean_log_prob + self.z_loss * lse.square()
+        return (rows - self.confidence_penalty * entropy).sum()
+
+
 class TokenLoss(Protocol):
     """A way to get from hidden states to the loss."""
 
     clock: LossClock
+    objective: Objective
 
     def train(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
@@ -101,8 +116,9 @@ class LossClock:
 class _LossOfLogits(TokenLoss):
     """What the kinds that make the logits have in common: the projection and the timing."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, objective: Objective) -> None:
         self.clock = LossClock(device)
+        self.objective = objective
 
     def train(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
@@ -133,7 +149,7 @@ class _LossOfLogits(TokenLoss):
 class LinearLoss(TokenLoss):
     """llmloss_ext's own, straight from the hidden states: no logits in memory."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, objective: Objective) -> None:
         """Checks that the operators exist for the device.
 
         Raises:
@@ -143,6 +159,7 @@ class LinearLoss(TokenLoss):
 
         _require_kernels(device)
         self.clock = LossClock(device)
+        self.objective = objective
         self._cross_entropy = llmloss_ext.linear_cross_entropy
         self._token_stats = llmloss_ext.linear_token_stats
 
@@ -155,9 +172,19 @@ class LinearLoss(TokenLoss):
             with torch.no_grad():
                 scores = self.score(hidden, weight, targets)
         self.clock.start()
-        loss = self._cross_entropy(
-            hidden, weight, targets, ignore_index=IGNORED, num_items=num_items
-        )
+        if self.objective.confidence_penalty:
+            stats = self._token_stats(hidden, weight, targets, ignore_index=IGNORED)
+            loss = self.objective.of(*stats[:4]) / num_items
+        else:
+            loss = self._cross_entropy(
+                hidden,
+                weight,
+                targets,
+                ignore_index=IGNORED,
+                num_items=num_items,
+                label_smoothing=self.objective.label_smoothing,
+                z_loss=self.objective.z_loss,
+            )
         self.clock.stop()
         self.clock.watch_backward(hidden, loss)
         return loss, scores
@@ -185,13 +212,13 @@ def _require_kernels(device: torch.device) -> None:
 class LogitsLoss(_LossOfLogits):
     """llmloss_ext's own: the gradient overwrites the logits, ranks come from the row statistics."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, objective: Objective) -> None:
         """Checks that the operators exist for the device.
 
         Raises:
             UserError: If this build has none.
         """
-        super().__init__(device)
+        super().__init__(device, objective)
         import llmloss_ext
 
         _require_kernels(device)
@@ -199,8 +226,17 @@ class LogitsLoss(_LossOfLogits):
         self._token_stats = llmloss_ext.token_stats
 
     def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor:
+        if self.objective.confidence_penalty:
+            stats = self._token_stats(logits, targets, ignore_index=IGNORED)
+            return self.objective.of(*stats[:4]) / num_items
         return self._cross_entropy(
-            logits, targets, ignore_index=IGNORED, num_items=num_items, inplace=True
+            logits,
+            targets,
+            ignore_index=IGNORED,
+            num_items=num_items,
+            label_smoothing=self.objective.label_smoothing,
+            z_loss=self.objective.z_loss,
+            inplace=True,
         )
 
     def _scores(self, logits: Tensor, targets: Tensor) -> TokenScores:
@@ -213,9 +249,16 @@ class TorchLoss(_LossOfLogits):
     """torch's own loss, for comparison."""
 
     def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor:
+        rows, labels = logits.flatten(0, 1), targets.flatten()
+        smoothing, z_loss, penalty = self.objective
         total = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            rows, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
         )
+        if z_loss:
+            total = total + z_loss * torch.logsumexp(rows, -1)[labels != IGNORED].square().sum()
+        if penalty:
+            log_p = torch.log_softmax(rows, -1)[labels != IGNORED]
+            total = total + penalty * (log_p.exp() * log_p).sum()
         return total / num_items
 
     def _scores(self, logits: Tensor, targets: Tensor) -> TokenScores:
@@ -226,11 +269,11 @@ class TorchLoss(_LossOfLogits):
         return TokenScores(-loss.view_as(targets), rank.view_as(targets))
 
 
-def create_loss(kind: str, device: torch.device) -> TokenLoss:
+def create_loss(kind: str, device: torch.device, objective: Objective) -> TokenLoss:
     """The loss called ``kind``, one of `llmloss_ext.cli.training.config.LOSSES`."""
-    kinds: dict[str, Callable[[torch.device], TokenLoss]] = {
+    kinds: dict[str, Callable[[torch.device, Objective], TokenLoss]] = {
         "linear": LinearLoss,
         "logits": LogitsLoss,
         "torch": TorchLoss,
     }
-    return kinds[kind](device)
+    return kinds[kind](device, objective)

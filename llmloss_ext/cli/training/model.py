@@ -7,7 +7,7 @@ from torch import Tensor, arange, nn
 
 
 class Attention(nn.Module):
-    """Causal self-attention."""
+    """Self-attention, causal unless said otherwise."""
 
     def __init__(self, dim: int, heads: int) -> None:
         """``heads`` divides ``dim``."""
@@ -16,11 +16,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = True) -> Tensor:
         """(B, S, D) to (B, S, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -36,9 +36,9 @@ class Block(nn.Module):
         self.up = nn.Linear(dim, 4 * dim, bias=False)
         self.down = nn.Linear(4 * dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = True) -> Tensor:
         """(B, S, D) to (B, S, D)."""
-        x = x + self.attention(self.norm1(x))
+        x = x + self.attention(self.norm1(x), causal)
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
@@ -72,11 +72,11 @@ class GPT(nn.Module):
             joins_residual = name.endswith(("out.weight", "down.weight"))
             nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if joins_residual else 0.02)
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, causal: bool = True) -> Tensor:
         """Normalised hidden states (B, S, D) of token ids (B, S)."""
         x = self.embedding(ids) + self.positions(arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, causal)
         return self.norm(x)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:

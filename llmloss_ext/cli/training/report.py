@@ -82,6 +82,9 @@ def save_curve(folder: Path, records: list[dict[str, Any]], config: TrainConfig)
         points = [(r["step"], r["loss"]) for r in records if r["kind"] == kind]
         if points:
             axes.plot(*zip(*points, strict=True), label=kind, **style)
+    spikes = [(r["step"], r["loss"]) for r in records if r.get("spike")]
+    if spikes:
+        axes.plot(*zip(*spikes, strict=True), "rx", label="spike")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
