@@ -205,6 +205,28 @@ def test_modules_compose(device, tmp_path):
         assert torch.equal(module(*arguments), again(*arguments))
 
 
+def test_modules_compile(device):
+    logits, ids = lm_batch(device)
+    module = losses.LanguageModelLoss(V, label_smoothing=0.1)
+    clip = losses.ClipLoss().to(device)
+    views = torch.randn(2, 6, D, device=device)
+    cases = (
+        (module, (logits, ids)),
+        (lambda x, y: module.compute_loss_with_stats(x, y)[0], (logits, ids)),
+        (losses.LabelSmoothingCrossEntropy(), (logits.flatten(0, 1), ids.flatten())),
+        (lambda a, b: clip(a, b), tuple(views)),
+    )
+    for function, (x, y) in cases:
+        torch._dynamo.reset()
+        results = []
+        for run in (function, torch.compile(function, fullgraph=True)):
+            leaf = x.clone().requires_grad_()
+            loss = run(leaf, y)
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        for one, other in zip(*results, strict=True):
+            assert_close(one, other, 1e-6)
+
+
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 5])
 def test_label_smoothing(device, ignore_index):
     logits, target = torch.randn(20, V, device=device), torch.randint(0, V, (20,), device=device)

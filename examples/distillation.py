@@ -1,0 +1,57 @@
+"""Distillation of a larger GPT into a smaller one, with neither model's logits in memory.
+
+python examples/distillation.py
+"""
+
+import torch
+
+from llmloss_ext import linear_cross_entropy, linear_kl_div
+from llmloss_ext.cli.training.model import GPT
+
+VOCAB, LENGTH = 256, 48
+text = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 40))
+
+
+def batch() -> torch.Tensor:
+    """Random windows of the text."""
+    starts = torch.randint(0, len(text) - LENGTH, (16,))
+    return torch.stack([text[s : s + LENGTH] for s in starts.tolist()])
+
+
+def train(model: GPT, loss_of, steps: int, name: str) -> None:
+    """Runs steps of Adam on what ``loss_of`` says of a batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        loss = loss_of(batch())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (0, steps - 1):
+            print(f"{name}  step {step:>3}  {loss.item():.4f}")
+
+
+torch.manual_seed(0)
+teacher = GPT(VOCAB, LENGTH, dim=96, layers=2, heads=4)
+train(
+    teacher,
+    lambda x: linear_cross_entropy(teacher.hidden(x), teacher.head.weight, x, shift=1),
+    120,
+    "teacher, cross entropy ",
+)
+teacher.requires_grad_(False)
+student = GPT(VOCAB, LENGTH, dim=48, layers=1, heads=2)
+train(
+    student,
+    lambda x: linear_kl_div(
+        student.hidden(x), student.head.weight, teacher.hidden(x), teacher.head.weight,
+        temperature=2.0,
+    ),
+    150,
+    "student, KL to teacher ",
+)  # fmt: skip
+with torch.no_grad():
+    x = batch()
+    for name, model in (("teacher", teacher), ("student", student)):
+        loss = linear_cross_entropy(model.hidden(x), model.head.weight, x, shift=1)
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{name}: {parameters:,} parameters, cross entropy {loss.item():.4f}")
