@@ -139,21 +139,12 @@ struct CpuBackend {
   }
 };
 
-using Cpu = Operators<CpuBackend>;
-
 int64_t cpu_isa() { return int64_t(cpu::active_isa()); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(llmloss, CPU, m) {
-  m.impl("token_stats", TORCH_BOX(&Cpu::token_stats));
-  m.impl("token_stats_backward", TORCH_BOX(&Cpu::token_stats_backward));
-  m.impl("token_stats_backward_", TORCH_BOX(&Cpu::token_stats_backward_inplace));
-  m.impl("cross_entropy", TORCH_BOX(&Cpu::cross_entropy));
-  m.impl("cross_entropy_backward", TORCH_BOX(&Cpu::cross_entropy_backward));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&Cpu::cross_entropy_backward_inplace));
-  m.impl("cross_entropy_fused_", TORCH_BOX(&Cpu::cross_entropy_fused));
-  m.impl("scale_", TORCH_BOX(&Cpu::scale));
+  register_operators<CpuBackend>(m);
   m.impl("prefer_huge_pages_", TORCH_BOX(&prefer_huge_pages));
 }
 

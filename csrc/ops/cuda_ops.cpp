@@ -127,19 +127,8 @@ class CudaBackend {
   void* stream_;
 };
 
-using Cuda = Operators<CudaBackend>;
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(llmloss, CUDA, m) {
-  m.impl("token_stats", TORCH_BOX(&Cuda::token_stats));
-  m.impl("token_stats_backward", TORCH_BOX(&Cuda::token_stats_backward));
-  m.impl("token_stats_backward_", TORCH_BOX(&Cuda::token_stats_backward_inplace));
-  m.impl("cross_entropy", TORCH_BOX(&Cuda::cross_entropy));
-  m.impl("cross_entropy_backward", TORCH_BOX(&Cuda::cross_entropy_backward));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&Cuda::cross_entropy_backward_inplace));
-  m.impl("cross_entropy_fused_", TORCH_BOX(&Cuda::cross_entropy_fused));
-  m.impl("scale_", TORCH_BOX(&Cuda::scale));
-}
+STABLE_TORCH_LIBRARY_IMPL(llmloss, CUDA, m) { register_operators<CudaBackend>(m); }
 
 }  // namespace llmloss::ops

@@ -6,6 +6,8 @@
 //   new_gradient, check_targets
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+
 #include <array>
 #include <tuple>
 
@@ -348,5 +350,19 @@ struct Operators {
     }
   };
 };
+
+// The kernels of every schema of library.cpp that takes tensors.
+template <typename Backend, typename Library>
+void register_operators(Library& m) {
+  using Device = Operators<Backend>;
+  m.impl("token_stats", TORCH_BOX(&Device::token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&Device::token_stats_backward));
+  m.impl("token_stats_backward_", TORCH_BOX(&Device::token_stats_backward_inplace));
+  m.impl("cross_entropy", TORCH_BOX(&Device::cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&Device::cross_entropy_backward));
+  m.impl("cross_entropy_backward_", TORCH_BOX(&Device::cross_entropy_backward_inplace));
+  m.impl("cross_entropy_fused_", TORCH_BOX(&Device::cross_entropy_fused));
+  m.impl("scale_", TORCH_BOX(&Device::scale));
+}
 
 }  // namespace llmloss::ops

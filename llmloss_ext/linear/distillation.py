@@ -12,7 +12,17 @@ from torch.autograd import Function
 from llmloss_ext import ops
 from llmloss_ext.linear.loop import Gradients, Projection, take
 
-__all__ = ["divergence", "kl_div"]
+__all__ = ["check_divergence", "divergence", "kl_div"]
+
+
+def check_divergence(direction: str, beta: float, temperature: float) -> None:
+    """Raises a ValueError if an option of `divergence` is out of range."""
+    if direction not in ("forward", "reverse", "jsd"):
+        raise ValueError(f'direction must be "forward", "reverse" or "jsd", got {direction!r}')
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"beta must be between 0 and 1, got {beta}")
 
 
 def divergence(

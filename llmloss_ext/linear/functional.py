@@ -15,7 +15,7 @@ from llmloss_ext.composite import LogitOptions, LossOptions
 from llmloss_ext.functional import TokenStats
 from llmloss_ext.linear import autograd, operators
 from llmloss_ext.linear.autograd import ChunkOptions
-from llmloss_ext.linear.distillation import kl_div
+from llmloss_ext.linear.distillation import check_divergence, kl_div
 from llmloss_ext.linear.planning import plan
 
 __all__ = ["linear_cross_entropy", "linear_kl_div", "linear_log_probs", "linear_token_stats"]
@@ -265,14 +265,9 @@ def linear_kl_div(
         ValueError: Shapes that do not fit, or an option out of range.
         RuntimeError: A wrong dtype.
     """
-    if direction not in ("forward", "reverse", "jsd"):
-        raise ValueError(f'direction must be "forward", "reverse" or "jsd", got {direction!r}')
+    check_divergence(direction, beta, temperature)
     if reduction not in ("mean", "sum"):
         raise ValueError(f'linear_kl_div: reduction must be "mean" or "sum", got {reduction!r}')
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-    if not 0.0 < beta < 1.0:
-        raise ValueError(f"beta must be between 0 and 1, got {beta}")
     _check_projection(student_hidden, student_weight, student_bias)
     _check_projection(teacher_hidden, teacher_weight, teacher_bias)
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:

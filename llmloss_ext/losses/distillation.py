@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from llmloss_ext import functional
-from llmloss_ext.linear.distillation import divergence
+from llmloss_ext.linear.distillation import check_divergence, divergence
 from llmloss_ext.losses.shapes import classes_last
 
 __all__ = ["distillation_loss", "top_k_distillation_loss"]
@@ -47,14 +45,9 @@ def distillation_loss(
     Raises:
         ValueError: The shapes do not fit, or an option is out of range.
     """
-    if direction not in ("forward", "reverse", "jsd"):
-        raise ValueError(f'direction must be "forward", "reverse" or "jsd", got {direction!r}')
+    check_divergence(direction, beta, temperature)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-    if not 0.0 < beta < 1.0:
-        raise ValueError(f"beta must be between 0 and 1, got {beta}")
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student and teacher must have one shape, got {tuple(student_logits.shape)} and "
