@@ -10,7 +10,8 @@ from torch import Tensor
 
 import llmloss_ext
 from bench.cases import Case, Inputs, backward_of, inplace_loss, torch_loss
-from bench.peers import Peer, peers
+from bench.linear_cases import gpu_linear_cases
+from bench.peers import Peer, linear_peers, peers
 from bench.timing import Contender
 
 SIZES = [(8192, 32000), (8192, 50257), (8192, 128256), (8192, 262144),
@@ -21,16 +22,21 @@ DTYPES = (torch.bfloat16, torch.float32)
 def gpu_suites() -> list[Callable[[], list[Case]]]:
     """One suite for each size and dtype, so that only one set of logits exists at a time."""
     found = peers()
-    return [
+    logits = [
         lambda rows=rows, columns=columns, dtype=dtype: _cases(rows, columns, dtype, found)
         for rows, columns in SIZES
         for dtype in DTYPES
     ]
+    return [*logits, gpu_linear_cases]
 
 
 def missing_peers() -> list[str]:
     """A line for each peer that is not measured."""
-    return [f"{peer.name} is not measured: {peer.reason}" for peer in peers() if peer.loss is None]
+    return [
+        f"{peer.name} is not measured: {peer.reason}"
+        for peer in (*peers(), *linear_peers())
+        if peer.loss is None
+    ]
 
 
 def _cases(rows: int, columns: int, dtype: torch.dtype, found: list[Peer]) -> list[Case]:

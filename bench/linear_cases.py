@@ -10,20 +10,24 @@ from torch import Tensor
 
 import llmloss_ext
 from bench.cases import Case
+from bench.peers import linear_peers
 from bench.timing import Contender
 
 
 class _Projection:
     """Hidden states, a weight and targets of one size."""
 
-    def __init__(self, tokens: int, features: int, vocab_size: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(tokens, features, generator=generator).to(dtype).requires_grad_()
-        weight = torch.randn(vocab_size, features, generator=generator) * 0.02
+    def __init__(
+        self, tokens: int, features: int, vocab_size: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        like = {"generator": generator, "device": device}
+        self.hidden = torch.randn(tokens, features, **like).to(dtype).requires_grad_()
+        weight = torch.randn(vocab_size, features, **like) * 0.02
         self.weight = weight.to(dtype).requires_grad_()
-        self.target = torch.randint(0, vocab_size, (tokens,), generator=generator)
+        self.target = torch.randint(0, vocab_size, (tokens,), **like)
         self.few = self.target.clone()
-        self.few[torch.randperm(tokens, generator=generator)[: tokens * 3 // 4]] = -100
+        self.few[torch.randperm(tokens, **like)[: tokens * 3 // 4]] = -100
 
     def step(self, loss: Callable[..., Tensor], target: Tensor) -> Callable[[], None]:
         """Forward and backward."""
@@ -59,17 +63,35 @@ def _torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.linear_cross_entropy(hidden, weight, target, options=options)
 
 
-def linear_cases(tokens: int = 2048, features: int = 768, vocab_size: int = 50257) -> list[Case]:
-    """The table of the linear issue: one size, two dtypes."""
+def gpu_linear_cases() -> list[Case]:
+    """The size that the peers publish, in bfloat16."""
+    cases = linear_cases(8192, 4096, 128256, (torch.bfloat16,), "cuda", (1024, 2048, 8192))
+    return cases[:1]
+
+
+def linear_cases(
+    tokens: int = 2048,
+    features: int = 768,
+    vocab_size: int = 50257,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+    device: str = "cpu",
+    chunks: tuple[int, ...] = (256, 512, 1024),
+) -> list[Case]:
+    """A size, beside eager torch, torch's chunks, the products alone and the peers."""
     cases = []
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = _Projection(tokens, features, vocab_size, dtype)
+    for dtype in dtypes:
+        inputs = _Projection(tokens, features, vocab_size, dtype, device)
         loss = llmloss_ext.linear_cross_entropy
         ours = inputs.step(loss, inputs.target)
         contenders = [
             Contender("llmloss", ours),
             Contender("torch", inputs.step(_eager, inputs.target)),
-            *(Contender(f"products/{c}", inputs.products(c)) for c in (256, 512, 1024)),
+            *(Contender(f"products/{c}", inputs.products(c)) for c in chunks),
+            *(
+                Contender(peer.name, inputs.step(peer.loss, inputs.target))
+                for peer in (linear_peers() if device == "cuda" else [])
+                if peer.loss is not None
+            ),
         ]
         if hasattr(torch.nn, "LinearCrossEntropyOptions"):
             contenders.append(
