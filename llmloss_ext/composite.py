@@ -39,6 +39,11 @@ class Weights(NamedTuple):
     uniform_share: float
 
 
+def real_of(tensor: Tensor) -> torch.dtype:
+    """The dtype of losses and statistics: float32, but float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def is_indices(target: Tensor) -> bool:
     """Whether a target holds class indices (as opposed to probabilities)."""
     return not target.is_floating_point()
@@ -57,7 +62,7 @@ def token_stats(
     A logit of -inf stands as the lowest finite number here: its probability is 0 all the same, and
     no derivative meets inf - inf.
     """
-    real = torch.float64 if input.dtype == torch.float64 else torch.float32
+    real = real_of(input)
     x = input[..., : options.vocab_size].to(real)
     x = x * (logit_scale.to(real) if logit_scale is not None else options.scale)
     if options.softcap > 0:
@@ -103,7 +108,7 @@ def denominators(
     input: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, ignore: int
 ) -> Tensor:
     """What each row adds to the mean's denominator: token weight times class weight."""
-    real = torch.float64 if input.dtype == torch.float64 else torch.float32
+    real = real_of(input)
     if is_indices(target):
         rows = target_weights(target, weight, ignore, real)
     else:

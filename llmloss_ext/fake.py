@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from llmloss_ext._library import LIBRARY
+from llmloss_ext.composite import real_of
 
 __all__ = ["LIBRARY"]
-
-
-def _real(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _row_shape(input: Tensor) -> tuple[int, ...]:
@@ -24,11 +21,11 @@ def _state(input: Tensor, size: int) -> Tensor:
     rows = 1
     for length in _row_shape(input):
         rows = rows * length
-    return input.new_empty((size, rows), dtype=_real(input))
+    return input.new_empty((size, rows), dtype=real_of(input))
 
 
 def _scalar(input: Tensor, asked: bool = True) -> Tensor:
-    return input.new_empty(() if asked else (0,), dtype=_real(input))
+    return input.new_empty(() if asked else (0,), dtype=real_of(input))
 
 
 def _gradient(input: Tensor) -> Tensor:
@@ -43,7 +40,7 @@ def _token_stats_fake(
     def one(asked: bool, dtype: torch.dtype) -> Tensor:
         return input.new_empty(_row_shape(input) if asked else (0,), dtype=dtype)
 
-    real = _real(input)
+    real = real_of(input)
     return (
         one(True, real),
         one(True, real),
@@ -78,7 +75,7 @@ def _cross_entropy_fake(
 ):  # fmt: skip
     loss = _scalar(input)
     if reduction == 0:
-        loss = input.new_empty(_row_shape(input), dtype=_real(input))
+        loss = input.new_empty(_row_shape(input), dtype=real_of(input))
     needs_mean = label_smoothing != 0 or target.is_floating_point()
     return loss, _state(input, 5 + needs_mean), _scalar(input, reduction == 1)
 

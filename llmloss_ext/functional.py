@@ -149,18 +149,13 @@ def cross_entropy(
         >>> loss = cross_entropy(logits, labels, label_smoothing=0.1, inplace=True)
         >>> loss.backward()
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f'{reduction!r} is not a valid value for reduction: "none", "mean", "sum"')
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if not 0.0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
+    loss_options = _loss_options(label_smoothing, z_loss, reduction)
     call = _Call(input, target, weight, softcap, logit_scale, vocab_size, ignore_index)
     if num_items is not None:
         num_items = _items(num_items, reduction, input)
     row_weights = None
     if token_weight is not None:
-        token_weight = _token_weight(token_weight, call, input)
+        token_weight = _token_weight(token_weight, call.shape, input)
         if token_weight.requires_grad:
             return _differentiable_token_weight(
                 call, weight, token_weight, num_items, reduction, label_smoothing, z_loss, inplace
@@ -171,7 +166,6 @@ def cross_entropy(
         call.check_inplace(input)
         if torch.is_grad_enabled() and (input.requires_grad or call.scale_requires_grad):
             run = ops.cross_entropy_inplace
-    loss_options = LossOptions(label_smoothing, z_loss, _REDUCTIONS[reduction])
     loss = run(
         call.rows,
         call.targets,
@@ -183,6 +177,16 @@ def cross_entropy(
         loss_options,
     )
     return loss.reshape(call.shape) if reduction == "none" else loss
+
+
+def _loss_options(label_smoothing: float, z_loss: float, reduction: str) -> LossOptions:
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f'{reduction!r} is not a valid value for reduction: "none", "mean", "sum"')
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
+    return LossOptions(label_smoothing, z_loss, _REDUCTIONS[reduction])
 
 
 class _Call:
@@ -375,10 +379,10 @@ def _items(num_items: int | Tensor, reduction: str, input: Tensor) -> Tensor:
     return torch.full((), float(num_items), dtype=torch.float64, device=input.device)
 
 
-def _token_weight(token_weight: Tensor, call: _Call, input: Tensor) -> Tensor:
-    if token_weight.shape != call.shape:
+def _token_weight(token_weight: Tensor, shape: torch.Size, input: Tensor) -> Tensor:
+    if token_weight.shape != shape:
         raise ValueError(
-            f"token_weight must have one number per token, shape {tuple(call.shape)}, got "
+            f"token_weight must have one number per token, shape {tuple(shape)}, got "
             f"{tuple(token_weight.shape)}"
         )
     if token_weight.device != input.device:

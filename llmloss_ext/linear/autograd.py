@@ -117,11 +117,8 @@ def _loss_composite(inputs: Any, others: Any, options: Any) -> _Composite:
             _logits(input, linear_weight, bias), target, weight, token_weight, logit_scale,
             logit_options, loss_options,
         )  # fmt: skip
-        denominator = rows
-        if loss_options.reduction == 1:
-            denominator = operators.total_items(
-                input, target, weight, token_weight, num_items, logit_options.ignore_index
-            )
+        items = (weight, token_weight, num_items, logit_options.ignore_index)
+        denominator = operators.total_items(input, target, *items, loss_options.reduction)
         return (composite.reduce(rows, denominator, loss_options.reduction),)
 
     return _Composite(loss, inputs, [0, 1, 2, 3])

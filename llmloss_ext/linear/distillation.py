@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from llmloss_ext import ops
+from llmloss_ext.composite import real_of
 from llmloss_ext.linear.loop import Gradients, Projection, take
+from llmloss_ext.linear.operators import gradient_factor
 
 __all__ = ["check_divergence", "divergence", "kl_div"]
 
@@ -32,7 +33,7 @@ def divergence(
 
     A probability of zero in the distribution that is averaged over counts as nothing.
     """
-    real = torch.float64 if student.dtype == torch.float64 else torch.float32
+    real = real_of(student)
     log_q = torch.log_softmax(student.to(real) / temperature, -1)
     log_p = torch.log_softmax(teacher.to(real) / temperature, -1)
     if direction == "forward":
@@ -70,28 +71,28 @@ class _Divergence(Function):
         projection = Projection(student, student_weight, student_bias)
         other = Projection(teacher, teacher_weight, teacher_bias)
         needs = ctx.needs_input_grad[:3]
-        real = torch.float64 if student.dtype == torch.float64 else torch.float32
+        real = real_of(student)
         gradients = Gradients(projection, needs, real)
         count = student.shape[0] if valid is None else valid.sum()
         divisor = torch.as_tensor(count if mean else 1, dtype=real, device=student.device)
+        factor = gradient_factor(student, divisor)
         loss = torch.zeros((), dtype=torch.float64, device=student.device) / divisor
         for chunk in projection.chunks(chunk_tokens, valid):
             hidden = take(teacher, chunk.rows)
-            teacher_logits = torch.mm(hidden, other.weight.t())
-            if other.bias is not None:
-                teacher_logits += other.bias
+            teacher_logits = hidden.new_empty(hidden.shape[0], other.weight.shape[0])
+            other.project(hidden, teacher_logits)
             with torch.enable_grad():
                 leaf = chunk.logits.detach().requires_grad_(any(needs))
-                part = divergence(leaf, teacher_logits, *options).sum() / divisor
+                part = divergence(leaf, teacher_logits, *options).sum() / (divisor * factor)
             if any(needs):
                 (gradient,) = torch.autograd.grad(part, leaf)
                 chunk.logits.copy_(gradient)
                 gradients.add(chunk)
-            loss += part.detach()
+            loss += part.detach() * factor
             del chunk, leaf, part, teacher_logits
         ctx.set_materialize_grads(False)
         results = (gradients.hidden, gradients.weight_result(student_weight.dtype), gradients.bias)
-        ctx.save_for_backward(*results)
+        ctx.save_for_backward(*results, factor)
         ctx.dtypes = (student.dtype, student_weight.dtype,
                       None if student_bias is None else student_bias.dtype)  # fmt: skip
         return loss.to(real)
@@ -102,34 +103,15 @@ class _Divergence(Function):
             return (None,) * 10
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("linear_kl_div has no second-order gradient")
+        *gradients, factor = ctx.saved_tensors
+        factor = factor * grad_loss
         results = (
-            None if g is None else (g * grad_loss).to(dtype)
-            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if g is None else (g * factor).to(dtype)
+            for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return (*results, *(None,) * 7)
 
 
-def kl_div(
-    student: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    valid: Tensor | None,
-    direction: str,
-    beta: float,
-    temperature: float,
-    mean: bool,
-    chunk_tokens: int,
-) -> Tensor:
-    """The loss over the rows; see `llmloss_ext.linear_kl_div`."""
-    if any(t is not None and t.requires_grad for t in (teacher, teacher_weight, teacher_bias)):
-        raise RuntimeError("linear_kl_div: the teacher gets no gradient; pass it detached")
-    if ops.in_transform():
-        raise RuntimeError("linear_kl_div does not work under torch.func transforms")
-    result: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
-        student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid,
-        (direction, beta, temperature), mean, chunk_tokens,
-    )  # fmt: skip
-    return result
+def kl_div(*inputs: Any) -> Tensor:
+    """The loss over the rows; arguments as `_Divergence.forward`."""
+    return _Divergence.apply(*inputs)  # type: ignore[no-untyped-call]

@@ -3,7 +3,8 @@
 
 import torch
 
-from llmloss_ext.linear.operators import linear_loss, linear_stats, linear_stats_backward, real_of
+from llmloss_ext.composite import real_of
+from llmloss_ext.linear.operators import linear_loss, linear_stats, linear_stats_backward
 
 
 @linear_loss.register_fake

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from llmloss_ext import composite, ops
 from llmloss_ext import functional as dense
-from llmloss_ext.composite import LogitOptions, LossOptions
+from llmloss_ext.composite import LogitOptions, real_of
 from llmloss_ext.functional import TokenStats
 from llmloss_ext.linear import autograd, operators
 from llmloss_ext.linear.autograd import ChunkOptions
@@ -19,9 +18,6 @@ from llmloss_ext.linear.distillation import check_divergence, kl_div
 from llmloss_ext.linear.planning import plan
 
 __all__ = ["linear_cross_entropy", "linear_kl_div", "linear_log_probs", "linear_token_stats"]
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def linear_cross_entropy(
@@ -98,12 +94,7 @@ def linear_cross_entropy(
         >>> loss = linear_cross_entropy(hidden, model.head.weight, tokens, shift=1)
         >>> loss.backward()
     """
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f'{reduction!r} is not a valid value for reduction: "none", "mean", "sum"')
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if not 0.0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
+    loss = dense._loss_options(label_smoothing, z_loss, reduction)
     ignored = -100 if ignore_index is None else ignore_index
     call = _LinearCall(
         input, linear_weight, target, linear_bias, weight, ignored, softcap, logit_scale,
@@ -112,8 +103,7 @@ def linear_cross_entropy(
     if num_items is not None:
         num_items = dense._items(num_items, reduction, input)
     if token_weight is not None:
-        token_weight = call.token_weight(token_weight)
-    loss = LossOptions(label_smoothing, z_loss, _REDUCTIONS[reduction])
+        token_weight = dense._token_weight(token_weight, call.shape, input).reshape(-1)
     is_row_by_row = (
         reduction == "none"
         or weight_grad_accumulator is not None
@@ -141,10 +131,8 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         return losses.reshape(call.shape)
-    denominator = losses
-    if reduction == "mean":
-        items = (weight, token_weight, num_items, ignored)
-        denominator = operators.total_items(call.hidden, call.targets, *items)
+    items = (weight, token_weight, num_items, ignored, loss.reduction)
+    denominator = operators.total_items(call.hidden, call.targets, *items)
     return composite.reduce(losses, denominator, loss.reduction)
 
 
@@ -185,37 +173,42 @@ def linear_token_stats(
         input, linear_weight, target, linear_bias, weight, ignore_index, softcap, logit_scale,
         vocab_size, shift,
     )  # fmt: skip
-    if call.has_probabilities:
-        raise RuntimeError("linear_token_stats: target must hold class indices (int64 or int32)")
     chunks = call.chunk_options(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
-    if ops.in_transform():
-        stats = call.unfused_stats(with_rank)
-    else:
-        stats = call.stats((True, True, with_rank), chunks)
+    stats = call.stats((True, True, with_rank), chunks)
     log_prob, lse, entropy, mean = (s.reshape(call.shape) for s in stats[:4])
     argmax, rank = (s.reshape(call.shape) if with_rank else None for s in stats[4:6])
     return TokenStats(log_prob, lse, entropy, mean, argmax, rank)
 
 
 def linear_log_probs(
-    input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    shift: int = 0,
+    chunk_tokens: int | None = None,
+    max_chunk_bytes: int | None = None,
+    drop_ignored: bool | None = None,
+    weight_grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Log p_target of every token, shaped like the target; 0 at ignored ones.
 
-    What preference and policy losses (DPO, PPO, GRPO) are made of. Differentiable.
+    What preference and policy losses (DPO, PPO, GRPO) are made of: `linear_token_stats`'s
+    ``log_prob`` without the cost of the other statistics. Differentiable.
 
-    Args:
-        input: Hidden states (..., D).
-        linear_weight: (V, D).
-        target: Class indices (...).
-        **options: As in `linear_token_stats`, except ``with_rank`` and ``weight``.
-
-    Raises:
-        ValueError: Shapes that do not fit, or an option out of range.
-        IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
-        RuntimeError: A wrong dtype or device.
+    Args, errors: as in `linear_token_stats`.
     """
-    return -linear_cross_entropy(input, linear_weight, target, reduction="none", **options)
+    call = _LinearCall(
+        input, linear_weight, target, linear_bias, None, ignore_index, softcap, logit_scale,
+        vocab_size, shift,
+    )  # fmt: skip
+    chunks = call.chunk_options(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
+    return call.stats((False, False, False), chunks)[0].reshape(call.shape)
 
 
 def linear_kl_div(
@@ -285,7 +278,12 @@ def linear_kl_div(
             f"target must have one label per token, shape {tuple(student_hidden.shape[:-1])}, got "
             f"{tuple(target.shape)}"
         )
-    hidden = _rows(student_hidden)
+    teacher = (teacher_hidden, teacher_weight, teacher_bias)
+    if any(t is not None and t.requires_grad for t in teacher):
+        raise RuntimeError("linear_kl_div: the teacher gets no gradient; pass it detached")
+    if ops.in_transform():
+        raise RuntimeError("linear_kl_div does not work under torch.func transforms")
+    hidden = _rows(_autocast(student_hidden))
     tokens, features = hidden.shape
     planned = plan(
         tokens, features, student_weight.shape[0], hidden.dtype, hidden.device,
@@ -293,8 +291,9 @@ def linear_kl_div(
     )  # fmt: skip
     valid = None if target is None else (target != ignore_index).reshape(-1)
     return kl_div(
-        hidden, student_weight, student_bias, _rows(teacher_hidden), teacher_weight, teacher_bias,
-        valid, direction, beta, temperature, reduction == "mean", planned.chunk_tokens,
+        hidden, student_weight, student_bias, _rows(_autocast(teacher_hidden)), teacher_weight,
+        teacher_bias, valid, (direction, beta, temperature), reduction == "mean",
+        planned.chunk_tokens,
     )  # fmt: skip
 
 
@@ -303,7 +302,7 @@ def _rows(hidden: Tensor) -> Tensor:
 
 
 def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if hidden.dtype not in _FLOATS:
+    if hidden.dtype not in dense._FLOATS:
         raise RuntimeError(
             f"expected hidden states of float32, bfloat16, float16 or float64, got {hidden.dtype}"
         )
@@ -334,6 +333,13 @@ def _is_autocast(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled(tensor.device.type)
 
 
+def _autocast(hidden: Tensor) -> Tensor:
+    """In the dtype of the products."""
+    if not _is_autocast(hidden) or hidden.dtype == torch.float64:
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+
+
 class _LinearCall:
     """The arguments that all functions share, checked and brought into the operators' shapes.
 
@@ -357,9 +363,9 @@ class _LinearCall:
         shift: int,
     ) -> None:
         _check_projection(input, linear_weight, linear_bias)
-        if _is_autocast(input) and input.dtype != torch.float64:
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-            target = target.to(input.dtype) if target.is_floating_point() else target
+        input = _autocast(input)
+        if _is_autocast(input) and target.is_floating_point():
+            target = target.to(input.dtype)
         self.linear_weight, self.linear_bias, self.weight = linear_weight, linear_bias, weight
         self.shape = input.shape[:-1]
         self.has_probabilities = target.is_floating_point()
@@ -406,19 +412,6 @@ class _LinearCall:
             )
         return F.pad(target[..., shift:], (0, min(shift, target.shape[-1])), value=ignore_index)
 
-    def token_weight(self, token_weight: Tensor) -> Tensor:
-        """One weight a row."""
-        if token_weight.shape != self.shape:
-            raise ValueError(
-                f"token_weight must have one number per token, shape {tuple(self.shape)}, got "
-                f"{tuple(token_weight.shape)}"
-            )
-        if token_weight.device != self.hidden.device:
-            raise RuntimeError(
-                f"expected token_weight on {self.hidden.device}, got {token_weight.device}"
-            )
-        return token_weight.reshape(-1)
-
     def chunk_options(
         self,
         chunk_tokens: int | None,
@@ -450,7 +443,7 @@ class _LinearCall:
                 raise ValueError("weight_grad_accumulator must not require a gradient itself")
             if torch.compiler.is_compiling():
                 raise RuntimeError("weight_grad_accumulator does not work under torch.compile")
-        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        real = real_of(hidden)
         if weight_grad_dtype not in (None, real, hidden.dtype, weight.dtype):
             raise ValueError(
                 f"weight_grad_dtype must be {real} or the weight's dtype, got {weight_grad_dtype}"
@@ -465,7 +458,12 @@ class _LinearCall:
         chunks: ChunkOptions,
         accumulator: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """The statistics of the rows."""
+        """The statistics of the rows; under transforms from whole logits."""
+        if self.has_probabilities:
+            raise RuntimeError("statistics: target must hold class indices (int64 or int32)")
+        if ops.in_transform():
+            where = (self._logits(), self.targets, self.weight, self.scale, self.options)
+            return ops.token_stats(*where, wanted)
         return autograd.stats(
             self.hidden, self.linear_weight, self.linear_bias, self.scale, self.targets,
             self.weight, accumulator, self.options, wanted, chunks,
@@ -473,13 +471,6 @@ class _LinearCall:
 
     def _logits(self) -> Tensor:
         return autograd._logits(self.hidden, self.linear_weight, self.linear_bias)
-
-    def unfused_stats(self, with_rank: bool) -> tuple[Tensor, ...]:
-        """The same from whole logits."""
-        return ops.token_stats(
-            self._logits(), self.targets, self.weight, self.scale, self.options,
-            (True, True, with_rank),
-        )  # fmt: skip
 
     def unfused(
         self,

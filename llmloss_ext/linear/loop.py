@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmloss_ext.composite import real_of
 from llmloss_ext.linear.planning import VOCAB_BLOCK, row_stride
 
 Rows = slice | Tensor
@@ -85,11 +86,17 @@ class Projection:
         for rows in chunk_rows(tokens, chunk_tokens, valid):
             hidden = take(self.hidden, rows)
             logits = buffer[: hidden.shape[0], :vocab_size]
-            if self.bias is None:
-                torch.mm(hidden, self.weight.t(), out=logits)
-            else:
-                torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+            self.project(hidden, logits)
             yield Chunk(rows, hidden, logits)
+
+    def project(self, hidden: Tensor, logits: Tensor) -> None:
+        """Writes the logits of hidden states. (Products into ``out`` are not autocast's to round,
+        here and below.)
+        """
+        if self.bias is None:
+            torch.mm(hidden, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
 
 
 class Gradients:
@@ -114,8 +121,8 @@ class Gradients:
         self._is_empty = accumulator is None
         if needs[1] and accumulator is None:
             self._accumulator = new_buffer(weight, tuple(weight.shape), accumulate_in)
-        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.bias = weight.new_zeros(weight.shape[0], dtype=real) if needs[2] else None
+        dtype = real_of(hidden)
+        self.bias = weight.new_zeros(weight.shape[0], dtype=dtype) if needs[2] else None
 
     def add(self, chunk: Chunk) -> None:
         """Adds a chunk whose logits have become their gradient."""
@@ -124,7 +131,8 @@ class Gradients:
             if isinstance(chunk.rows, slice):
                 torch.mm(gradient, self._projection.weight, out=self.hidden[chunk.rows])
             else:
-                put(self.hidden, chunk.rows, torch.mm(gradient, self._projection.weight))
+                part = torch.empty_like(chunk.hidden)
+                put(self.hidden, chunk.rows, torch.mm(gradient, self._projection.weight, out=part))
         if self._accumulator is not None:
             self._add_weight(gradient, chunk.hidden, self._accumulator)
             self._is_empty = False
@@ -147,16 +155,13 @@ class Gradients:
     def _add_blocks(self, gradient: Tensor, hidden: Tensor, total: Tensor) -> None:
         """Products whose results have 16 bits, as a CPU's have, stay in its cache until added."""
         # float16 has no fast products there: float32 costs no more, and rounds nothing.
-        exact = gradient.dtype == torch.float16
-        hidden = hidden.to(total.dtype) if exact else hidden
+        if gradient.dtype == torch.float16:
+            hidden = hidden.to(total.dtype)
         block = hidden.new_empty(VOCAB_BLOCK, hidden.shape[1])
         for begin in range(0, total.shape[0], VOCAB_BLOCK):
             rows = slice(begin, min(begin + VOCAB_BLOCK, total.shape[0]))
-            left = gradient[:, rows].t()
-            if exact:
-                product = torch.mm(left.to(total.dtype), hidden)
-            else:
-                product = torch.mm(left, hidden, out=block[: rows.stop - rows.start])
+            left = gradient[:, rows].to(hidden.dtype).t()
+            product = torch.mm(left, hidden, out=block[: rows.stop - rows.start])
             if self._is_empty:
                 total[rows] = product
             else:

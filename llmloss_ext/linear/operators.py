@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 
 from llmloss_ext import composite, fake
+from llmloss_ext.composite import real_of
 from llmloss_ext.linear.loop import Gradients, Projection, put, take
 
 __all__ = ["linear_loss", "linear_stats", "linear_stats_backward"]
 
 LIBRARY = fake.LIBRARY
 _ops = torch.ops.llmloss
-
-
-def real_of(input: Tensor) -> torch.dtype:
-    """The dtype of losses and statistics."""
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _valid(target: Tensor, ignore_index: int, drop_ignored: bool) -> Tensor | None:
@@ -35,11 +31,25 @@ def total_items(
     token_weight: Tensor | None,
     num_items: Tensor | None,
     ignore_index: int,
+    reduction: int,
 ) -> Tensor:
-    """What a mean divides by, 0-d."""
+    """What the sum over the tokens is divided by, 0-d: 1 but for the mean (1)."""
+    if reduction != 1:
+        return torch.ones((), dtype=real_of(input), device=input.device)
     if num_items is None:
         num_items = composite.denominators(input, target, weight, token_weight, ignore_index).sum()
     return num_items.to(real_of(input)).reshape(())
+
+
+def gradient_factor(input: Tensor, denominator: Tensor) -> Tensor:
+    """What gradients of logits leave out, 0-d, so that float16 holds them.
+
+    A power of two near 1 / denominator: they are then of the size of p and not of p / N, which is
+    subnormal for many tokens. 1 for the other types.
+    """
+    if input.dtype != torch.float16:
+        return torch.ones_like(denominator)
+    return torch.exp2(-torch.floor(torch.log2(denominator.clamp_min(1.0))))
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -79,14 +89,9 @@ def linear_loss(
     """
     real = real_of(input)
     projection = Projection(input, linear_weight, linear_bias)
-    one = torch.ones((), dtype=real, device=input.device)
-    denominator = one
-    if reduction == 1:
-        denominator = total_items(input, target, weight, token_weight, num_items, ignore_index)
-    factor = one
-    if input.dtype == torch.float16:
-        # A power of two near the denominator: gradients of the size of p, not of p / N.
-        factor = torch.exp2(-torch.floor(torch.log2(denominator.clamp_min(1.0))))
+    items = (weight, token_weight, num_items, ignore_index, reduction)
+    denominator = total_items(input, target, *items)
+    factor = gradient_factor(input, denominator)
     divisor = denominator * factor
     # 0, but nan where there is no token to divide by.
     loss = torch.zeros((), dtype=torch.float64, device=input.device) / denominator
@@ -116,7 +121,7 @@ def linear_loss(
         _or_empty(gradients.weight_result(linear_weight.dtype), input),
         _or_empty(None if linear_bias is None else _cast(gradients.bias, linear_bias), input),
         _or_empty(_cast(grad_scale, logit_scale), input),
-        factor.clone(),
+        factor,
     )
 
 
