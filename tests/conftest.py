@@ -17,7 +17,7 @@ from llmloss_ext.tolerances import GRADIENT, VALUE
 _CACHE = tempfile.TemporaryDirectory(prefix="llmloss-inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 
-__all__ = ["FLOATS", "GRADIENT", "VALUE", "assert_close", "gradients"]
+__all__ = ["FLOATS", "GRADIENT", "VALUE", "Passed", "assert_close", "gradients"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -44,6 +44,18 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if ISAS[torch.ops.llmloss.cpu_isa()] != request.param:
         pytest.skip(f"this processor has no {request.param}")
     return request.param
+
+
+class Passed(torch.autograd.Function):
+    """``Passed.apply(logits, anchor)``: the same memory, as if a model had computed it."""
+
+    @staticmethod
+    def forward(ctx, logits, anchor):
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad.new_zeros(())
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

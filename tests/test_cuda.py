@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FLOATS, GRADIENT, VALUE, assert_close
+from conftest import FLOATS, GRADIENT, VALUE, Passed, assert_close
 from torch import Tensor
 
 from llmloss_ext import cross_entropy, token_stats
@@ -160,18 +160,6 @@ def test_compiled_with_cuda_graphs() -> None:
         assert_close(loss.detach(), expected, VALUE[torch.float32])
         assert leaf.grad is not None
         assert_close(leaf.grad, grad, GRADIENT[torch.float32])
-
-
-class Passed(torch.autograd.Function):
-    """The same memory, as if a model had computed it."""
-
-    @staticmethod
-    def forward(ctx, logits, anchor):
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, grad.new_zeros(())
 
 
 def test_more_than_32_bits_of_elements() -> None:

@@ -12,8 +12,10 @@ from torch.autograd import Function
 from llmloss_ext.composite import real_of
 from llmloss_ext.linear.loop import Gradients, Projection, take
 from llmloss_ext.linear.operators import gradient_factor
+from llmloss_ext.linear.planning import plan
+from llmloss_ext.ops import in_transform
 
-__all__ = ["check_divergence", "divergence", "kl_div"]
+__all__ = ["check_divergence", "divergence", "kl_div", "row_divergence"]
 
 
 def check_divergence(direction: str, beta: float, temperature: float) -> None:
@@ -49,6 +51,49 @@ def divergence(
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+class _Rows(Function):
+    """`divergence` of whole logits, whose float32 copies exist for a chunk of rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        options: tuple[str, float, float],
+        chunk_rows: int,
+    ) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        ctx.options, ctx.chunk_rows = options, chunk_rows
+        pairs = zip(*(torch.split(t, chunk_rows) for t in (student, teacher)), strict=True)
+        return torch.cat([divergence(q, p, *options) for q, p in pairs])
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph
+            rows = divergence(student, teacher, *ctx.options)
+            (gradient,) = torch.autograd.grad(rows, student, grad_rows, create_graph=True)
+            return gradient, None, None, None
+        gradient = torch.empty_like(student)
+        parts = (torch.split(t, ctx.chunk_rows) for t in (student, teacher, grad_rows, gradient))
+        for q, p, upstream, out in zip(*parts, strict=True):
+            with torch.enable_grad():
+                leaf = q.detach().requires_grad_()
+                rows = divergence(leaf, p, *ctx.options)
+            out.copy_(torch.autograd.grad(rows, leaf, upstream)[0])
+        return gradient, None, None, None
+
+
+def row_divergence(student: Tensor, teacher: Tensor, options: tuple[str, float, float]) -> Tensor:
+    """`divergence` of logits (N, V), with the memory of one gradient and little more."""
+    if in_transform() or torch.compiler.is_compiling() or not student.numel():
+        return divergence(student, teacher, *options)
+    rows, columns = student.shape
+    chunk_rows = plan(rows, 1, columns, student.dtype, student.device).chunk_tokens
+    result: Tensor = _Rows.apply(student, teacher, options, chunk_rows)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Divergence(Function):

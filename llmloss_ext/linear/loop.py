@@ -90,9 +90,8 @@ class Projection:
             yield Chunk(rows, hidden, logits)
 
     def project(self, hidden: Tensor, logits: Tensor) -> None:
-        """Writes the logits of hidden states. (Products into ``out`` are not autocast's to round,
-        here and below.)
-        """
+        """Writes the logits of hidden states."""
+        # Products into `out`, here and below, are not autocast's to round.
         if self.bias is None:
             torch.mm(hidden, self.weight.t(), out=logits)
         else:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmloss_ext import functional
-from llmloss_ext.linear.distillation import check_divergence, divergence
+from llmloss_ext.linear.distillation import check_divergence, row_divergence
 from llmloss_ext.losses.shapes import classes_last
 
 __all__ = ["distillation_loss", "top_k_distillation_loss"]
@@ -53,7 +53,10 @@ def distillation_loss(
             f"student and teacher must have one shape, got {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}"
         )
-    rows = divergence(student_logits, teacher_logits.detach(), direction, beta, temperature)
+    vocab_size = student_logits.shape[-1]
+    student, teacher = (x.reshape(-1, vocab_size) for x in (student_logits, teacher_logits))
+    rows = row_divergence(student, teacher.detach(), (direction, beta, temperature))
+    rows = rows.reshape(student_logits.shape[:-1])
     return _reduced(rows, target, ignore_index, reduction)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmloss_ext import functional
+from llmloss_ext import composite, functional
 from llmloss_ext.losses.shapes import classes_last
 
 __all__ = [
@@ -202,12 +202,8 @@ class LanguageModelLoss(torch.nn.Module):
         stats = functional.token_stats(rows, flat, ignore_index=self.ignore_index, with_rank=True)
         valid = flat != self.ignore_index
         tokens = valid.sum()
-        eps = self.label_smoothing
-        losses = -(1 - eps) * stats.log_prob
-        if eps:
-            losses = losses - eps * stats.mean_log_prob
-        if self.z_loss:
-            losses = losses + self.z_loss * stats.lse.square()
+        options = composite.LossOptions(self.label_smoothing, self.z_loss, 0)
+        losses = composite.losses_of(stats[:4], flat, None, None, self.ignore_index, options)
         if self.confidence_penalty:
             losses = losses - self.confidence_penalty * stats.entropy
         assert stats.rank is not None  # with_rank

@@ -13,13 +13,11 @@ namespace llmloss::simt {
 __device__ __forceinline__ unsigned thread_index() { return threadIdx.x; }
 __device__ __forceinline__ unsigned block_threads() { return blockDim.x; }
 __device__ __forceinline__ unsigned block_index_x() { return blockIdx.x; }
-__device__ __forceinline__ unsigned grid_x() { return gridDim.x; }
 __device__ __forceinline__ unsigned lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ unsigned warp_index() { return threadIdx.x / 32; }
 
-// All threads of the block, or of the warp, meet; what they wrote before can be read after.
+// All threads of the block meet; what they wrote before can be read after.
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
-__device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
 // The value of lane ^ mask. All 32 lanes take part.
 template <typename T>

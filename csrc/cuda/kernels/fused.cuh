@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   const LogitTransform<Real> transform = in.transform.resolved();
   const Target<Real> target = target_of(in, transform, row);  // before the gradient is over it
   const Wanted wanted = plain ? Wanted{} : Wanted::by(out);
-  const auto reducer = reducer_of<T, plain>(in, transform, row, target, wanted);
+  const ColumnReducer<T, plain> reducer{in, transform, row, target.logit, wanted};
   simt::wait_for_copies();
   simt::cluster_sync();  // the slice is here, and so are the other blocks
 

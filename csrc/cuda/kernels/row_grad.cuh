@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   using Real = real_t<T>;
   const int64_t row = share.row();
   if (row >= in.rows) return;
-  const int thread = share.warp() * int(warp_size) + int(simt::lane());
-  const int threads = share.warps() * int(warp_size);
+  const int thread = share.thread();
+  const int threads = share.threads();
   T* grad = out.grad + out.layout.offset(row);
   if (!is_active(in, row)) {
     write_zeros(grad, 0, int(in.columns), thread, threads);

@@ -25,15 +25,12 @@ struct RowShare {
            int(simt::warp_index());
   }
   __device__ __forceinline__ int warps() const { return warps_per_row * blocks_per_row; }
+  // The same for threads.
+  __device__ __forceinline__ int thread() const {
+    return warp() * int(warp_size) + int(simt::lane());
+  }
+  __device__ __forceinline__ int threads() const { return warps() * int(warp_size); }
 };
-
-// Everything that the columns of a row are reduced for.
-template <typename T, bool plain>
-__device__ __forceinline__ ColumnReducer<T, plain> reducer_of(
-    const RowInputs<T>& in, const LogitTransform<real_t<T>>& transform, int64_t row,
-    const Target<real_t<T>>& target, const Wanted& wanted) {
-  return {in, transform, row, target.logit, plain ? Wanted{} : wanted};
-}
 
 template <typename T>
 __device__ __forceinline__ Columns<T> logits_of(const RowInputs<T>& in, int64_t row) {
@@ -69,7 +66,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   const LogitTransform<real_t<T>> transform = in.transform.resolved();
   const Target<real_t<T>> target = target_of(in, transform, row);
   const Wanted wanted = plain ? Wanted{} : Wanted::by(out);
-  const auto reducer = reducer_of<T, plain>(in, transform, row, target, wanted);
+  const ColumnReducer<T, plain> reducer{in, transform, row, target.logit, wanted};
   const Columns<T> columns = logits_of(in, row);
   const auto state_of = [&](int chunk) {
     const int begin = chunk * chunks.columns, end = begin + chunks.columns;

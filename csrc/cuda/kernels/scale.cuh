@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(block_size)
   if (by == real_t<T>(1)) return;
   const int64_t row = share.row();
   if (row >= rows) return;
-  const int thread = share.warp() * int(warp_size) + int(simt::lane());
-  const int threads = share.warps() * int(warp_size);
+  const int thread = share.thread();
+  const int threads = share.threads();
   const auto scaled = [by](T x) {
     from_real(to_real(x) * by, x);
     return x;

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from llmloss_ext.cli.errors import UserError
 from llmloss_ext.cli.training.windows import IGNORED
+from llmloss_ext.composite import LossOptions, losses_of
+from llmloss_ext.functional import TokenStats
 
 
 class TokenScores(NamedTuple):
@@ -34,11 +36,11 @@ class Objective(NamedTuple):
     z_loss: float = 0.0
     confidence_penalty: float = 0.0
 
-    def of(self, log_prob: Tensor, lse: Tensor, entropy: Tensor, mean_log_prob: Tensor) -> Tensor:
-        """The sum over tokens of what the row statistics say; ignored tokens are 0 in them."""
-        eps = self.label_smoothing
-        rows = -(1 - eps) * log_prob - eps * mean_log_prob + self.z_loss * lse.square()
-        return (rows - self.confidence_penalty * entropy).sum()
+    def of(self, stats: TokenStats, targets: Tensor) -> Tensor:
+        """The sum over tokens of what the row statistics say."""
+        options = LossOptions(self.label_smoothing, self.z_loss, 0)
+        rows = losses_of(stats[:4], targets, None, None, IGNORED, options)
+        return (rows - self.confidence_penalty * stats.entropy).sum()
 
 
 class TokenLoss(Protocol):
@@ -174,7 +176,7 @@ class LinearLoss(TokenLoss):
         self.clock.start()
         if self.objective.confidence_penalty:
             stats = self._token_stats(hidden, weight, targets, ignore_index=IGNORED)
-            loss = self.objective.of(*stats[:4]) / num_items
+            loss = self.objective.of(stats, targets) / num_items
         else:
             loss = self._cross_entropy(
                 hidden,
@@ -228,7 +230,7 @@ class LogitsLoss(_LossOfLogits):
     def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor:
         if self.objective.confidence_penalty:
             stats = self._token_stats(logits, targets, ignore_index=IGNORED)
-            return self.objective.of(*stats[:4]) / num_items
+            return self.objective.of(stats, targets) / num_items
         return self._cross_entropy(
             logits,
             targets,
