@@ -1,136 +1,181 @@
-"""``python -m bench``: the losses beside torch, and beside a plain copy of the same bytes."""
+"""``python -m bench run | report | compare | readme``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
-from collections.abc import Callable
-from datetime import date
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
 
-from bench.cases import Case, cross_entropy_cases, option_cases, small_cases
-from bench.gpu_cases import gpu_suites, missing_peers
-from bench.linear_cases import linear_cases
-from bench.timing import measure
-from llmloss_ext.cli.info import ISAS
+from llmloss_ext.cli.errors import UserError
+
+ROUNDS = {"quick": 5, "cpu": 9, "gpu": 7, "full": 5}
 
 
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "isa": ISAS[torch.ops.llmloss.cpu_isa()],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        **_gpu(),
-        "date": date.today().isoformat(),
-        "commit": commit,
-    }
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0; 1 after an error, a wrong result of this library, or a regression; 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.command(args))
+    except UserError as error:
+        print("bench: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted; what was measured is in the results", file=sys.stderr)
+        return 130
 
 
-def _gpu() -> dict[str, object]:
-    if not torch.cuda.is_available():
-        return {}
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
-    told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver, clock": told}
+def _parser() -> argparse.ArgumentParser:
+    from bench.suites import SUITES
+
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks the losses.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="measure a suite, and write results and report")
+    run.add_argument("--suite", choices=SUITES, default="quick", help="default: quick")
+    run.add_argument("--peers", metavar="A,B", help='only these beside llmloss; "none" for none')
+    run.add_argument("--rounds", type=_at_least(1), help="measurements of each contender")
+    run.add_argument("--only", default="", metavar="TEXT", help="only cases named like this")
+    run.add_argument("--out", type=Path, default=Path("runs/bench"), help="default: runs/bench")
+    run.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    run.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    run.add_argument("--list", action="store_true", help="print the cases, measure nothing")
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="write a page, Markdown and plots of a run")
+    report.add_argument("results", type=Path, help="results.json, or its folder")
+    report.add_argument("--out", type=Path, help="default: the folder of the results")
+    report.set_defaults(command=_report)
+
+    compare = commands.add_parser("compare", help="what changed between two runs; 1 if for worse")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    compare.add_argument("--tolerance", type=_share, help="change of time that is no change")
+    compare.add_argument("--other-machine", action="store_true", help="the machines may differ")
+    compare.set_defaults(command=_compare)
+
+    readme = commands.add_parser("readme", help="write the measured figures into README.md")
+    readme.add_argument("--check", action="store_true", help="only say whether they are there")
+    readme.set_defaults(command=_readme)
+    return parser
 
 
-def result(case: Case) -> dict[str, object]:
-    """A case's figures."""
-    times = {c.name: c.median for c in case.contenders}
-    ours = times["llmloss"]
-    figures: dict[str, object] = {
-        "case": case.label,
-        "milliseconds": {name: round(t * 1e3, 3) for name, t in times.items()},
-        "spread": {c.name: round(c.spread, 3) for c in case.contenders},
-        "times_faster_than": {
-            name: round(t / ours, 2)
-            for name, t in times.items()
-            if name not in ("llmloss", "copy", "read")
-        },
-    }
-    if "read" in times:
-        figures["share_of_read_bandwidth"] = round(times["read"] / ours, 3)
-    if "copy" in times:
-        size = case.rows * case.columns * case.dtype.itemsize
-        figures["gigabytes_per_second"] = round(case.bytes / ours / 1e9, 2)
-        figures["copy_gigabytes_per_second"] = round(2 * size / times["copy"] / 1e9, 2)
-        figures["share_of_copy_bandwidth"] = round(
-            (case.bytes / ours) / (2 * size / times["copy"]), 3
-        )
-    return figures
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from bench.report.page import write_report
+    from bench.report.tables import missing, tables
+    from bench.run import Runner
+    from bench.suites import suite
+
+    try:
+        cases = suite(args.suite, torch.cuda.is_available())
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    cases = [case for case in cases if args.only in case.label or args.only == case.figure]
+    if not cases:
+        raise UserError(f"--only {args.only}: no case of the suite {args.suite} is named like that")
+    if args.list:
+        for case in cases:
+            print(f"{case.figure:<8} {case.label}")
+        return 0
+    wanted = None if args.peers is None else set(args.peers.split(",")) - {"", "none"}
+    rounds = args.rounds or ROUNDS[args.suite]
+    runner = Runner(args.suite, rounds, args.out, wanted, not args.no_memory, args.overwrite)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    columns = (BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("{task.description}"))  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=len(cases))
+
+        def progress(line: str, share: float) -> None:
+            bar.update(task, description=line, advance=share)
+
+        results = runner.run(cases, progress)
+    for table in (tables(results)[0], tables(results)[-1]):
+        shown = RichTable(title=table.title)
+        for k, column in enumerate(table.columns):
+            shown.add_column(column, justify="right" if k else "left")
+        for cells in table.rows:
+            shown.add_row(*cells)
+        console.print(shown)
+    for line in missing(results):
+        console.print(line, highlight=False)
+    written = write_report(runner.path, args.out)
+    console.print(f"results  {runner.path}", highlight=False, soft_wrap=True)
+    console.print(f"report   {next(p for p in written if p.suffix == '.html')}",
+                  highlight=False, soft_wrap=True)  # fmt: skip
+    bad = [f"{row.case.label}: {m.reason}" for row in results.rows
+           for name, m in row.contenders.items()
+           if name.startswith("llmloss") and m.status in ("wrong", "failed")]  # fmt: skip
+    for line in bad:
+        print(f"bench: llmloss is wrong or failed: {line}", file=sys.stderr)
+    return 1 if bad else 0
 
 
-def show(console: Console, results: list[dict]) -> None:
-    """The figures as a table."""
-    names = list(dict.fromkeys(name for r in results for name in r["times_faster_than"]))
-    table = Table(title="llmloss_ext beside others (median milliseconds; x: times faster)")
-    for column in ("case", "llmloss", *names, "GB/s", "of copy"):
-        table.add_column(column, justify="left" if column == "case" else "right")
-    for r in results:
-        cells = [r["case"], f"{r['milliseconds']['llmloss']:.2f}"]
-        for peer in names:
-            time, ratio = r["milliseconds"].get(peer), r["times_faster_than"].get(peer)
-            cells.append("" if time is None else f"{time:.2f} ({ratio}x)")
-        cells.append(str(r.get("gigabytes_per_second", "")))
-        share = r.get("share_of_copy_bandwidth")
-        table.add_row(*cells, "" if share is None else f"{share:.2f}")
-    console.print(table)
+def _report(args: argparse.Namespace) -> int:
+    from bench.report.page import write_report
+
+    folder = args.results if args.results.is_dir() else args.results.parent
+    for path in write_report(args.results, args.out or folder):
+        print(path)
+    return 0
 
 
-def main() -> None:
-    """Runs the suites and writes the results."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of each contender")
-    parser.add_argument("--only", default="", help="run only cases whose label contains this")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    console = Console(width=150)
-    suites: list[Callable[[], list[Case]]] = [
-        small_cases,
-        lambda: cross_entropy_cases(2048, 32000),
-        lambda: cross_entropy_cases(1024, 128256),
-        lambda: option_cases(1024, 128256),
-        linear_cases,
-    ]
-    if torch.cuda.is_available():
-        suites = gpu_suites()
-        for line in missing_peers():
-            console.print(line)
-    results = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("timing", total=len(suites))
-        for suite in suites:
-            for case in suite():
-                if args.only in case.label:
-                    progress.update(task, description=case.label)
-                    measure(case.contenders, args.rounds)
-                    results.append(result(case))
-            progress.advance(task)
-    show(console, results)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-        console.print(f"figures written to {args.out}")
+def _compare(args: argparse.Namespace) -> int:
+    from bench.compare import TOLERANCE, compare
+    from bench.results import Results
+
+    tolerance = TOLERANCE if args.tolerance is None else args.tolerance
+    before, after = Results.load(args.before), Results.load(args.after)
+    changes = compare(before, after, tolerance, args.other_machine)
+    print(f"{'case':<64} {'contender':<16} {'ratio':>6} {'95 %':>13}  verdict")
+    for change in changes:
+        ratio = "" if change.ratio is None else f"{change.ratio:.2f}"
+        low_high = "" if change.interval is None else "{:.2f} to {:.2f}".format(*change.interval)
+        print(f"{change.case:<64} {change.name:<16} {ratio:>6} {low_high:>13}  {change.verdict}")
+    worse = sum(change.is_regression for change in changes)
+    better = sum(change.verdict in ("faster", "less memory") for change in changes)
+    print(f"{worse} for worse, {better} for better, {len(changes)} compared (tolerance "
+          f"{tolerance:.0%})")  # fmt: skip
+    return 1 if worse else 0
+
+
+def _readme(args: argparse.Namespace) -> int:
+    from bench.readme import is_current, update
+
+    if args.check:
+        if is_current():
+            return 0
+        raise UserError("README.md does not hold the committed figures: python -m bench readme")
+    print("README.md is changed" if update() else "README.md is as it was")
+    return 0
+
+
+def _at_least(least: int):  # type: ignore[no-untyped-def]
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return number
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number >= 0, got {text}")
+    return value
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

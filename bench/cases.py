@@ -1,198 +1,156 @@
-"""The cases: what is timed, and how many bytes the best possible implementation moves."""
+"""A case: what is computed, at which size, and the work that no implementation can do without."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import llmloss_ext
-from bench.timing import Contender
+OPERATIONS = ("cross_entropy", "linear_cross_entropy")
+PASSES = ("forward", "forward+backward")
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+OPTIONS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "label smoothing": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss": 1e-4},
+    "softcap": {"softcap": 30.0},
+    "entropy": {"entropy": 0.01},
+    "entropy and rank": {"entropy": 0.01, "rank": 1.0},
+}
+"""Name and settings. ``entropy``: the loss is cross entropy less that much of the entropy.
+``rank``: argmax and the target's rank as well, from the same pass."""
+
+# Of a logit: x - m, exp, the sum, the maximum; then x - m, exp and the product.
+_FORWARD_FLOPS, _BACKWARD_FLOPS = 4, 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
-    """A row of the table.
+    """What is measured.
 
     Attributes:
-        name: What is computed.
-        rows: N.
-        columns: V.
-        dtype: Of the logits.
-        bytes: Read plus written by the best possible implementation.
-        contenders: ``llmloss`` first.
+        operation: One of `OPERATIONS`.
+        passes: One of `PASSES`.
+        rows: Tokens, N.
+        columns: Vocabulary, V.
+        dtype: Of the logits or the hidden states, by torch's name.
+        features: D of ``linear_cross_entropy``, else 0.
+        option: A key of `OPTIONS`.
+        ignored: Share of the tokens that are ignored.
+        device: "cpu" or "cuda".
+        threads: Of the CPU; 0 for all.
+        warm: Whether the inputs may lie in the caches: for calls whose cost is their overhead.
+        figure: What the case is for: "peers", "options", "ignored", "small", "V", "N", "D" or
+            "threads" (curves).
     """
 
-    name: str
+    operation: str
+    passes: str
     rows: int
     columns: int
-    dtype: torch.dtype
-    bytes: int
-    contenders: list[Contender]
+    dtype: str
+    features: int = 0
+    option: str = "plain"
+    ignored: float = 0.0
+    device: str = "cpu"
+    threads: int = 0
+    warm: bool = False
+    figure: str = "peers"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the description makes no sense."""
+        if self.operation not in OPERATIONS or self.passes not in PASSES:
+            raise ValueError(f"unknown operation or passes: {self.operation}, {self.passes}")
+        if self.option not in OPTIONS or (self.features > 0) != self.is_linear:
+            raise ValueError(f"unknown option, or features that do not fit: {self}")
+        if not 0.0 <= self.ignored <= 1.0 or self.rows < 1 or self.columns < 2:
+            raise ValueError(f"sizes out of range: {self}")
+
+    @property
+    def is_linear(self) -> bool:
+        """From hidden states."""
+        return self.operation == "linear_cross_entropy"
+
+    @property
+    def has_backward(self) -> bool:
+        """Forward and backward."""
+        return self.passes == "forward+backward"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Of the option."""
+        return OPTIONS[self.option]
 
     @property
     def label(self) -> str:
         """The case in one line."""
-        kind = str(self.dtype).removeprefix("torch.")
-        return f"{self.name}, {self.rows} x {self.columns}, {kind}"
+        size = f"{self.rows} x {self.columns}"
+        if self.is_linear:
+            size = f"{self.rows} x {self.features} x {self.columns}"
+        parts = ["linear" if self.is_linear else "", self.passes, size, self.dtype]
+        if self.option != "plain":
+            parts.append(self.option)
+        if self.ignored:
+            parts.append(f"{self.ignored:.0%} ignored")
+        if self.threads:
+            parts.append(f"{self.threads} threads" if self.threads > 1 else "1 thread")
+        if self.warm:
+            parts.append("warm")
+        return ", ".join(filter(None, parts))
 
+    @property
+    def valid_rows(self) -> int:
+        """Tokens that are not ignored."""
+        return self.rows - round(self.rows * self.ignored)
 
-class Inputs:
-    """Logits and targets of one size; contenders that overwrite the logits get a fresh copy."""
-
-    def __init__(
-        self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        like = {"generator": generator, "device": device}
-        self.logits = (torch.randn(rows, columns, **like) * 2).to(dtype)
-        self.target = torch.randint(0, columns, (rows,), **like)
-        self.half = self.target.clone()
-        self.half[torch.randperm(rows, **like)[: rows // 2]] = -100
-        self.scratch = self.logits.clone()
+    @property
+    def logits_bytes(self) -> int:
+        """Of N x V logits."""
+        return self.rows * self.columns * self.torch_dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        """Of the logits."""
-        return self.logits.numel() * self.logits.element_size()
+        """The fewest bytes that can be moved.
 
-    def leaf(self) -> tuple[Tensor]:
-        """Logits that want a gradient."""
-        return (self.logits.detach().requires_grad_(),)
+        From logits: those of the valid tokens are read once; with backward the gradient, zeros of
+        ignored tokens too, is written once. From hidden states: hidden states, weight and their
+        gradients, each once.
+        """
+        size = self.torch_dtype.itemsize
+        if self.is_linear:
+            operands = (self.rows + self.columns) * self.features * size
+            return operands * (2 if self.has_backward else 1)
+        read = self.valid_rows * self.columns * size
+        return read + (self.logits_bytes if self.has_backward else 0)
 
-    def overwritable(self) -> tuple[Tensor]:
-        """Logits that are not a leaf, over memory that may be overwritten."""
-        self.scratch.copy_(self.logits)
-        anchor = torch.zeros((), requires_grad=True, device=self.scratch.device)
-        return (_Passed.apply(self.scratch, anchor),)
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: of the matrix products, or an estimate a logit."""
+        if self.is_linear:
+            products = 3 if self.has_backward else 1
+            return 2 * products * self.valid_rows * self.columns * self.features
+        per_logit = _FORWARD_FLOPS + (_BACKWARD_FLOPS if self.has_backward else 0)
+        return per_logit * self.valid_rows * self.columns
 
-
-class _Passed(torch.autograd.Function):
-    """The same memory as a non-leaf, as a model's projection would hand it over."""
-
-    @staticmethod
-    def forward(ctx, logits, anchor):
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, grad.new_zeros(())
-
-
-def backward_of(loss: Loss, target: Tensor) -> Callable[[Tensor], object]:
-    def run(logits: Tensor) -> object:
-        value = loss(logits, target)
-        value.backward()
-        return value
-
-    return run
+    def to_json(self) -> dict[str, Any]:
+        """What differs from the defaults, so that files stay short and old ones readable."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _DEFAULTS or value != _DEFAULTS[name]
+        }
 
 
-def torch_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target)
-
-
-def inplace_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return llmloss_ext.cross_entropy(logits, target, inplace=True)
-
-
-def cross_entropy_cases(rows: int, columns: int) -> list[Case]:
-    """The table of the foundation issue at one size."""
-    cases = []
-    compiled = torch.compile(torch_loss, fullgraph=True)
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = Inputs(rows, columns, dtype)
-        target, size = inputs.target, inputs.bytes
-
-        def copy(inputs: Inputs = inputs) -> Contender:
-            return Contender("copy", lambda: inputs.scratch.copy_(inputs.logits))
-
-        def case(
-            name: str,
-            moved: int,
-            contenders: list[Contender],
-            dtype: torch.dtype = dtype,
-            copy: Callable[[], Contender] = copy,
-        ) -> None:
-            cases.append(Case(name, rows, columns, dtype, moved, [*contenders, copy()]))
-
-        forward = [
-            Contender("llmloss", llmloss_ext.cross_entropy, lambda i=inputs: (i.logits, i.target)),
-            Contender("torch", torch_loss, lambda i=inputs: (i.logits, i.target)),
-            Contender("compile", compiled, lambda i=inputs: (i.logits, i.target)),
-        ]
-        case("forward", size, forward)
-        peers = [
-            Contender("torch", backward_of(torch_loss, target), inputs.leaf),
-            Contender("compile", backward_of(compiled, target), inputs.leaf),
-        ]
-        ours = Contender("llmloss", backward_of(llmloss_ext.cross_entropy, target), inputs.leaf)
-        case("forward+backward", 3 * size, [ours, *peers])
-        peers = [Contender(p.name, p.run, p.setup) for p in peers]
-        ours = Contender("llmloss", backward_of(inplace_loss, target), inputs.overwritable)
-        case("forward+backward, inplace", 2 * size, [ours, *peers])
-    return cases
-
-
-def option_cases(rows: int, columns: int) -> list[Case]:
-    """What options cost, against the plain forward pass."""
-    inputs = Inputs(rows, columns, torch.float32)
-    logits, target = inputs.logits, inputs.target
-
-    def plain() -> Contender:
-        return Contender("plain", lambda: llmloss_ext.cross_entropy(logits, target))
-
-    def plain_inplace() -> Contender:
-        return Contender("plain", backward_of(inplace_loss, target), inputs.overwritable)
-
-    options: list[tuple[str, Callable[[], object]]] = [
-        ("half of the rows ignored", lambda: llmloss_ext.cross_entropy(logits, inputs.half)),
-        (
-            "all statistics and rank",
-            lambda: llmloss_ext.token_stats(logits, target, with_rank=True),
-        ),
-        ("z-loss", lambda: llmloss_ext.cross_entropy(logits, target, z_loss=1e-4)),
-        ("label smoothing", lambda: llmloss_ext.cross_entropy(logits, target, label_smoothing=0.1)),
-        ("softcap", lambda: llmloss_ext.cross_entropy(logits, target, softcap=30.0)),
-    ]
-    cases = [
-        Case(name, rows, columns, torch.float32, inputs.bytes, [Contender("llmloss", run), plain()])
-        for name, run in options
-    ]
-    half = Contender("llmloss", backward_of(inplace_loss, inputs.half), inputs.overwritable)
-    name = "half of the rows ignored, forward+backward inplace"
-    return [
-        *cases,
-        Case(name, rows, columns, torch.float32, 2 * inputs.bytes, [half, plain_inplace()]),
-    ]
-
-
-def small_cases() -> list[Case]:
-    """Calls whose cost is their overhead; each is repeated to be long enough for the clock."""
-    inputs = Inputs(8, 1000, torch.float32)
-    (leaf,) = inputs.leaf()
-
-    def repeated(run: Callable[[], object], times: int = 200) -> Callable[[], object]:
-        def all_of_them() -> None:
-            for _ in range(times):
-                run()
-
-        return all_of_them
-
-    cases = []
-    for name, logits in (("forward", inputs.logits), ("forward+backward", leaf)):
-        contenders = []
-        for who, loss in (("llmloss", llmloss_ext.cross_entropy), ("torch", torch_loss)):
-            step = backward_of(loss, inputs.target)
-
-            def run(step=step, loss=loss, logits=logits) -> object:
-                return step(logits) if logits.requires_grad else loss(logits, inputs.target)
-
-            contenders.append(Contender(who, repeated(run)))
-        cases.append(Case(f"small call, {name}, 200 times", 8, 1000, torch.float32, 0, contenders))
-    return cases
+_DEFAULTS = {
+    field.name: field.default
+    for field in Case.__dataclass_fields__.values()
+    if isinstance(field.default, (str, int, float, bool))
+}

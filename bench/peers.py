@@ -1,70 +1,98 @@
-"""Other implementations of cross entropy, where they can be imported."""
+"""Other implementations, imported when they are asked for. An optional extra installs them."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from importlib import metadata
 
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Settings = dict[str, float]
+Loss = Callable[..., Tensor]
+
+PACKAGES = {
+    "liger": ("liger-kernel", "liger_kernel.transformers.functional"),
+    "cce": ("cut-cross-entropy", "cut_cross_entropy"),
+    "quack": ("quack-kernels", "quack.cross_entropy"),
+}
+"""The distribution of each, and what has to be importable."""
 
 
-@dataclass
-class Peer:
-    """A peer's cross entropy with a mean, or why there is none."""
-
-    name: str
-    loss: Any  # a Loss or LinearLoss, or None
-    reason: str = ""
-    overwrites: bool = False  # the logits, by their gradient
+class UnknownOptionError(Exception):
+    """The peer does not have an option."""
 
 
-def _liger() -> Loss:
+def status() -> dict[str, str]:
+    """For every peer its version, or why it cannot be measured."""
+    found = {}
+    for name, (package, module) in PACKAGES.items():
+        try:
+            importlib.import_module(module)
+            found[name] = metadata.version(package)
+        except Exception as error:
+            # Not only ImportError: a peer may also dislike the versions or the device it finds.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            found[name] = f"not measured: {reason}"
+    return found
+
+
+def is_missing(state: str) -> bool:
+    """Whether a line of `status` says so."""
+    return state.startswith("not measured")
+
+
+def liger(settings: Settings) -> Loss:
+    """Liger's cross entropy, which writes the gradient over the logits."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    return lambda logits, target: liger_cross_entropy(logits, target)
+    named = _named(settings, label_smoothing="label_smoothing", z_loss="lse_square_scale",
+                   softcap="softcap")  # fmt: skip
+    return lambda logits, target: liger_cross_entropy(logits, target, **named)
 
 
-def _quack() -> Loss:
+def liger_linear(settings: Settings) -> Loss:
+    """Liger's linear cross entropy."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    named = _named(settings, label_smoothing="label_smoothing", z_loss="lse_square_scale",
+                   softcap="softcap")  # fmt: skip
+    return lambda hidden, weight, target: liger_fused_linear_cross_entropy(
+        hidden, weight, target, **named
+    )
+
+
+def cce(settings: Settings) -> Loss:
+    """Apple's cut cross entropy."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    named = _named(settings, softcap="softcap")
+    return lambda hidden, weight, target: linear_cross_entropy(hidden, weight, target, **named)
+
+
+def quack(settings: Settings) -> Loss:
+    """Quack's cross entropy, which writes the gradient over the logits."""
     from quack.cross_entropy import cross_entropy
 
+    _named(settings)
     return lambda logits, target: cross_entropy(
         logits, target, reduction="mean", inplace_backward=True
     )
 
 
-def _liger_linear() -> LinearLoss:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+def quack_linear(settings: Settings) -> Loss:
+    """Quack's linear cross entropy in chunks."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return lambda hidden, weight, target: liger_fused_linear_cross_entropy(hidden, weight, target)
-
-
-def _cce() -> LinearLoss:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return lambda hidden, weight, target: linear_cross_entropy(hidden, weight, target)
+    _named(settings)
+    return lambda hidden, weight, target: chunked_linear_cross_entropy(
+        hidden, weight, target, reduction="mean"
+    )
 
 
-def peers() -> list[Peer]:
-    """The peers from logits, importable or not."""
-    return _found({"liger": _liger, "quack": _quack}, overwrites=True)
-
-
-def linear_peers() -> list[Peer]:
-    """The peers from hidden states, importable or not."""
-    return _found({"liger": _liger_linear, "cce": _cce}, overwrites=False)
-
-
-def _found(makers: dict[str, Callable[[], Any]], overwrites: bool) -> list[Peer]:
-    found = []
-    for name, make in makers.items():
-        try:
-            found.append(Peer(name, make(), overwrites=overwrites))
-        except Exception as error:
-            # Not only ImportError: a peer may also dislike the versions or the device it finds.
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            found.append(Peer(name, None, reason))
-    return found
+def _named(settings: Settings, **names: str) -> dict[str, float]:
+    """The settings by the peer's own names."""
+    unknown = set(settings) - set(names)
+    if unknown:
+        raise UnknownOptionError(", ".join(sorted(unknown)))
+    return {names[key]: value for key, value in settings.items()}

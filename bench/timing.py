@@ -3,61 +3,64 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 
-Setup = Callable[[], tuple[object, ...]]
+_SAMPLE_SECONDS = 2e-3
+"""A CPU's measurement lasts at least so long: short calls are repeated."""
+_MOST_REPEATS = 500
 
 
 @dataclass
-class Contender:
-    """One way to do a case's work.
+class Timed:
+    """Something to be timed.
 
     Attributes:
-        name: Shown in the table.
-        run: The timed work; gets what ``setup`` returned.
-        setup: Makes fresh inputs outside the clock, where the work overwrites them.
-        seconds: The times measured so far.
+        run: The timed work; gets what ``prepare`` returned.
+        prepare: Makes fresh arguments outside the clock.
+        repeatable: Whether many arguments may be prepared before they are used.
+        seconds: Of a call, measured so far.
     """
 
-    name: str
     run: Callable[..., object]
-    setup: Setup = field(default=lambda: ())
+    prepare: Callable[[], Sequence[object]] = field(default=lambda: ())
+    repeatable: bool = True
     seconds: list[float] = field(default_factory=list)
+    repeats: int = 1
 
-    @property
-    def median(self) -> float:
-        """The median time in seconds."""
-        return statistics.median(self.seconds)
+    def warm_up(self, on_gpu: bool) -> None:
+        """Two calls; then the number of repeats is chosen."""
+        for _ in range(2):
+            seconds = self._once(on_gpu)
+        if self.repeatable and not on_gpu:
+            self.repeats = min(max(math.ceil(_SAMPLE_SECONDS / seconds), 1), _MOST_REPEATS)
 
-    @property
-    def spread(self) -> float:
-        """The interquartile range over the median."""
-        if len(self.seconds) < 4:
-            return (max(self.seconds) - min(self.seconds)) / self.median
-        low, _, high = statistics.quantiles(self.seconds, n=4)
-        return (high - low) / self.median
-
-    def time(self) -> None:
+    def measure(self, on_gpu: bool) -> None:
         """Adds one measurement."""
-        arguments = self.setup()
-        seconds = _time_on_gpu if torch.cuda.is_available() else _time
-        self.seconds.append(seconds(lambda: self.run(*arguments)))
+        self.seconds.append(self._once(on_gpu))
+
+    def _once(self, on_gpu: bool) -> float:
+        arguments = [self.prepare() for _ in range(self.repeats)]
+        clock = _gpu_seconds if on_gpu else _seconds
+        return clock(self.run, arguments) / self.repeats
 
 
-def _time(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[..., object], arguments: list[Sequence[object]]) -> float:
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    for each in arguments:
+        result = run(*each)
+    seconds = time.perf_counter() - start
+    del result  # freed outside the clock
+    return seconds
 
 
-def _time_on_gpu(run: Callable[[], object]) -> float:
+def _gpu_seconds(run: Callable[..., object], arguments: list[Sequence[object]]) -> float:
     """By events, with the L2 cache full of something else.
 
     Filling it also gives the host the time to queue all launches: only the device's work counts.
@@ -66,11 +69,12 @@ def _time_on_gpu(run: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     _flush_buffer().zero_()
     start.record()
-    result = run()
+    for each in arguments:
+        result = run(*each)
     end.record()
     end.synchronize()
     del result
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 @lru_cache(maxsize=1)
@@ -78,26 +82,26 @@ def _flush_buffer() -> torch.Tensor:
     return torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
 
 
-def measure(contenders: list[Contender], rounds: int) -> None:
-    """Warms up, then times every contender once a round.
+def measure(
+    timed: Sequence[Timed], rounds: int, on_gpu: bool, after_each: Callable[[], None] = lambda: None
+) -> None:
+    """Times every contender, warmed up before, once a round.
 
-    The order is another one each round, and each measurement follows an untimed run of the same
-    contender, as a training loop has it: what others leave behind (gigabytes for the system to
+    The order is another one each round, and on a CPU each measurement follows an untimed run of the
+    same contender, as a training loop has it: what others leave behind (gigabytes for the system to
     clean up, caches, pages given back) is not the next one's cost.
     """
-    for contender in contenders:
-        for _ in range(2):
-            contender.time()
-        contender.seconds.clear()
     gc.collect()
     gc.disable()
-    order = list(contenders)
+    order = list(timed)
     shuffle = random.Random(0).shuffle
     try:
         for _ in range(rounds):
             shuffle(order)
             for contender in order:
-                contender.run(*contender.setup())
-                contender.time()
+                if not on_gpu:
+                    contender.run(*contender.prepare())
+                contender.measure(on_gpu)
+                after_each()
     finally:
         gc.enable()

@@ -1,0 +1,228 @@
+"""Who competes: each contender is a loss of the case's inputs, whoever has written it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import llmloss_ext
+from bench import peers
+from bench.cases import Case
+from bench.inputs import LinearInputs, LogitsInputs
+
+Loss = Callable[..., Tensor]
+"""Of (logits, target) or (hidden, weight, target): the mean over the valid tokens."""
+
+
+class UnsupportedError(Exception):
+    """A contender that has no such operation or option: it is listed as such."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a case's work.
+
+    Attributes:
+        name: Shown in tables.
+        loss: Makes the loss of a case; raises `UnsupportedError`, or what an import raises.
+        overwrites: Whether its gradient is written over the logits.
+        is_ours: Of this library.
+    """
+
+    name: str
+    loss: Callable[[Case], Loss]
+    overwrites: bool = False
+    is_ours: bool = False
+
+    def takes(self, case: Case) -> bool:
+        """Whether it is another one than the rest in this case."""
+        if not (self.is_ours and self.overwrites):
+            return True
+        # token_stats writes its gradient into memory of its own.
+        return case.has_backward and "entropy" not in case.settings
+
+
+def eager(case: Case) -> Loss:
+    """What one writes in plain torch. In float64 it is the reference."""
+    settings = dict(case.settings)
+    softcap, z_loss = settings.get("softcap", 0.0), settings.get("z_loss", 0.0)
+    entropy, smoothing = settings.get("entropy", 0.0), settings.get("label_smoothing", 0.0)
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        value = F.cross_entropy(logits, target, label_smoothing=smoothing)
+        if z_loss:
+            valid = (target != -100).to(logits.dtype)
+            squares = torch.logsumexp(logits, -1).square() * valid
+            value = value + z_loss * squares.sum() / valid.sum()
+        if entropy:
+            valid = (target != -100).to(logits.dtype)
+            log_p = torch.log_softmax(logits, -1)
+            entropies = -(log_p.exp() * log_p).sum(-1) * valid
+            value = value - entropy * entropies.sum() / valid.sum()
+        if settings.get("rank"):
+            at_target = logits.gather(-1, target.clamp_min(0).unsqueeze(-1))
+            logits.argmax(-1), (logits > at_target).sum(-1)
+        return value
+
+    if case.is_linear:
+        return lambda hidden, weight, target: loss(F.linear(hidden, weight), target)
+    return loss
+
+
+def ours(case: Case) -> Loss:
+    """This library's loss; its gradient in memory of its own."""
+    return _ours(case)
+
+
+def ours_inplace(case: Case) -> Loss:
+    """This library's loss; its gradient over the logits."""
+    return _ours(case, inplace=True)
+
+
+def _ours(case: Case, **more: Any) -> Loss:
+    settings = dict(case.settings)
+    if "entropy" in settings:
+        return _with_entropy(settings["entropy"], with_rank="rank" in settings)
+    name = "linear_cross_entropy" if case.is_linear else "cross_entropy"
+    function = getattr(llmloss_ext, name)
+    return lambda *tensors: function(*tensors, **settings, **more)
+
+
+def _with_entropy(beta: float, with_rank: bool) -> Loss:
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        stats = llmloss_ext.token_stats(logits, target, with_rank=with_rank)
+        valid = (target != -100).sum()
+        return -(stats.log_prob + beta * stats.entropy).sum() / valid
+
+    return loss
+
+
+def compiled(case: Case) -> Loss:
+    """The same as eager, by torch.compile for this very size."""
+    torch._dynamo.reset()
+    loss: Loss = torch.compile(eager(case), fullgraph=True, dynamic=False)
+    return loss
+
+
+def chunked(case: Case) -> Loss:
+    """Torch's linear cross entropy in chunks."""
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options is None:
+        raise UnsupportedError(f"torch {torch.__version__} has no chunked linear_cross_entropy")
+    if set(case.settings) - {"label_smoothing"}:
+        raise UnsupportedError(f"no {case.option}")
+    settings: dict[str, Any] = dict(case.settings)
+    return lambda hidden, weight, target: F.linear_cross_entropy(
+        hidden, weight, target, options=options(), **settings
+    )
+
+
+def _peer(maker: Callable[[dict[str, float]], Loss]) -> Callable[[Case], Loss]:
+    def loss(case: Case) -> Loss:
+        try:
+            return maker(dict(case.settings))
+        except peers.UnknownOptionError as error:
+            raise UnsupportedError(f"no {case.option}") from error
+
+    return loss
+
+
+_ALL = [
+    Contender("llmloss", ours, is_ours=True),
+    Contender("llmloss inplace", ours_inplace, overwrites=True, is_ours=True),
+    Contender("torch", eager),
+    Contender("compile", compiled),
+]
+DENSE = {
+    c.name: c
+    for c in [
+        *_ALL,
+        Contender("liger", _peer(peers.liger), overwrites=True),
+        Contender("quack", _peer(peers.quack), overwrites=True),
+    ]
+}
+LINEAR = {
+    c.name: c
+    for c in [
+        *(c for c in _ALL if not c.overwrites),
+        Contender("torch chunked", chunked),
+        Contender("liger", _peer(peers.liger_linear)),
+        Contender("cce", _peer(peers.cce)),
+        Contender("quack", _peer(peers.quack_linear)),
+    ]
+}
+NAMES = tuple(dict.fromkeys([*DENSE, *LINEAR]))
+"""Every contender, this library's first."""
+
+_NOT_COMPARED = {"V", "N", "D", "threads", "options", "ignored", "small"}
+"""Figures about this library's own cost: beside eager torch alone."""
+
+
+def contenders(case: Case, wanted: set[str] | None, absent: set[str]) -> list[Contender]:
+    """Who competes in a case, this library first.
+
+    Args:
+        case: What is measured.
+        wanted: Names of those beside this library; None for all that the case calls for.
+        absent: Names of those that cannot be imported.
+    """
+    table = LINEAR if case.is_linear else DENSE
+    chosen = [c for c in table.values() if c.takes(case)]
+    if case.figure in _NOT_COMPARED:
+        chosen = [c for c in chosen if c.is_ours or c.name == "torch"]
+    if wanted is not None:
+        chosen = [c for c in chosen if c.is_ours or c.name in wanted]
+    return [c for c in chosen if c.name not in absent]
+
+
+class Step:
+    """A contender's work on a case's inputs, prepared outside the clock and run inside it."""
+
+    def __init__(self, case: Case, contender: Contender, inputs: LogitsInputs | LinearInputs):
+        self._case, self._inputs = case, inputs
+        self._overwrites = contender.overwrites
+        self._loss = contender.loss(case)
+
+    def prepare(self) -> tuple[Tensor, ...]:
+        """Fresh arguments."""
+        if isinstance(self._inputs, LinearInputs):
+            return self._inputs.fresh()
+        if not self._case.has_backward:
+            return (self._inputs.next(),)
+        overwrites = self._overwrites
+        return (self._inputs.overwritable() if overwrites else self._inputs.leaf(),)
+
+    def run(self, *arguments: Tensor) -> Tensor:
+        """Forward, and backward where the case has it."""
+        if not self._case.has_backward:
+            with torch.no_grad():
+                return self._loss(*arguments, self._inputs.target)
+        loss = self._loss(*arguments, self._inputs.target)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def outcome(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss and the gradients of the arguments, to be checked."""
+        if not self._case.has_backward:
+            return self.run(*self.prepare()), ()
+        if isinstance(self._inputs, LinearInputs):
+            leaves = arguments = self._inputs.fresh()
+        else:
+            leaves = (self._inputs.leaf(),)
+            # What is overwritten must not be a leaf.
+            arguments = (leaves[0].clone(),) if self._overwrites else leaves
+        loss = self._loss(*arguments, self._inputs.target)
+        gradients = torch.autograd.grad(loss, leaves)
+        return loss.detach(), gradients
+
+
+def make_inputs(case: Case) -> LogitsInputs | LinearInputs:
+    """The case's tensors."""
+    return LinearInputs(case) if case.is_linear else LogitsInputs(case)

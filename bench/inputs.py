@@ -1,0 +1,156 @@
+"""The tensors of a case: drawn by a seed, cold in the caches, and whole again when overwritten."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case
+from llmloss_ext.linear.planning import row_stride
+
+IGNORE_INDEX = -100
+_CONFIDENT = 64
+"""One row in so many is predicted right with probability 0.99: there p - 1 cancels."""
+_CHUNKS = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 8192)}
+
+
+class LogitsInputs:
+    """N x V logits and targets.
+
+    On a CPU the logits exist so many times that together they exceed the caches, and are handed out
+    in turn: each use finds them cold. (On a GPU the clock empties the cache.) The logits that a
+    contender has overwritten are restored before they are handed out again.
+    """
+
+    def __init__(self, case: Case) -> None:
+        generator = torch.Generator(case.device).manual_seed(0)
+        like = {"generator": generator, "device": case.device}
+        dtype = case.torch_dtype
+        self.logits = torch.empty(case.rows, case.columns, dtype=dtype, device=case.device)
+        for rows in self.logits.split(max((1 << 26) // case.columns, 1)):
+            rows.copy_(torch.randn(rows.shape, **like) * 2)
+        self.target = torch.randint(0, case.columns, (case.rows,), **like)
+        peak = 2.0 + math.log(99 * case.columns)  # log of the others' sum, and p = 0.99
+        confident = torch.arange(0, case.rows, _CONFIDENT, device=case.device)
+        self.logits[confident, self.target[confident]] = peak
+        _ignore(self.target, case, generator)
+        copies = 1 if case.warm else _copies(case)
+        self._sets = [self.logits.clone() for _ in range(copies)]
+        self._turn = 0
+        self._spoilt: Tensor | None = None
+
+    def next(self) -> Tensor:
+        """Logits without history."""
+        if self._spoilt is not None:
+            self._spoilt.copy_(self.logits)
+            self._spoilt = None
+        self._turn = (self._turn + 1) % len(self._sets)
+        return self._sets[self._turn]
+
+    def leaf(self) -> Tensor:
+        """Logits that want a gradient."""
+        return self.next().detach().requires_grad_()
+
+    def overwritable(self) -> Tensor:
+        """Logits that are not a leaf, as a model's projection would hand them over."""
+        self._spoilt = self.next()
+        anchor = torch.zeros((), requires_grad=True, device=self.logits.device)
+        passed: Tensor = _Passed.apply(self._spoilt, anchor)
+        return passed
+
+    def copy(self) -> None:
+        """The bytes of the logits, read once and written once."""
+        self._scratch.copy_(self.next())
+
+    def read(self) -> None:
+        """The bytes of the logits, read once."""
+        logits = self.next()
+        words = torch.int32 if logits.is_cuda else torch.int64
+        flat = logits.view(-1)
+        whole = flat.numel() // (8 // flat.element_size()) * (8 // flat.element_size())
+        flat[:whole].view(words).sum()
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        return torch.zeros_like(self.logits)
+
+
+class LinearInputs:
+    """Hidden states, a weight and targets."""
+
+    def __init__(self, case: Case) -> None:
+        generator = torch.Generator(case.device).manual_seed(0)
+        like = {"generator": generator, "device": case.device}
+        hidden = torch.randn(case.rows, case.features, **like)
+        weight = torch.randn(case.columns, case.features, **like) * 0.02
+        self.hidden = hidden.to(case.torch_dtype).requires_grad_(case.has_backward)
+        self.weight = weight.to(case.torch_dtype).requires_grad_(case.has_backward)
+        self.target = torch.randint(0, case.columns, (case.rows,), **like)
+        _ignore(self.target, case, generator)
+
+    def fresh(self) -> tuple[Tensor, Tensor]:
+        """Hidden states and weight without gradients."""
+        self.hidden.grad = self.weight.grad = None
+        return self.hidden, self.weight
+
+    def products(self, chunk: int) -> None:
+        """The matrix products alone, ``chunk`` tokens at a time, into memory that is there."""
+        hidden, weight = self.hidden.detach(), self.weight.detach()
+        logits, grad_hidden, grad_weight = self._buffers
+        for begin in range(0, hidden.shape[0], chunk):
+            rows = hidden[begin : begin + chunk]
+            part = logits[: rows.shape[0]]
+            torch.mm(rows, weight.t(), out=part)
+            if self.hidden.requires_grad:
+                torch.mm(part, weight, out=grad_hidden[begin : begin + chunk])
+                torch.mm(part.t(), rows, out=grad_weight)
+
+    def product_chunks(self) -> list[int]:
+        """Chunk sizes worth trying for `products`."""
+        tokens = self.hidden.shape[0]
+        return sorted({min(chunk, tokens) for chunk in _CHUNKS[self.hidden.device.type]})
+
+    @cached_property
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, weight = self.hidden.detach(), self.weight.detach()
+        columns = weight.shape[0]
+        # Rows at a stride that suits the products, as in the library itself.
+        logits = hidden.new_zeros(max(self.product_chunks()), row_stride(columns, hidden.dtype))
+        return logits[:, :columns], torch.zeros_like(hidden), torch.zeros_like(weight)
+
+
+class _Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, anchor):  # type: ignore[no-untyped-def]
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return None, grad.new_zeros(())
+
+
+def _ignore(target: Tensor, case: Case, generator: torch.Generator) -> None:
+    count = case.rows - case.valid_rows
+    order = torch.randperm(case.rows, generator=generator, device=case.device)
+    target[order[:count]] = IGNORE_INDEX
+
+
+def _copies(case: Case) -> int:
+    if case.device != "cpu":
+        return 1
+    return max(-(-2 * last_level_cache() // case.logits_bytes), 1)
+
+
+@lru_cache(maxsize=1)
+def last_level_cache() -> int:
+    """Bytes of the CPU's largest cache, or 64 MiB where the system does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 0)
+        sizes.append(int(text[:-1]) * unit if unit else 0)
+    return max(sizes, default=0) or 64 << 20

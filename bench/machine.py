@@ -1,0 +1,55 @@
+"""What the figures were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from llmloss_ext.cli.info import ISAS
+
+IDENTITY = ("cpu", "threads", "gpu")
+"""Two runs with the same of these are comparable in absolute times."""
+
+
+def machine() -> dict[str, object]:
+    """Facts by name."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "isa": ISAS[torch.ops.llmloss.cpu_isa()],
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **_gpu(),
+        "date": date.today().isoformat(),
+        "commit": _output(["git", "describe", "--always", "--dirty", "--abbrev=12"]),
+    }
+
+
+def _gpu() -> dict[str, object]:
+    if not torch.cuda.is_available():
+        return {}
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "driver, clock": _output(query),
+    }
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,86 @@
+"""Peak memory of a contender beyond its inputs, and the kernels that it launches."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import torch
+
+from bench.cases import Case
+from bench.contenders import DENSE, LINEAR, Step, make_inputs
+from llmloss_ext.cli.training.memory import PeakMeter
+
+_M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 64 << 10
+_PRELOADED = ["bench.memory", "torch._dynamo", "torch._inductor"]
+
+
+def peak_bytes(case: Case, name: str) -> int | None:
+    """The peak of one call beyond its inputs, gradients included.
+
+    On a GPU: of torch's allocator. On a CPU: of the resident set of a child process that does
+    nothing else, so that neither other contenders' memory nor the allocator's leftovers count.
+
+    Returns:
+        Bytes, or None where the system does not tell or the child died.
+    """
+    if case.device != "cpu":
+        return _peak(case, name)
+    try:
+        with ProcessPoolExecutor(max_workers=1, mp_context=_fork_server()) as pool:
+            return pool.submit(_peak, case, name).result()
+    except BrokenProcessPool:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _fork_server() -> BaseContext:
+    """Children are forked from a process that has imported everything, and run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def _peak(case: Case, name: str) -> int | None:
+    if case.device == "cpu":
+        _give_pages_back()
+    if case.threads:
+        torch.set_num_threads(case.threads)
+    step = _step(case, name)
+    peak = None
+    # The first call also pays for what libraries keep for themselves.
+    for _ in range(2):
+        arguments = step.prepare()
+        meter = PeakMeter(torch.device(case.device))
+        result = step.run(*arguments)
+        peak = meter.peak()
+        del arguments, result
+    return peak
+
+
+def _give_pages_back() -> None:
+    """Has malloc return what is freed at once, else it is not seen to be used again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+def _step(case: Case, name: str) -> Step:
+    return Step(case, (LINEAR if case.is_linear else DENSE)[name], make_inputs(case))
+
+
+def launches(step: Step) -> int | None:
+    """Kernels, copies and fills that one call queues on the GPU; None where none is traced."""
+    arguments = step.prepare()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step.run(*arguments)
+        torch.cuda.synchronize()
+    events: Any = profiler.events()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in events) or None

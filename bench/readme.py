@@ -1,0 +1,176 @@
+"""README's figures: written from the committed results, so that they cannot drift from them.
+
+Between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` stands what ``BLOCKS[NAME]`` makes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from bench.cases import Case
+from bench.report.tables import Table, mebibytes, milliseconds, percent
+from bench.results import Results, Row
+from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli.training.files import replace_file, writing
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+CPU_RESULTS = ROOT / "bench" / "results" / "cpu"
+
+_BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+
+
+def render(text: str, results: Results) -> str:
+    """The text with its blocks filled in.
+
+    Raises:
+        UserError: A block that nobody knows, or that is missing.
+    """
+    seen = []
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in BLOCKS:
+            raise UserError(f"README.md has an unknown block bench:{name}")
+        seen.append(name)
+        return f"{match[1]}{BLOCKS[name](results)}\n{match[3]}"
+
+    text = _BLOCK.sub(fill, text)
+    if sorted(seen) != sorted(BLOCKS):
+        raise UserError(f"README.md must have each block once: {', '.join(BLOCKS)}; has {seen}")
+    return text
+
+
+def is_current() -> bool:
+    """Whether README.md holds the committed figures."""
+    text = README.read_text(encoding="utf-8")
+    return text == render(text, Results.load(CPU_RESULTS))
+
+
+def update() -> bool:
+    """Writes them; whether anything changed."""
+    text = README.read_text(encoding="utf-8")
+    filled = render(text, Results.load(CPU_RESULTS))
+    if filled == text:
+        return False
+    with writing(README):
+        replace_file(README, lambda file: file.write(filled.encode()))
+    return True
+
+
+def _machine(results: Results) -> str:
+    facts = results.machine
+    return (
+        f"Measured on {facts['threads']} cores of {facts['cpu']} ({facts['isa']}), torch "
+        f"{facts['torch']}, {results.settings['rounds']} interleaved rounds, {facts['date']}."
+    )
+
+
+def _speed(results: Results) -> str:
+    rows = []
+    for row in results.of_figure("peers"):
+        if row.case.is_linear:
+            continue
+        names = ("llmloss", "llmloss inplace") if row.case.has_backward else ("llmloss",)
+        for name in names:
+            label = row.case.label + (", inplace" if name.endswith("inplace") else "")
+            rows.append([
+                label,
+                _duration(row, name),
+                _faster(row, "torch", name),
+                _faster(row, "compile", name),
+                percent(row.share_of_ceiling(name)),
+            ])  # fmt: skip
+    columns = ["work", "time", "than eager torch", "than torch.compile", "of the limit"]
+    return Table("", columns, rows).markdown()
+
+
+def _linear(results: Results) -> str:
+    rows = [r for r in results.of_figure("peers") if r.case.is_linear]
+    case = rows[0].case
+    few = [results.find(_with_ignored(r.case)) for r in rows]
+    title = f"N {case.rows}, D {case.features}, V {case.columns}, {case.passes}"
+    peaks = [
+        [mebibytes(r.contenders[n].peak_bytes) for n in ("llmloss", "torch", "compile")]
+        for r in rows
+    ]
+    products = [f"{percent(r.share_of_ceiling())} of our time" for r in rows]
+    ignored = [_times_faster(a, b) for a, b in zip(few, rows, strict=True)]
+    chunked = "torch's `F.linear_cross_entropy` in chunks"
+    lines = [
+        ["time", *(_duration(r, "llmloss") for r in rows)],
+        ["`F.linear` + `F.cross_entropy`", *(_longer(r, "torch") for r in rows)],
+        ["the same by torch.compile", *(_longer(r, "compile") for r in rows)],
+        [chunked, *(_longer(r, "torch chunked") for r in rows)],
+        ["the matrix products alone, at their best chunk", *products],
+        ["with 75 % of the tokens ignored", *ignored],
+        ["peak memory beyond the inputs, gradients included",
+         *(f"{ours} MiB; eager {eager} MiB, compiled {compiled} MiB"
+           for ours, eager, compiled in peaks)],
+    ]  # fmt: skip
+    columns = [title, *(r.case.dtype for r in rows)]
+    return Table("", columns, lines).markdown()
+
+
+def _options(results: Results) -> str:
+    costs = [
+        f"{row.case.option} {cost:.2f}"
+        for row in results.of_figure("options")
+        if (cost := results.option_cost(row))
+    ]
+    ignored = [
+        f"{cost:.2f} ({row.case.passes})"
+        for row in results.of_figure("ignored")
+        if not row.case.is_linear and (cost := results.option_cost(row))
+    ]
+    small = [
+        f"{1 / ratio:.1f} ({row.case.passes})"
+        for row in results.of_figure("small")
+        if (ratio := row.times_faster("torch"))
+    ]
+    return (
+        f"What an option costs, forward and backward, over plain cross entropy: {', '.join(costs)}."
+        f"\nWith half of the rows ignored: {', '.join(ignored)}. A small call (8 x 1000) takes "
+        f"{', '.join(small)} of eager torch's time."
+    )
+
+
+def _duration(row: Row, name: str) -> str:
+    median = row.contenders[name].median
+    return "" if median is None else f"{milliseconds(median)} ms"
+
+
+def _faster(row: Row, than: str, who: str) -> str:
+    ratio = row.times_faster(than, who)
+    return row.contenders[than].status if ratio is None else f"{ratio:.1f}x faster"
+
+
+def _longer(row: Row, name: str) -> str:
+    measurement = row.contenders.get(name)
+    if measurement is None:
+        return "not measured"
+    ratio = row.times_faster(name)
+    if ratio is not None:
+        return f"{ratio:.2f} times as long"
+    error = measurement.loss_error
+    return measurement.status if error is None else f"{measurement.status}: loss off by {error:.1%}"
+
+
+def _with_ignored(case: Case) -> Case:
+    return replace(case, ignored=0.75, figure="ignored")
+
+
+def _times_faster(few: Row | None, whole: Row) -> str:
+    times = [row and row.contenders["llmloss"].median for row in (few, whole)]
+    return f"{times[1] / times[0]:.1f} times faster" if times[0] and times[1] else "not measured"
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "machine": _machine,
+    "speed": _speed,
+    "linear": _linear,
+    "options": _options,
+}

@@ -1,0 +1,150 @@
+"""The truth in float64, and how far a contender is from it. No speed is shown of a wrong result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case
+from bench.contenders import Step, eager
+from bench.inputs import IGNORE_INDEX, LinearInputs, LogitsInputs
+from llmloss_ext.tolerances import (
+    GRADIENT_NORM,
+    MEAN_LOSS,
+    MEAN_LOSS_OF_PRODUCTS,
+    OTHERS_GRADIENT,
+    OTHERS_LOSS,
+)
+
+_SAMPLES = 64
+_BLOCK = 1 << 23
+"""Float64 logits of a block of rows."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The loss, and slices of the gradients.
+
+    Attributes:
+        loss: The mean over the valid tokens.
+        samples: Rows of each gradient's first dimension that are compared.
+        gradients: These rows, in float64; empty without backward.
+    """
+
+    loss: float
+    samples: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+
+def reference(case: Case, inputs: LogitsInputs | LinearInputs) -> Reference:
+    """Computes it block by block: the loss of every token, gradients at sampled rows."""
+    if isinstance(inputs, LinearInputs):
+        return _of_linear(case, inputs)
+    rows = _sampled(inputs.logits.shape[0], inputs.logits.device)
+    loss, gradient = (
+        0.0,
+        torch.zeros(len(rows), case.columns, dtype=torch.float64, device=inputs.logits.device),
+    )
+    for begin, block in _blocks(inputs.logits, case.columns):
+        part, grad = _loss_and_gradient(case, block, inputs.target[begin : begin + len(block)])
+        loss += part
+        inside = (rows >= begin) & (rows < begin + len(block))
+        gradient[inside] = grad[rows[inside] - begin]
+    valid = _valid(inputs.target)
+    if not case.has_backward:
+        return Reference(loss / valid, (), ())
+    return Reference(loss / valid, (rows,), (gradient / valid,))
+
+
+def _of_linear(case: Case, inputs: LinearInputs) -> Reference:
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach().double()
+    rows = _sampled(case.rows, hidden.device)
+    columns = torch.cat([_sampled(case.columns, hidden.device), inputs.target.clamp_min(0)[rows]])
+    loss = 0.0
+    grad_hidden = torch.zeros(len(rows), case.features, dtype=torch.float64, device=hidden.device)
+    grad_weight = torch.zeros(
+        len(columns), case.features, dtype=torch.float64, device=hidden.device
+    )
+    for begin, block in _blocks(hidden, case.columns):
+        block = block.double()
+        target = inputs.target[begin : begin + len(block)]
+        part, grad = _loss_and_gradient(case, block @ weight.t(), target)
+        loss += part
+        inside = (rows >= begin) & (rows < begin + len(block))
+        grad_hidden[inside] = grad[rows[inside] - begin] @ weight
+        grad_weight += grad[:, columns].t() @ block
+    valid = _valid(inputs.target)
+    if not case.has_backward:
+        return Reference(loss / valid, (), ())
+    return Reference(loss / valid, (rows, columns), (grad_hidden / valid, grad_weight / valid))
+
+
+def _loss_and_gradient(case: Case, logits: Tensor, target: Tensor) -> tuple[float, Tensor]:
+    """The sum of a block's losses, and its gradient."""
+    leaf = logits.detach().double().requires_grad_()
+    valid = int((target != IGNORE_INDEX).sum())
+    if valid == 0:
+        return 0.0, torch.zeros_like(leaf)
+    # eager() takes the product first where the case is linear: here the logits are given.
+    settings = Case("cross_entropy", case.passes, case.rows, case.columns, "float64",
+                    option=case.option)  # fmt: skip
+    loss = eager(settings)(leaf, target) * valid
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return float(loss.detach()), gradient
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of a contender.
+
+    Attributes:
+        loss: Relative.
+        gradient: The largest over sampled rows of ``|row - truth| / |truth|`` in the Euclidean
+            norm; None without backward.
+        tolerances: For both: this library is held to its table, others to what is plainly wrong.
+    """
+
+    loss: float
+    gradient: float | None
+    tolerances: tuple[float, float]
+
+    @property
+    def are_tolerable(self) -> bool:
+        """Whether the contender's speed counts."""
+        loss, gradient = self.tolerances
+        # Written so that nan fails.
+        return self.loss <= loss and (self.gradient is None or self.gradient <= gradient)
+
+
+def errors(case: Case, step: Step, truth: Reference, is_ours: bool) -> Errors:
+    """Runs the contender once, and compares."""
+    loss, gradients = step.outcome()
+    dtype = case.torch_dtype
+    worst = None
+    for samples, gradient, expected in zip(truth.samples, gradients, truth.gradients, strict=True):
+        difference = gradient[samples].double() - expected
+        norms = expected.norm(dim=-1)
+        distances = torch.where(norms > 0, difference.norm(dim=-1) / norms, difference.norm(dim=-1))
+        worst = max(worst or 0.0, float(torch.nan_to_num(distances, nan=torch.inf).max()))
+    error = abs(float(loss) - truth.loss) / max(abs(truth.loss), 1e-30)
+    if not is_ours:
+        return Errors(error, worst, (OTHERS_LOSS, OTHERS_GRADIENT))
+    of_loss = MEAN_LOSS_OF_PRODUCTS[dtype] if case.is_linear else MEAN_LOSS
+    return Errors(error, worst, (of_loss, GRADIENT_NORM[dtype]))
+
+
+def _sampled(size: int, device: torch.device) -> Tensor:
+    """Indices of some rows: evenly spread, the first and the last among them."""
+    count = min(size, _SAMPLES)
+    return torch.linspace(0, size - 1, count, device=device, dtype=torch.float64).round().long()
+
+
+def _blocks(tensor: Tensor, columns: int) -> list[tuple[int, Tensor]]:
+    size = max(_BLOCK // columns, 1)
+    return [(begin, tensor[begin : begin + size]) for begin in range(0, tensor.shape[0], size)]
+
+
+def _valid(target: Tensor) -> int:
+    return max(int((target != IGNORE_INDEX).sum()), 1)

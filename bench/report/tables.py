@@ -1,0 +1,125 @@
+"""The results as tables of text, for the terminal, Markdown and HTML alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from bench.contenders import NAMES
+from bench.peers import is_missing
+from bench.results import Measurement, Results, Row
+
+MIB = 2**20
+
+
+@dataclass
+class Table:
+    """Text in rows and columns; all columns but the first are numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def tables(results: Results) -> list[Table]:
+    """Everything that was measured."""
+    rows = results.rows
+    made = [
+        _by_contender("Time of one call, and how many times as long others take", rows, _time),
+        _by_contender(
+            "Peak memory beyond the inputs, gradients included (MiB)",
+            [r for r in rows if any(m.peak_bytes for m in r.contenders.values())],
+            lambda row, m: mebibytes(m.peak_bytes),
+        ),
+        _by_contender("Error against float64: loss / gradient", rows, _error),
+    ]
+    if any(m.launches for row in rows for m in row.contenders.values()):
+        made.append(
+            _by_contender("Kernels, copies and fills of one call", rows,
+                          lambda row, m: str(m.launches or ""))
+        )  # fmt: skip
+    return [*made, limits(rows)]
+
+
+def missing(results: Results) -> list[str]:
+    """A line for each contender that gives no speed somewhere, with the reason."""
+    lines = [f"{name}: {state}" for name, state in results.peers.items() if is_missing(state)]
+    return lines + [
+        f"{name}: {m.status} in {row.case.label}: {m.reason}"
+        for row in results.rows
+        for name, m in row.contenders.items()
+        if m.status != "ok"
+    ]
+
+
+def limits(rows: Iterable[Row]) -> Table:
+    """The machine's limits beside what was reached."""
+    cells = []
+    for row in rows:
+        if not row.ceilings:
+            continue
+        rate = max(
+            (c.rate for c in row.ceilings.values() if bool(c.flops) == row.case.is_linear),
+            default=0.0,
+        )
+        shares = [percent(row.share_of_ceiling(name)) for name in ("llmloss", "llmloss inplace")]
+        unit = "GFLOP/s" if row.case.is_linear else "GB/s"
+        work = row.case.flops if row.case.is_linear else row.case.bytes
+        cells.append([row.case.label, f"{work / 1e9:.2f}", f"{rate / 1e9:,.1f} {unit}", *shares])
+    columns = ["case", "GB or GFLOP", "the machine's limit", "llmloss", "llmloss inplace"]
+    return Table("Share of the machine's limit, measured in the same rounds", columns, cells)
+
+
+def _by_contender(
+    title: str, rows: Iterable[Row], cell: Callable[[Row, Measurement], str]
+) -> Table:
+    rows = list(rows)
+    names = [name for name in NAMES if any(name in row.contenders for row in rows)]
+    body = []
+    for row in rows:
+        cells = []
+        for name in names:
+            m = row.contenders.get(name)
+            cells.append("" if m is None else cell(row, m) if m.status == "ok" else m.status)
+        body.append([row.case.label, *cells])
+    return Table(title, ["case", *names], body)
+
+
+def _time(row: Row, m: Measurement) -> str:
+    if m.median is None:
+        return ""
+    text = f"{milliseconds(m.median)} ms"
+    ours = row.contenders["llmloss"]
+    if m is ours or ours.median is None:
+        return text
+    return f"{text} ({m.median / ours.median:.2f}x)"
+
+
+def _error(row: Row, m: Measurement) -> str:
+    figures = [m.loss_error, m.gradient_error]
+    return " / ".join(f"{f:.0e}" for f in figures if f is not None)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    value = seconds * 1e3
+    return (
+        f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.3g}"
+    )
+
+
+def mebibytes(size: int | None) -> str:
+    """Whole ones, or one digit where they are few."""
+    if size is None:
+        return ""
+    return f"{size / MIB:,.0f}" if size >= 10 * MIB else f"{size / MIB:.1f}"
+
+
+def percent(share: float | None) -> str:
+    """A share."""
+    return "" if share is None else f"{share:.0%}"

@@ -1,0 +1,161 @@
+"""Goes through a suite: checks, times and weighs each contender, and writes all of it down."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench import memory, peers
+from bench.cases import Case
+from bench.contenders import NAMES, Step, UnsupportedError, contenders, make_inputs
+from bench.inputs import LinearInputs, LogitsInputs
+from bench.machine import machine
+from bench.reference import Errors, errors, reference
+from bench.results import FILE, Ceiling, Measurement, Results, Row
+from bench.timing import Timed, measure
+from llmloss_ext.cli.errors import UserError
+
+Progress = Callable[[str, float], None]
+"""Called with a line on what happens, and with how much of the case has been done since."""
+
+
+class Runner:
+    """Measures cases; what it has measured is on disk after every case."""
+
+    def __init__(
+        self,
+        suite: str,
+        rounds: int,
+        folder: Path,
+        wanted: set[str] | None = None,
+        with_memory: bool = True,
+        overwrite: bool = False,
+    ) -> None:
+        """Prepares a run.
+
+        Args:
+            suite: Its name, which is written down.
+            rounds: Measurements of each contender.
+            folder: Where the results go.
+            wanted: Contenders beside this library; None for all that the cases call for.
+            with_memory: Whether peak memory is measured, on a CPU in processes of its own.
+            overwrite: Whether earlier results in the folder may be replaced.
+
+        Raises:
+            UserError: There are results already, or an unknown contender.
+        """
+        unknown = (wanted or set()) - set(NAMES)
+        if unknown:
+            names = ", ".join(n for n in NAMES if not n.startswith("llmloss"))
+            raise UserError(f"unknown contenders: {', '.join(sorted(unknown))}; there are {names}")
+        self.path = folder / FILE
+        if self.path.exists() and not overwrite:
+            raise UserError(f"{self.path} exists: choose another --out, or give --overwrite")
+        self._rounds, self._wanted, self._with_memory = rounds, wanted, with_memory
+        settings = {"suite": suite, "rounds": rounds, "memory": with_memory}
+        self.results = Results(machine(), settings, peers.status())
+        states = self.results.peers.items()
+        self._absent = {name for name, state in states if peers.is_missing(state)}
+        self.results.save(self.path)
+
+    def run(self, cases: list[Case], progress: Progress = lambda line, share: None) -> Results:
+        """Measures every case."""
+        threads = torch.get_num_threads()
+        for case in cases:
+            torch.set_num_threads(case.threads or threads)
+            try:
+                self.results.rows.append(self._measure(case, progress))
+            finally:
+                torch.set_num_threads(threads)
+            self.results.save(self.path)
+        self.results.complete = True
+        self.results.save(self.path)
+        return self.results
+
+    def _measure(self, case: Case, progress: Progress) -> Row:
+        on_gpu = case.device != "cpu"
+        if on_gpu:
+            torch.cuda.empty_cache()
+        progress(f"{case.label}: float64", 0.0)
+        inputs = make_inputs(case)
+        truth = reference(case, inputs)
+        row, timed = Row(case), {}
+        competing = contenders(case, self._wanted, self._absent)
+        share = 1 / (2 * len(competing) + 1)
+        for contender in competing:
+            progress(f"{case.label}: {contender.name}, checked", share)
+            measurement = Measurement()
+            row.contenders[contender.name] = measurement
+            try:
+                step = Step(case, contender, inputs)
+                _check(measurement, errors(case, step, truth, contender.is_ours))
+                if measurement.status != "ok":
+                    continue
+                if on_gpu:
+                    measurement.launches = memory.launches(step)
+                each = Timed(step.run, step.prepare, not (contender.overwrites or case.is_linear))
+                each.warm_up(on_gpu)
+                timed[contender.name] = each
+            except UnsupportedError as error:
+                measurement.status, measurement.reason = "unsupported", str(error)
+            except Exception as error:
+                # Whatever goes wrong with one is a result, and keeps no other from being measured.
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                measurement.status, measurement.reason = "failed", reason
+        ceilings = _ceilings(case, inputs)
+        for each, _ in ceilings.values():
+            each.warm_up(on_gpu)
+        everyone = [*timed.values(), *(t for t, _ in ceilings.values())]
+        part = share * len(competing) / max(len(everyone) * self._rounds, 1)
+        measure(everyone, self._rounds, on_gpu, lambda: progress(f"{case.label}: timed", part))
+        for name, each in timed.items():
+            row.contenders[name].seconds = each.seconds
+        for name, (each, ceiling) in ceilings.items():
+            ceiling.seconds = each.seconds
+            row.ceilings[name] = ceiling
+        del inputs, everyone, timed, ceilings
+        gc.collect()
+        if self._with_memory and case.figure in ("peers", "V", "N", "D"):
+            for name, measurement in row.contenders.items():
+                if measurement.status == "ok":
+                    progress(f"{case.label}: {name}, memory", 0.0)
+                    measurement.peak_bytes = memory.peak_bytes(case, name)
+        progress(case.label, share)
+        return row
+
+
+def _check(measurement: Measurement, found: Errors) -> None:
+    """Writes the errors down, and refuses what is out of tolerance."""
+    measurement.loss_error, measurement.gradient_error = found.loss, found.gradient
+    if found.are_tolerable:
+        return
+    loss, gradient = found.tolerances
+    parts = [f"loss {found.loss:.1e} (allowed {loss:.0e})"]
+    if found.gradient is not None:
+        parts.append(f"gradient {found.gradient:.1e} (allowed {gradient:.0e})")
+    measurement.status = "wrong"
+    measurement.reason = "error of the " + ", of the ".join(parts)
+
+
+def _ceilings(case: Case, inputs: LogitsInputs | LinearInputs) -> dict[str, tuple[Timed, Ceiling]]:
+    """The machine's limits at this case's own shapes."""
+    if isinstance(inputs, LinearInputs):
+        products = 3 if case.has_backward else 1
+        flops = 2 * products * case.rows * case.columns * case.features
+        return {
+            f"products/{chunk}": (
+                Timed(lambda chunk=chunk: inputs.products(chunk), repeatable=False),
+                Ceiling(flops=flops),
+            )
+            for chunk in inputs.product_chunks()
+        }
+    if case.figure == "small":
+        return {}
+    size = case.logits_bytes
+    return {
+        "copy": (Timed(inputs.copy), Ceiling(bytes=2 * size)),
+        "read": (Timed(inputs.read), Ceiling(bytes=size)),
+    }
