@@ -41,7 +41,7 @@ QUIET := 2>&1 | { grep -v '^WARNING: Location' || true; }
 needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
-.PHONY: help setup build demo test check format lint types style cpp-test sanitize bench clean
+.PHONY: help setup build demo test check format lint types style cpp-test sanitize bench bench-readme clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,7 +54,8 @@ help:  ## What can be made
 	@python3 -m venv .venv
 	@$(PIP) install -q torch==2.13.0 $(QUIET)
 	@.venv/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
-	  print(*p['build-system']['requires'], *sum(p['project']['optional-dependencies'].values(), []), sep='\n')" \
+	  extras = p['project']['optional-dependencies']; \
+	  print(*p['build-system']['requires'], *sum((v for k, v in extras.items() if k != 'peers'), []), sep='\n')" \
 	  > .venv/requirements.txt
 	@$(PIP) install -q -r .venv/requirements.txt $(QUIET)
 	@touch $@
@@ -123,8 +124,12 @@ sanitize: $(SETUP)  ## The same under AddressSanitizer and UBSan
 	@echo "Emulated CUDA kernels under AddressSanitizer and UBSan"
 	@$(PY) tests/simt/sanitize.py
 
-bench: build  ## Times the losses against torch (about two minutes)
-	@$(PY) -m bench
+bench: build  ## Times the losses beside torch and the machine's limits, and writes a report (two minutes)
+	@$(PY) -m bench run --suite quick --out runs/bench --overwrite
+
+bench-readme: build  ## Measures what README quotes (about twenty minutes), and writes it there
+	@$(PY) -m bench run --suite cpu --out bench/results/cpu --overwrite
+	@$(PY) -m bench readme
 
 clean:  ## Removes what was built; .venv stays
 	rm -rf build dist *.egg-info llmloss_ext/_C*.so .venv/.installed

@@ -93,13 +93,14 @@ def _run(args: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     columns = (BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("{task.description}"))  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=len(cases))
-
-        def progress(line: str, share: float) -> None:
-            bar.update(task, description=line, advance=share)
-
-        results = runner.run(cases, progress)
+    try:
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=len(cases))
+            runner.run(cases, lambda line, share: bar.update(task, description=line, advance=share))
+    finally:
+        # Also of a run that was interrupted: what it has measured counts.
+        page = write_report(runner.path, args.out)[0]
+    results = runner.results
     for table in (tables(results)[0], tables(results)[-1]):
         shown = RichTable(title=table.title)
         for k, column in enumerate(table.columns):
@@ -109,11 +110,9 @@ def _run(args: argparse.Namespace) -> int:
         console.print(shown)
     for line in missing(results):
         console.print(line, highlight=False)
-    written = write_report(runner.path, args.out)
-    console.print(f"results  {runner.path}", highlight=False, soft_wrap=True)
-    console.print(f"report   {next(p for p in written if p.suffix == '.html')}",
-                  highlight=False, soft_wrap=True)  # fmt: skip
-    bad = [f"{row.case.label}: {m.reason}" for row in results.rows
+    for name, path in (("results", runner.path), ("report", page)):
+        console.print(f"{name:<8} {path}", highlight=False, soft_wrap=True)
+    bad = [f"{row.case.label}, {name}: {m.reason}" for row in results.rows
            for name, m in row.contenders.items()
            if name.startswith("llmloss") and m.status in ("wrong", "failed")]  # fmt: skip
     for line in bad:

@@ -30,9 +30,8 @@ def write_report(path: Path, folder: Path) -> list[Path]:
     path = path / FILE if path.is_dir() else path
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     drawn = plots(results)
-    files = {f"{name}.svg": svg for name, svg in drawn.items()}
-    files[HTML] = _html(results, drawn, digest)
-    files[MARKDOWN] = _markdown(results, list(drawn))
+    files = {HTML: _html(results, drawn, digest), MARKDOWN: _markdown(results, list(drawn))}
+    files |= {f"{name}.svg": svg for name, svg in drawn.items()}
     written = []
     for name, text in files.items():
         target = folder / name
