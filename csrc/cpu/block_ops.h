@@ -89,15 +89,23 @@ inline void block_transform(const T* z, int n, const LogitTransform<Real>& trans
   if (i < n) store_part<Real>(out + i, n - i, apply(load_part<Real>(z + i, n - i, Real(0))));
 }
 
+// Fetches `bytes` from there into the L1 cache, while arithmetic goes on. May point anywhere.
+inline void prefetch(const void* from, int bytes) {
+  constexpr int line = 64;
+  const char* p = static_cast<const char*>(from);
+  for (int i = 0; i < bytes; i += line) __builtin_prefetch(p + i);
+}
+
 struct ExpSums {
   double sum_exp;
   double sum_x_exp;
 };
 
 // sum e^(x - reference) and, if asked, sum (x - reference) e^(x - reference). Unless exps is null,
-// every e^(x - reference) is kept there; exps may be x.
-template <bool with_entropy, bool keep, typename Real, typename T>
-inline ExpSums block_exp_sums(const T* x, int n, Real reference, Real* exps) {
+// every e^(x - reference) is kept there; exps may be x. `next` is what will be read after this
+// block: this pass computes and reads the L1 cache alone, so that memory would idle.
+template <bool with_entropy, bool keep, typename Real, typename T, typename Next>
+inline ExpSums block_exp_sums(const T* x, int n, Real reference, Real* exps, const Next* next) {
   using V = Vec<Real>;
   const Reg<Real> ref = V::broadcast(reference);
   Accumulators<Real> sum_exp(0), sum_x_exp(0);
@@ -114,6 +122,7 @@ inline ExpSums block_exp_sums(const T* x, int n, Real reference, Real* exps) {
   };
   int i = 0;
   for (; i + unroll * V::width <= n; i += unroll * V::width) {
+    prefetch(next + i, unroll * V::width * int(sizeof(Next)));
     for (int lane = 0; lane < unroll; ++lane) {
       const int at = i + lane * V::width;
       const Reg<Real> e = step(lane, V::load(x + at));
@@ -129,11 +138,12 @@ inline ExpSums block_exp_sums(const T* x, int n, Real reference, Real* exps) {
   return {sum_exp.sum(), with_entropy ? sum_x_exp.sum() : 0.0};
 }
 
-template <typename Real, typename T>
-inline ExpSums block_exp_sums(const T* x, int n, Real reference, bool with_entropy, Real* exps) {
-  if (exps != nullptr) return block_exp_sums<false, true>(x, n, reference, exps);
-  return with_entropy ? block_exp_sums<true, false>(x, n, reference, exps)
-                      : block_exp_sums<false, false>(x, n, reference, exps);
+template <typename Real, typename T, typename Next>
+inline ExpSums block_exp_sums(const T* x, int n, Real reference, bool with_entropy, Real* exps,
+                              const Next* next) {
+  if (exps != nullptr) return block_exp_sums<false, true>(x, n, reference, exps, next);
+  return with_entropy ? block_exp_sums<true, false>(x, n, reference, exps, next)
+                      : block_exp_sums<false, false>(x, n, reference, exps, next);
 }
 
 // sum (x - reference)

@@ -80,11 +80,12 @@ struct Wanted {
   }
 };
 
-// The state of one block, relative to a maximum no smaller than `floor`.
-template <typename Real, typename X>
+// The state of one block, relative to a maximum no smaller than `floor`. `next`: the logits after
+// it.
+template <typename Real, typename X, typename T>
 PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
                                  int64_t first_column, Real floor, Real target_logit,
-                                 const Wanted& wanted, const KeptExps<Real>* kept) {
+                                 const Wanted& wanted, const KeptExps<Real>* kept, const T* next) {
   PartialState<double> part;
   const Real max = block_max<Real>(x, n);
   if (wanted.argmax && (max > floor || floor == -infinity<Real>())) {
@@ -109,7 +110,7 @@ PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
     exps = kept->exps + first_column;
     kept->references[first_column / block_columns] = Real(part.max);
   }
-  const ExpSums sums = block_exp_sums(x, n, reference, wanted.entropy, exps);
+  const ExpSums sums = block_exp_sums(x, n, reference, wanted.entropy, exps, next);
   part.sum_exp = sums.sum_exp;
   part.sum_x_exp = sums.sum_x_exp;
   return part;
@@ -125,7 +126,7 @@ RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, Wa
     const Real* a = wanted.mean ? reader.weights(column, n) : nullptr;
     const auto state_of = [&](const auto* x) {
       return block_state<Real>(x, a, double(in.weights.beta), n, column, Real(state.max),
-                               target_logit, wanted, kept);
+                               target_logit, wanted, kept, reader.raw(column + n));
     };
     state = merge(state, reader.is_identity() ? state_of(reader.raw(column))
                                               : state_of(reader.transformed(column, n)));
