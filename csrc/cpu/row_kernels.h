@@ -165,20 +165,42 @@ void fill_zero(T* out, int64_t n) {
   __builtin_memset(static_cast<void*>(out), 0, size_t(n) * sizeof(T));
 }
 
-// g = dL/dx of a block becomes dL/dz; returns sum g dx/dscale.
+// From g = dL/dx of a block to dL/dz. From x = cap tanh u: dx/dz = scale (1 - tanh^2 u), and no
+// second tanh.
 template <typename T>
-double chain_block(const LogitTransform<real_t<T>>& transform, const T* z, const real_t<T>* x,
-                   int n, real_t<T>* g) {
+void chain_block(const LogitTransform<real_t<T>>& transform, const real_t<T>* x, const real_t<T>* g,
+                 int n, T* out) {
   using Real = real_t<T>;
-  double grad_scale = 0;
+  using V = Vec<Real>;
+  const Real per_cap = Real(1) / transform.cap;
+  const auto chained = [&](Reg<Real> x, Reg<Real> g) {
+    if (!(transform.cap > 0)) return g * V::broadcast(transform.scale);
+    const Reg<Real> tanh = x * V::broadcast(per_cap);
+    const Reg<Real> slope = V::fma(tanh, x * V::broadcast(-per_cap), V::broadcast(Real(1)));
+    return g * (slope * V::broadcast(transform.scale));
+  };
+  int i = 0;
+  for (; i + V::width <= n; i += V::width)
+    V::store(out + i, chained(V::load(x + i), V::load(g + i)));
+  if (i < n) {
+    const Reg<Real> rest =
+        chained(load_part<Real>(x + i, n - i, Real(0)), load_part<Real>(g + i, n - i, Real(0)));
+    store_part<Real>(out + i, n - i, rest);
+  }
+}
+
+// sum g dx/dscale of a block.
+template <typename T>
+double scale_gradient(const LogitTransform<real_t<T>>& transform, const T* z, const real_t<T>* x,
+                      const real_t<T>* g, int n) {
+  using Real = real_t<T>;
+  double sum = 0;
   for (int i = 0; i < n; ++i) {
-    // From x = cap tanh u: dx/dz = scale (1 - tanh^2 u), and no second tanh.
     const Real tanh = transform.cap > 0 ? x[i] / transform.cap : Real(0);
     const Real slope = Real(1) - tanh * tanh;
-    grad_scale += slope == Real(0) || g[i] == Real(0) ? 0.0 : double(g[i] * slope) * to_real(z[i]);
-    g[i] *= transform.scale * slope;
+    sum += slope == Real(0) || g[i] == Real(0) ? 0.0 : double(g[i] * slope) * to_real(z[i]);
   }
-  return grad_scale;
+  return sum;
 }
 
 // The gradient of one row whose coefficients are known; out may lie over the logits, and over the
@@ -212,8 +234,10 @@ void write_gradient(RowReader<T>& reader, const RowInputs<T>& in,
       const Real* x = reader.transformed(column, n);
       block_gradient(x, a, n, row, g);
       if (has_target) g[target.column - column] = at_target;
-      sum_scale += chain_block(transform, reader.raw(column), x, n, g);
-      for (int i = 0; i < n; ++i) from_real(g[i], out[column + i]);
+      if (grad_scale != nullptr) {
+        sum_scale += scale_gradient(transform, reader.raw(column), x, g, n);
+      }
+      chain_block(transform, x, g, n, out + column);
       continue;
     }
     if (has_target) from_real(at_target, out[target.column]);

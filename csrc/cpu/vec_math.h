@@ -105,20 +105,22 @@ inline Reg<Real> tanh_of(Reg<Real> x) {
   const Reg<Real> zero = V::broadcast(Real(0)), one = V::broadcast(Real(1));
   const Reg<Real> magnitude = V::abs(x);
   const Reg<Real> small = V::fma(x, tanh_small(x * x), x);
+  const Reg<Real> bound = V::broadcast(Real(0.625));
+  // Logits well inside their cap, as most are, need no exponential and no division.
+  if (V::count_greater(bound, magnitude) == V::width) return small;
   const Reg<Real> e = exp_nonpositive<Real>(magnitude * V::broadcast(Real(-2)));
   const Reg<Real> large = V::div(one - e, one + e);
   const Reg<Real> with_sign = V::select_less(x, zero, zero - large, large);
-  return V::select_less(magnitude, V::broadcast(Real(0.625)), small, with_sign);
+  return V::select_less(magnitude, bound, small, with_sign);
 }
 
 // LogitTransform::apply of a vector.
 template <typename Real>
 inline Reg<Real> transform_logits(const LogitTransform<Real>& transform, Reg<Real> z) {
   using V = Vec<Real>;
-  const Reg<Real> scaled = z * V::broadcast(transform.scale);
-  if (!(transform.cap > 0)) return scaled;
-  const Reg<Real> cap = V::broadcast(transform.cap);
-  return cap * tanh_of<Real>(V::div(scaled, cap));
+  if (!(transform.cap > 0)) return z * V::broadcast(transform.scale);
+  const Reg<Real> u = z * V::broadcast(transform.scale / transform.cap);
+  return V::broadcast(transform.cap) * tanh_of<Real>(u);
 }
 
 }  // namespace llmloss::cpu::LLMLOSS_ISA
