@@ -257,11 +257,14 @@ def test_what_is_frozen_gets_no_gradient(device, frozen):
 
 
 @pytest.mark.parametrize(
-    ("frozen", "reduction", "products"),
-    [(set(), "mean", 3), ({0}, "mean", 2), ({1}, "sum", 2), ({0, 1}, "mean", 1), (set(), "none", 4),
-     ({1}, "none", 3)],
+    ("frozen", "reduction", "mode", "products"),
+    [(set(), "mean", torch.enable_grad, 3), ({0}, "mean", torch.enable_grad, 2),
+     ({1}, "sum", torch.enable_grad, 2), ({0, 1}, "mean", torch.enable_grad, 1),
+     (set(), "none", torch.enable_grad, 4), ({1}, "none", torch.enable_grad, 3),
+     (set(), "mean", torch.no_grad, 1), (set(), "sum", torch.inference_mode, 1),
+     (set(), "none", torch.no_grad, 1)],
 )  # fmt: skip
-def test_no_product_more_than_needed(monkeypatch, frozen, reduction, products):
+def test_no_product_more_than_needed(monkeypatch, frozen, reduction, mode, products):
     problem = Problem("cpu", bias=False)
     leaves = problem.leaves()
     for i in frozen:
@@ -275,7 +278,8 @@ def test_no_product_more_than_needed(monkeypatch, frozen, reduction, products):
         return right(*args, **kwargs)
 
     monkeypatch.setattr(torch, "mm", counted)
-    loss = linear_cross_entropy(*leaves, problem.target, reduction=reduction).sum()
+    with mode():
+        loss = linear_cross_entropy(*leaves, problem.target, reduction=reduction).sum()
     if loss.requires_grad:
         loss.backward()
     assert count == products

@@ -46,10 +46,11 @@ class _Loss(Function):
         logits: LogitOptions,
         loss: LossOptions,
         chunks: ChunkOptions,
+        needs: tuple[bool, ...],
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.options = (logits, loss, chunks)
-        ctx.needs = list(ctx.needs_input_grad[:4])
+        ctx.needs = list(needs)
         inputs = (input, linear_weight, linear_bias, logit_scale)
         others = (target, weight, token_weight, num_items)
         value, *gradients = _loss_and_gradients(inputs, others, ctx.options, ctx.needs)
@@ -64,7 +65,7 @@ class _Loss(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 11
+            return (None,) * 12
         if torch.compiler.is_compiling():
             *gradients, factor = ctx.saved_tensors[8:]
             grad_loss = grad_loss * factor
@@ -72,11 +73,11 @@ class _Loss(Function):
                 (g * grad_loss).to(g.dtype) if asked else None
                 for g, asked in zip(gradients, ctx.needs, strict=True)
             ]
-            return (*results, *(None,) * 7)
+            return (*results, *(None,) * 8)
         if _needs_differentiable_backward():
             saved = ctx.saved_tensors
             by_input = _loss_composite(saved[:4], saved[4:], ctx.options).vjp((grad_loss,))
-            return (*(by_input.get(i) for i in range(4)), *(None,) * 7)
+            return (*(by_input.get(i) for i in range(4)), *(None,) * 8)
         if ctx.gradients is None:  # a second backward
             saved = ctx.saved_tensors
             ctx.gradients = _loss_and_gradients(saved[:4], saved[4:], ctx.options, ctx.needs)[1:]
@@ -87,7 +88,7 @@ class _Loss(Function):
             _scaled(g, factor) if asked else None
             for g, asked in zip(gradients, ctx.needs, strict=True)
         ]
-        return (*results, *(None,) * 7)
+        return (*results, *(None,) * 8)
 
 
 def _loss_and_gradients(inputs: Any, others: Any, options: Any, needs: list[bool]) -> Any:
@@ -129,9 +130,22 @@ def _logits(input: Tensor, linear_weight: Tensor, bias: Tensor | None) -> Tensor
     return logits if bias is None else logits + bias.to(input.dtype)
 
 
+def _needs(inputs: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
+    """Which of input, linear_weight, linear_bias and logit_scale get a gradient.
+
+    Asked before a Function is entered: inside, ``needs_input_grad`` knows nothing of no_grad.
+    """
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and x is not None and x.requires_grad for x in inputs)
+
+
 def loss(*inputs: Any) -> Tensor:
-    """The mean or sum over tokens; arguments as `_Loss.forward`."""
-    return _Loss.apply(*inputs)  # type: ignore[no-untyped-call]
+    """The mean or sum over tokens; arguments as `_Loss.forward`, without the last."""
+    needs = _needs(inputs[:4])
+    if not any(needs):
+        value: Tensor = _loss_and_gradients(inputs[:4], inputs[4:8], inputs[8:], list(needs))[0]
+        return value
+    return _Loss.apply(*inputs, needs)  # type: ignore[no-untyped-call]
 
 
 class _Stats(Function):
