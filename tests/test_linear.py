@@ -452,6 +452,43 @@ def test_float16_keeps_small_gradients(device):
         assert error(ours.grad, want.grad) < 2e-3
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_float16_sums_over_tokens_do_not_overflow(device, compiled):
+    """The denominator goes in before float16 has to hold them, not after."""
+    tokens = 8192
+    leaves = [
+        torch.full((tokens, 4), 16.0, device=device).half(),
+        torch.zeros(9, 4, device=device).half(),
+        torch.zeros(9, device=device).half(),
+    ]
+    target = torch.zeros(tokens, dtype=torch.long, device=device)
+    loss, gradients = linear(target), []
+    for dtype in (torch.float16, torch.float64):
+        inputs = [t.to(dtype).requires_grad_() for t in leaves]
+        run = torch.compile(loss, fullgraph=True) if compiled and dtype == torch.float16 else loss
+        gradients.append(torch.autograd.grad(8.0 * run(*inputs), inputs))
+    for ours, want in zip(*gradients, strict=True):
+        assert_close(ours, want, 2e-3)
+        assert ours.dtype == torch.float16
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 127, 128, 200, V, 8300])
+def test_a_rounded_weight_gradient_keeps_no_other_memory(device, rows):
+    """Whatever the parts in which it is summed: equal to sums that are rounded elsewhere."""
+    hidden = torch.randn(N, D, device=device).bfloat16()
+    weight = torch.randn(rows, D, device=device).bfloat16().requires_grad_()
+    target = torch.randint(0, rows, (N,), device=device)
+    for reduction in ("mean", "none"):
+        loss = linear_cross_entropy(hidden, weight, target, reduction=reduction, chunk_tokens=8)
+        (grad,) = torch.autograd.grad(loss.sum(), weight)
+        total = torch.zeros(rows, D, device=device)
+        linear_cross_entropy(hidden, weight, target, reduction=reduction, chunk_tokens=8,
+                             weight_grad_accumulator=total).sum().backward()  # fmt: skip
+        assert_close(grad, total, 4e-3)
+        assert grad.is_contiguous()
+        assert grad.untyped_storage().nbytes() <= 2 * D * (rows + 128)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_accumulator_takes_the_weights_gradient(device, dtype):
     problem = Problem(device, dtype)

@@ -70,23 +70,22 @@ class _Loss(Function):
             *gradients, factor = ctx.saved_tensors[8:]
             grad_loss = grad_loss * factor
             results = [
-                (g * grad_loss).to(g.dtype) if asked else None
-                for g, asked in zip(gradients, ctx.needs, strict=True)
+                (g * grad_loss).to(x.dtype) if asked else None
+                for g, x, asked in zip(gradients, ctx.saved_tensors[:4], ctx.needs, strict=True)
             ]
             return (*results, *(None,) * 8)
+        saved = ctx.saved_tensors
         if _needs_differentiable_backward():
-            saved = ctx.saved_tensors
             by_input = _loss_composite(saved[:4], saved[4:], ctx.options).vjp((grad_loss,))
             return (*(by_input.get(i) for i in range(4)), *(None,) * 8)
         if ctx.gradients is None:  # a second backward
-            saved = ctx.saved_tensors
             ctx.gradients = _loss_and_gradients(saved[:4], saved[4:], ctx.options, ctx.needs)[1:]
         *gradients, factor = ctx.gradients
         ctx.gradients = None
         factor = grad_loss * factor
         results = [
-            _scaled(g, factor) if asked else None
-            for g, asked in zip(gradients, ctx.needs, strict=True)
+            _scaled(g, factor, x.dtype) if asked else None
+            for g, x, asked in zip(gradients, saved[:4], ctx.needs, strict=True)
         ]
         return (*results, *(None,) * 8)
 
@@ -101,12 +100,12 @@ def _loss_and_gradients(inputs: Any, others: Any, options: Any, needs: list[bool
     )  # fmt: skip
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Multiplies in place; by 1, it is not touched."""
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplies in place, by 1 without touching it; rounds after, if it has to."""
     if gradient.dim() == 2 and gradient.numel():
         _ops.scale_(gradient, factor)
-        return gradient
-    return (gradient * factor).to(gradient.dtype)
+        return gradient.to(dtype)
+    return (gradient * factor).to(dtype)
 
 
 def _loss_composite(inputs: Any, others: Any, options: Any) -> _Composite:

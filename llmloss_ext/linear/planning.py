@@ -18,6 +18,17 @@ VOCAB_BLOCK = 4096
 """Rows of the weight's gradient that are rounded to 16 bits together before they are added."""
 
 
+def first_part_rows(rows: int, dtype: torch.dtype, result_dtype: torch.dtype) -> int:
+    """Rows of the first of the two parts of a weight's gradient that is summed in ``dtype``.
+
+    All of them, where the result has not half the bytes. Else half of them, but so that the second
+    part begins at an aligned column of the logits.
+    """
+    if dtype.itemsize != 2 * result_dtype.itemsize:
+        return rows
+    return min(row_stride(-(-rows // 2), result_dtype), rows)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a linear loss does, in numbers.
