@@ -312,7 +312,10 @@ def test_options_of_the_plan(capsys):
     assert frozen.gradient_bytes == 8192 * 64 * 4
     outputs = []
     for options in ([], ["float32"], ["--device", "cuda"], ["--chunk-tokens", "100"],
-                    ["--max-chunk-bytes", "30000000"], ["--recompute"]):  # fmt: skip
+                    ["--max-chunk-bytes", "30000000"], ["--recompute"], ["--frozen", "hidden"],
+                    ["--frozen", "weight"], ["--frozen", "weight", "--frozen", "hidden"],
+                    ["--weight-grad-dtype", "bfloat16"], ["--weight-dtype", "float32"],
+                    ["--drop-ignored"]):  # fmt: skip
         assert main.main(["plan", "8192", "64", "50257", *options]) == 0
         outputs.append(capsys.readouterr().out)
     assert len(set(outputs)) == len(outputs)

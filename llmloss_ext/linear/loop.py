@@ -177,7 +177,7 @@ class WeightGradient:
         result = torch.empty(0, dtype=dtype, device=parts[0].device)
         result.set_(parts[0].untyped_storage(), 0, (rows, columns), (columns, 1))  # type: ignore[call-overload]
         begin = 0
-        for block in (block for part in parts for block in part.split(VOCAB_BLOCK)):
+        for block in (block for part in parts for block in torch.split(part, VOCAB_BLOCK)):
             # Copied first: the place of a block may lie over the block itself, never over a later.
             result[begin : begin + block.shape[0]] = block.to(dtype)
             begin += block.shape[0]

@@ -10,6 +10,7 @@ __all__ = ["Plan", "plan", "row_stride"]
 
 # Bytes of a chunk's logits, and tokens of a chunk at least: what keeps the matrix products at full
 # speed (fewer tokens would read the whole weight for too little work).
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEFAULT_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 _LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
 _ALIGNED_BYTES = 128
@@ -78,8 +79,10 @@ def plan(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     weight_grad_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
     needs_grad: tuple[bool, bool] = (True, True),
     recompute: bool = False,
+    drop_ignored: bool = False,
 ) -> Plan:
     """Plans a linear loss of N x D hidden states and a V x D weight.
 
@@ -94,13 +97,23 @@ def plan(
             256 MiB on CUDA, or what 256 and 1,024 tokens need.
         weight_grad_dtype: In which the weight's gradient is accumulated, by default float32
             (float64 for float64).
+        weight_dtype: Of the weight, if autocast computes the products in another.
         needs_grad: Whether the hidden states and the weight get gradients.
         recompute: Whether backward computes the logits again: for ``reduction="none"`` and the
             statistics.
+        drop_ignored: Whether some tokens are dropped: those of a chunk are then gathered.
 
     Raises:
-        ValueError: A size that is not positive, or a budget too small for one token.
+        ValueError: A size that is not positive, a dtype that the losses do not have, or a budget
+            too small for one token.
     """
+    for name, asked in (
+        ("dtype", dtype),
+        ("weight_grad_dtype", weight_grad_dtype),
+        ("weight_dtype", weight_dtype),
+    ):
+        if asked is not None and asked not in _DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {asked}")
     kind = torch.device(device).type
     if features < 1 or vocab_size < 1 or tokens < 0:
         raise ValueError(f"expected N >= 0, D >= 1 and V >= 1, got {tokens, features, vocab_size}")
@@ -110,18 +123,27 @@ def plan(
     products = 1 + with_input + with_weight
     if recompute and (with_input or with_weight):
         products += 1
+    accumulated = weight_grad_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
     size = dtype.itemsize
-    accumulated = weight_grad_dtype or (torch.float64 if size == 8 else torch.float32)
+    weight_elements = vocab_size * features
     grad_input = with_input * tokens * features * size
-    grad_weight = with_weight * vocab_size * features * size
-    accumulator = with_weight * vocab_size * features * accumulated.itemsize
-    # While accumulating: the accumulator and a chunk. At the end: the accumulator is rounded.
-    working = chunk * (row_bytes + 2 * features * size)
-    if with_weight and accumulated != dtype:
-        if kind == "cpu":
-            working += VOCAB_BLOCK * features * size
-        accumulator += max(grad_weight - working, 0)
+    grad_weight = with_weight * weight_elements * (weight_dtype or dtype).itemsize
+    accumulator = with_weight * weight_elements * accumulated.itemsize
     chunks = -(-tokens // chunk)
+    working = chunk * row_bytes
+    if weight_dtype not in (None, dtype):
+        working += weight_elements * size  # a copy in the dtype of the products
+    gathered = drop_ignored * chunk * features * size
+    beside = with_input * gathered  # the hidden states' gradient, before it is put in its rows
+    rounding = 0
+    if with_weight:
+        if kind == "cpu" and accumulated != dtype:
+            sizes = (chunk, features, vocab_size)
+            beside = max(beside, _block_bytes(dtype, accumulated, *sizes, is_added=chunks > 1))
+        # float16's sums wait for backward: rounded then, beside themselves.
+        is_late = dtype == torch.float16 and not recompute and grad_weight < accumulator
+        rounding = grad_weight if is_late else 0
+    working += gathered + beside
     return Plan(
         tokens=tokens,
         features=features,
@@ -133,11 +155,28 @@ def plan(
         flops=2 * products * tokens * features * vocab_size,
         chunk_bytes=chunk * row_bytes,
         gradient_bytes=grad_input + grad_weight,
-        peak_bytes=grad_input + accumulator + working,
+        peak_bytes=grad_input + accumulator + max(working, rounding),
         unfused_bytes=(2 if with_input or with_weight else 1) * tokens * vocab_size * size
         + grad_input
         + grad_weight,
     )
+
+
+def _block_bytes(
+    dtype: torch.dtype,
+    accumulated: torch.dtype,
+    chunk: int,
+    features: int,
+    vocab_size: int,
+    *,
+    is_added: bool,
+) -> int:
+    """Of what a CPU adds to the weight's gradient at a time, and of float16's float32 copies."""
+    rows = min(VOCAB_BLOCK, first_part_rows(vocab_size, accumulated, dtype))
+    if dtype == torch.float16:
+        return (rows * features + chunk * (rows + features)) * accumulated.itemsize
+    # To add 16 bits to 32, torch copies them to 32.
+    return rows * features * (dtype.itemsize + is_added * accumulated.itemsize)
 
 
 def _chunk_tokens(
