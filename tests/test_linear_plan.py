@@ -116,7 +116,7 @@ def test_16_bit_gradients_take_the_memory_of_their_sums_and_64_mib():
     """The float32 sums are rounded in place."""
     planned = plan(2048, 768, 50257, torch.bfloat16)
     own = 2048 * 768 * 2 + 50257 * 768 * 4
-    assert planned.peak_bytes - own <= 84 * MIB
+    assert planned.peak_bytes - own <= 64 * MIB
     large = plan(8192, 4096, 128256, torch.bfloat16, "cuda")
     assert large.peak_bytes - (8192 * 4096 * 2 + 128256 * 4096 * 4) <= 300 * MIB
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmloss_ext.composite import real_of
-from llmloss_ext.linear.planning import VOCAB_BLOCK, first_part_rows, row_stride
+from llmloss_ext.linear.planning import block_rows, first_part_rows, row_stride
 
 Rows = slice | Tensor
 """The rows of a chunk: neighbours, or the indices of those that are not ignored."""
@@ -154,9 +154,10 @@ class WeightGradient:
         # float16 has no fast products there: float32 costs no more, and rounds nothing.
         if gradient.dtype == torch.float16:
             hidden = hidden.to(total.dtype)
-        block = hidden.new_empty(min(VOCAB_BLOCK, total.shape[0]), hidden.shape[1])
-        for begin in range(0, total.shape[0], VOCAB_BLOCK):
-            rows = slice(begin, min(begin + VOCAB_BLOCK, total.shape[0]))
+        height = min(block_rows(hidden.shape[1]), total.shape[0])
+        block = hidden.new_empty(height, hidden.shape[1])
+        for begin in range(0, total.shape[0], height):
+            rows = slice(begin, min(begin + height, total.shape[0]))
             left = gradient[:, rows].to(hidden.dtype).t()
             product = torch.mm(left, hidden, out=block[: rows.stop - rows.start])
             if self._is_empty:
@@ -177,7 +178,7 @@ class WeightGradient:
         result = torch.empty(0, dtype=dtype, device=parts[0].device)
         result.set_(parts[0].untyped_storage(), 0, (rows, columns), (columns, 1))  # type: ignore[call-overload]
         begin = 0
-        for block in (block for part in parts for block in torch.split(part, VOCAB_BLOCK)):
+        for block in (block for part in parts for block in torch.split(part, block_rows(columns))):
             # Copied first: the place of a block may lie over the block itself, never over a later.
             result[begin : begin + block.shape[0]] = block.to(dtype)
             begin += block.shape[0]

@@ -15,8 +15,16 @@ _DEFAULT_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 _LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
 _ALIGNED_BYTES = 128
 """Rows of a chunk's logits begin at multiples of this: oneDNN's products are a third faster so."""
-VOCAB_BLOCK = 4096
-"""Rows of the weight's gradient that are rounded to 16 bits together before they are added."""
+_BLOCK_BYTES = 2 << 20
+
+
+def block_rows(columns: int) -> int:
+    """Rows of the weight's gradient that are rounded to 16 bits together before they are added.
+
+    Few enough to stay in a core's cache until then, and enough for the product that makes them.
+    """
+    rows = _BLOCK_BYTES // (2 * columns)
+    return min(max(1 << max(rows, 1).bit_length() - 1, 512), 4096)
 
 
 def first_part_rows(rows: int, dtype: torch.dtype, result_dtype: torch.dtype) -> int:
@@ -172,7 +180,7 @@ def _block_bytes(
     is_added: bool,
 ) -> int:
     """Of what a CPU adds to the weight's gradient at a time, and of float16's float32 copies."""
-    rows = min(VOCAB_BLOCK, first_part_rows(vocab_size, accumulated, dtype))
+    rows = min(block_rows(features), first_part_rows(vocab_size, accumulated, dtype))
     if dtype == torch.float16:
         return (rows * features + chunk * (rows + features)) * accumulated.itemsize
     # To add 16 bits to 32, torch copies them to 32.
