@@ -639,3 +639,40 @@ def test_bad_input(name, changes, kind, words):
 def test_token_stats_want_class_indices():
     with pytest.raises(RuntimeError, match="must hold class indices"):
         linear_token_stats(torch.randn(3, D), torch.randn(V, D), torch.rand(3, V))
+
+
+@pytest.mark.parametrize("bad", [V, -1, 2**31 - 1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_target_out_of_range(bad, reduction, weighted):
+    """[apex, quack, flash-attention]: its value and position are named, with class weights too."""
+    target = torch.zeros(N).long()
+    target[5] = bad
+    weight = torch.ones(V) if weighted else None
+    hidden, projection = torch.randn(N, D), torch.randn(V, D, requires_grad=True)
+    with pytest.raises(IndexError, match=f"Target {bad} at position 5 is out of bounds"):
+        linear_cross_entropy(hidden, projection, target, weight=weight, reduction=reduction)
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_ignored": False}, {"shift": 1}])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_token_stats, linear_log_probs])
+def test_a_target_out_of_range_is_found_beyond_its_chunk(function, options):
+    target = torch.zeros(4, 5).long()
+    target[0, :3], target[2, 3] = -100, V + 7
+    if "shift" in options:
+        target[1, 0] = -5  # no token predicts it
+    with pytest.raises(IndexError, match=rf"Target {V + 7} at position \(2, 3\) is out of bounds"):
+        function(torch.randn(4, 5, D), torch.randn(V, D), target, chunk_tokens=4, **options)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_target_out_of_range_on_cuda(reduction):
+    """No device assert, which would end the process: nan instead."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    target = torch.full((N,), V, device="cuda")
+    weight = torch.ones(V, device="cuda")
+    hidden, projection = torch.randn(N, D, device="cuda"), torch.randn(V, D, device="cuda")
+    loss = linear_cross_entropy(hidden, projection, target, weight=weight, reduction=reduction)
+    assert loss.isnan().all()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +19,8 @@ from llmloss_ext.linear.distillation import check_divergence, kl_div
 from llmloss_ext.linear.planning import plan
 
 __all__ = ["linear_cross_entropy", "linear_kl_div", "linear_log_probs", "linear_token_stats"]
+
+T = TypeVar("T")
 
 
 def linear_cross_entropy(
@@ -119,9 +124,9 @@ def linear_cross_entropy(
             )
         return call.unfused(token_weight, num_items, reduction, label_smoothing, z_loss)
     if not is_row_by_row:
-        return autograd.loss(
-            call.hidden, linear_weight, linear_bias, call.scale, call.targets, weight,
-            token_weight, num_items, call.options, loss, chunks,
+        return call.located(
+            autograd.loss, call.hidden, linear_weight, linear_bias, call.scale, call.targets,
+            weight, token_weight, num_items, call.options, loss, chunks,
         )  # fmt: skip
     rows = call.stats((False, label_smoothing != 0, False), chunks, weight_grad_accumulator)
     losses = composite.losses_of(
@@ -368,6 +373,7 @@ class _LinearCall:
         self.shape = input.shape[:-1]
         self.has_probabilities = target.is_floating_point()
         vocabulary = linear_weight.shape[0]
+        self.given, self.shift = target, shift
         expected = (*self.shape, vocabulary) if self.has_probabilities else tuple(self.shape)
         if tuple(target.shape) != expected:
             raise ValueError(
@@ -462,10 +468,30 @@ class _LinearCall:
         if ops.in_transform():
             where = (self._logits(), self.targets, self.weight, self.scale, self.options)
             return ops.token_stats(*where, wanted)
-        return autograd.stats(
-            self.hidden, self.linear_weight, self.linear_bias, self.scale, self.targets,
-            self.weight, accumulator, self.options, wanted, chunks,
+        return self.located(
+            autograd.stats, self.hidden, self.linear_weight, self.linear_bias, self.scale,
+            self.targets, self.weight, accumulator, self.options, wanted, chunks,
         )  # fmt: skip
+
+    def located(self, run: Callable[..., T], *arguments: Any) -> T:
+        """Runs; a target out of range is named by its place in what was given, not in its chunk."""
+        if torch.compiler.is_compiling():
+            return run(*arguments)
+        try:
+            return run(*arguments)
+        except IndexError as error:
+            classes, ignored = self.options.vocab_size, self.options.ignore_index
+            used = self.given[..., self.shift :] if self.shift else self.given
+            bad = (used != ignored) & ((used < 0) | (used >= classes))
+            places = bad.nonzero().tolist()
+            if not places:
+                raise
+            *leading, last = places[0] or [0]
+            place = (*leading, last + self.shift)
+            raise IndexError(
+                f"Target {int(used[bad][0])} at position {place if leading else place[0]} is out "
+                f"of bounds: expected a class in [0, {classes}) or ignore_index = {ignored}."
+            ) from error
 
     def _logits(self) -> Tensor:
         return autograd._logits(self.hidden, self.linear_weight, self.linear_bias)
