@@ -194,6 +194,38 @@ def test_shift(device, drop):
     assert linear_cross_entropy(hidden, weight, labels, shift=20, reduction="sum") == 0
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_shift_moves_token_weights_with_their_labels(device, reduction, learned):
+    hidden, weight = torch.randn(2, 6, D, device=device), torch.randn(V, D, device=device)
+    labels = torch.randint(0, V, (2, 6), device=device)
+    labels[0, 3] = -100
+    tokens = torch.rand(2, 6, device=device).requires_grad_(learned)
+    ours = linear_cross_entropy(hidden, weight, labels, shift=1, token_weight=tokens,
+                                reduction=reduction)  # fmt: skip
+    dense = cross_entropy((hidden @ weight.t())[:, :-1], labels[:, 1:], reduction=reduction,
+                          token_weight=tokens[:, 1:])  # fmt: skip
+    assert_close(ours[:, :-1] if reduction == "none" else ours, dense, 1e-5)
+    if learned:
+        (grad,), (want,) = (torch.autograd.grad(loss.sum(), tokens) for loss in (ours, dense))
+        assert_close(grad, want, 1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_meta_tensors(reduction):
+    """Shapes and dtypes without values, as model builders want them."""
+    meta = torch.device("meta")
+    hidden, weight = (
+        torch.empty(n, D, device=meta, dtype=torch.bfloat16, requires_grad=True) for n in (N, V)
+    )
+    target = torch.empty(N, device=meta, dtype=torch.long)
+    loss = linear_cross_entropy(hidden, weight, target, reduction=reduction)
+    assert (loss.shape, loss.dtype) == ((N,) if reduction == "none" else (), torch.float32)
+    loss.sum().backward()
+    assert (weight.grad.shape, weight.grad.dtype) == ((V, D), torch.bfloat16)
+    assert linear_token_stats(hidden, weight, target).entropy.is_meta
+
+
 def test_probability_targets(device):
     problem = Problem(device)
     target = torch.softmax(torch.randn(N, V, device=device), -1)

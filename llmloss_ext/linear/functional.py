@@ -68,11 +68,13 @@ def linear_cross_entropy(
         z_loss: Factor of lse^2.
         softcap: If given, x = softcap * tanh(logit_scale * logits / softcap).
         logit_scale: Factor of the logits; a 0-d tensor gets its gradient.
-        token_weight: A weight for each token, shaped like the target of indices.
+        token_weight: A weight for each token, shaped like the target of indices. It belongs to the
+            label, and is shifted with it.
         num_items: Replaces the denominator of the mean.
         vocab_size: Only the first ``vocab_size`` rows of the weight take part.
         shift: With 1, the hidden state at position i of the second to last dimension predicts
-            ``target[..., i + 1]``; nothing of the size of the hidden states is copied.
+            ``target[..., i + 1]``; nothing of the size of the hidden states is copied. Without a
+            reduction, the loss of that label stands at position i.
         chunk_tokens: Tokens of a chunk; by default what `llmloss_ext.plan` says.
         max_chunk_bytes: The most that the logits of a chunk may take.
         drop_ignored: Whether ignored tokens are left out of the matrix products. By default on a
@@ -106,7 +108,7 @@ def linear_cross_entropy(
     if num_items is not None:
         num_items = dense._items(num_items, reduction, input)
     if token_weight is not None:
-        token_weight = dense._token_weight(token_weight, call.shape, input).reshape(-1)
+        token_weight = call.token_weights(token_weight, input)
     is_row_by_row = (
         reduction == "none"
         or weight_grad_accumulator is not None
@@ -333,7 +335,8 @@ def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> No
 
 
 def _is_autocast(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _autocast(hidden: Tensor) -> Tensor:
@@ -341,6 +344,10 @@ def _autocast(hidden: Tensor) -> Tensor:
     if not _is_autocast(hidden) or hidden.dtype == torch.float64:
         return hidden
     return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+
+
+def _shift(labels: Tensor, shift: int, fill: int) -> Tensor:
+    return F.pad(labels[..., shift:], (0, min(shift, labels.shape[-1])), value=fill)
 
 
 class _LinearCall:
@@ -414,7 +421,14 @@ class _LinearCall:
                 "shift must be an integer >= 0, with class indices (..., S) as targets; got "
                 f"shift={shift} and targets of shape {tuple(target.shape)}, {target.dtype}"
             )
-        return F.pad(target[..., shift:], (0, min(shift, target.shape[-1])), value=ignore_index)
+        return _shift(target, shift, ignore_index)
+
+    def token_weights(self, token_weight: Tensor, input: Tensor) -> Tensor:
+        """(N), of the labels that the tokens predict."""
+        token_weight = dense._token_weight(token_weight, self.shape, input)
+        if self.shift:
+            token_weight = _shift(token_weight, self.shift, 0)
+        return token_weight.reshape(-1)
 
     def chunk_options(
         self,
