@@ -18,6 +18,7 @@ from llmloss_ext import (
     linear_token_stats,
     token_stats,
 )
+from llmloss_ext.linear import autograd
 
 N, D, V = 37, 16, 101
 
@@ -177,6 +178,94 @@ def test_a_drop_in_for_torchs(device):
         kwargs = {"linear_bias": problem.bias, **options}
         expected = F.linear_cross_entropy(*arguments, **kwargs)
         assert_close(linear_cross_entropy(*arguments, **kwargs), expected, 1e-5)
+
+
+class Options:
+    """The fields that are read of torch.nn.LinearCrossEntropyOptions, which torch 2.11 lacks."""
+
+    batch_chunk_size = 8
+    acc_dtype = torch.bfloat16
+
+
+def test_torchs_options(device, monkeypatch):
+    problem = Problem(device, torch.bfloat16, bias=False)
+    seen = []
+    monkeypatch.setattr(
+        autograd, "loss", lambda *args: seen.append(args[-1]) or torch.zeros((), device=device)
+    )
+    arguments = (problem.hidden, problem.weight, problem.target)
+    linear_cross_entropy(*arguments, options=Options())
+    assert (seen[0].chunk_tokens, seen[0].weight_grad_dtype) == (8, torch.bfloat16)
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        linear_cross_entropy(*arguments, options=torch.nn.LinearCrossEntropyOptions())
+        linear_cross_entropy(*arguments)
+        assert seen[1] == seen[2]
+    with pytest.raises(ValueError, match="chunk_tokens=9, but options say 8"):
+        linear_cross_entropy(*arguments, options=Options(), chunk_tokens=9)
+
+
+@pytest.mark.parametrize("positions", [(3,), (2, 3)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_k_dimensional_losses(device, positions, reduction, probabilities):
+    """As torch defines them: logits (N, V, d1, ...) = hidden @ weight of (V, d1, ..., D)."""
+    hidden = torch.randn(N, D, device=device, requires_grad=True)
+    weight = torch.randn(V, *positions, D, device=device, requires_grad=True)
+    bias = torch.randn(V, *positions, device=device, requires_grad=True)
+    if probabilities:
+        target = torch.softmax(torch.randn(N, V, *positions, device=device), 1)
+    else:
+        target = torch.randint(0, V, (N, *positions), device=device)
+        target[::3] = -100
+    options = {"weight": torch.rand(V, device=device), "label_smoothing": 0.1}
+    ours = linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction=reduction,
+                                **options)  # fmt: skip
+    logits = torch.einsum("nd,v...d->nv...", hidden, weight) + bias
+    theirs = F.cross_entropy(logits, target, reduction=reduction, **options)
+    assert_close(ours, theirs, 1e-5)
+    leaves = (hidden, weight, bias)
+    upstream = torch.randn_like(theirs)
+    for grad, want in zip(
+        torch.autograd.grad(ours, leaves, upstream),
+        torch.autograd.grad(theirs, leaves, upstream),
+        strict=True,
+    ):
+        assert_close(grad, want, 1e-5)
+    if hasattr(F, "linear_cross_entropy"):
+        torchs = F.linear_cross_entropy(hidden, weight, target, linear_bias=bias,
+                                        reduction=reduction, **options)  # fmt: skip
+        assert_close(ours, torchs, 1e-5)
+
+
+def test_probability_targets_of_another_dtype(device):
+    problem = Problem(device, torch.bfloat16)
+    target = torch.softmax(torch.randn(N, V, device=device), -1)
+    ours = linear(target)(problem.hidden, problem.weight)
+    assert torch.equal(ours, linear(target.bfloat16())(problem.hidden, problem.weight))
+
+
+def test_int32_targets_and_an_ignore_index_they_cannot_hold(device):
+    problem = Problem(device)
+    target = problem.target.clamp_min(0)
+    for shift in (0, 1):
+        long, short = (
+            linear_cross_entropy(problem.hidden, problem.weight, t, ignore_index=2**40, shift=shift)
+            for t in (target, target.int())
+        )
+        assert torch.equal(long, short)
+    logits = problem.hidden @ problem.weight.t()
+    dense = cross_entropy(logits, target.int(), ignore_index=2**40)
+    assert_close(dense, F.cross_entropy(logits, target), 1e-5)
+
+
+def test_no_ignore_index_is_torchs_default(device):
+    problem = Problem(device)
+    arguments = (problem.hidden, problem.weight, problem.target)
+    assert torch.equal(
+        linear_log_probs(*arguments, ignore_index=None), linear_log_probs(*arguments)
+    )
+    stats = linear_token_stats(*arguments, ignore_index=None)
+    assert torch.equal(stats.lse, linear_token_stats(*arguments, ignore_index=-100).lse)
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -629,7 +718,11 @@ def test_data_parallel(tmp_path):
 
 ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("features", {"linear_weight": torch.randn(V, D + 1)}, ValueError, "a weight (V, D), got"),
-    ("rank", {"linear_weight": torch.randn(V, 2, D)}, ValueError, "a weight (V, D), got"),
+    ("rank", {"linear_weight": torch.randn(V)}, ValueError, "a weight (V, D), got"),
+    ("dimensions", {"linear_weight": torch.randn(V, 2, D)}, ValueError,
+     f"target must have shape ({N}, 2), got"),
+    ("dimensions' shift", {"linear_weight": torch.randn(V, 2, D), "shift": 1}, ValueError,
+     "shift and weight_grad_accumulator need a weight (V, D)"),
     ("empty", {"linear_weight": torch.randn(0, D)}, ValueError, "the weight is empty"),
     ("bias", {"linear_bias": torch.randn(V + 1)}, ValueError, "the bias must have shape"),
     ("target", {"target": torch.zeros(N + 1).long()}, ValueError, "does not fit hidden states"),
@@ -649,7 +742,23 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("accumulator", {"weight_grad_accumulator": torch.zeros(V, 3)}, ValueError, "the weight's"),
     ("accumulator dtype",
      {"weight_grad_accumulator": torch.zeros(V, D).half(), "weight_grad_dtype": torch.float32},
-     ValueError, "contiguous and of torch.float32"),
+     ValueError, "weight_grad_accumulator must be of torch.float32, got torch.float16"),
+    ("accumulator strides", {"weight_grad_accumulator": torch.zeros(D, V).t()}, ValueError,
+     f"weight_grad_accumulator must be contiguous, got strides (1, {V})"),
+    ("complex bias", {"linear_bias": torch.zeros(V).cfloat()}, RuntimeError,
+     "linear_bias must be float32, bfloat16, float16 or float64, got torch.complex64"),
+    ("integer bias", {"linear_bias": torch.zeros(V).int()}, RuntimeError, "linear_bias must be"),
+    ("half a chunk", {"chunk_tokens": 2.5}, TypeError, "chunk_tokens must be an integer, got 2.5"),
+    ("half a byte", {"max_chunk_bytes": 1e6}, TypeError, "max_chunk_bytes must be an integer"),
+    ("half an index", {"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+    ("half a shift", {"shift": 0.5}, TypeError, "shift must be an integer, got 0.5"),
+    ("half a class", {"vocab_size": 9.5}, TypeError, "vocab_size must be an integer, got 9.5"),
+    ("bytes as targets", {"target": torch.zeros(N).byte(), "shift": 1}, RuntimeError,
+     "expected class indices of int64 or int32, got torch.uint8"),
+    ("probabilities ignored", {"target": torch.rand(N, V), "ignore_index": 3}, RuntimeError,
+     "ignore_index is not supported for floating point target"),
+    ("options", {"options": {"batch_chunk_size": 3}}, TypeError,
+     "options must be a torch.nn.LinearCrossEntropyOptions, got dict"),
     ("gradient dtype", {"weight_grad_dtype": torch.int8}, ValueError, "weight_grad_dtype must be"),
     ("device", {"target": torch.zeros(N, device="meta").long()}, RuntimeError, "same device"),
 ]  # fmt: skip

@@ -61,7 +61,7 @@ def test_chunks_and_dropped_tokens(chunks, name):
     for options, expected in (
         ({}, [15]),
         ({"drop_ignored": False}, [24]),
-        ({"chunk_tokens": 10}, [10, 5]),
+        ({"chunk_tokens": 10}, [8, 7]),
         ({"chunk_tokens": 10, "drop_ignored": False}, [10, 10, 4]),
         ({"max_chunk_bytes": 12 * row, "drop_ignored": False}, [12, 12]),
         ({"ignore_index": 49}, [24]),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from llmloss_ext import composite, ops
 from llmloss_ext import functional as dense
-from llmloss_ext.composite import LogitOptions, real_of
+from llmloss_ext.composite import real_of
 from llmloss_ext.functional import TokenStats
 from llmloss_ext.linear import autograd, operators
 from llmloss_ext.linear.autograd import ChunkOptions
@@ -33,6 +34,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: Any = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
@@ -56,15 +58,20 @@ def linear_cross_entropy(
 
     Args:
         input: Hidden states (D), (N, D) or (..., D); float32, bfloat16, float16 or float64.
-        linear_weight: The projection (V, D), of the input's dtype; under autocast of any, and its
-            gradient is then not rounded to the lower one.
-        target: Class indices of shape (), (N) or (...), int64 or int32; or probabilities (..., V)
-            of the input's dtype.
-        linear_bias: (V).
+        linear_weight: The projection (V, D), or for a K-dimensional loss (V, d1, ..., dK, D), of
+            the input's dtype; under autocast of any, and its gradient is then not rounded to the
+            lower one.
+        target: Class indices of shape (), (N) or (...), int64 or int32; or probabilities (..., V),
+            which are converted to the input's dtype. K-dimensional: (N, d1, ..., dK), or
+            (N, V, d1, ..., dK).
+        linear_bias: (V), or (V, d1, ..., dK).
         weight: Class weights (V).
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: Tokens with this target take no part; None: -100.
         label_smoothing: In [0, 1].
+        options: A `torch.nn.LinearCrossEntropyOptions`: its ``batch_chunk_size`` is taken as
+            ``chunk_tokens`` and its ``acc_dtype`` as ``weight_grad_dtype``. The rest chooses
+            between ways of torch's that there are not here.
         z_loss: Factor of lse^2.
         softcap: If given, x = softcap * tanh(logit_scale * logits / softcap).
         logit_scale: Factor of the logits; a 0-d tensor gets its gradient.
@@ -75,10 +82,11 @@ def linear_cross_entropy(
         shift: With 1, the hidden state at position i of the second to last dimension predicts
             ``target[..., i + 1]``; nothing of the size of the hidden states is copied. Without a
             reduction, the loss of that label stands at position i.
-        chunk_tokens: Tokens of a chunk; by default what `llmloss_ext.plan` says.
+        chunk_tokens: Tokens of a chunk at most; by default what `llmloss_ext.plan` says.
         max_chunk_bytes: The most that the logits of a chunk may take.
         drop_ignored: Whether ignored tokens are left out of the matrix products. By default on a
-            CPU; on CUDA it has to wait for the device to know their number.
+            CPU; on CUDA it has to wait for the device to know their number. Where they are not
+            left out, their hidden states must be finite: the weight's gradient adds 0 times them.
         weight_grad_dtype: In which the weight's gradient is accumulated over the chunks before it
             is rounded once; by default float32 (float64 for float64).
         weight_grad_accumulator: A (V, D) tensor of that dtype (a trainer's ``main_grad``) to which
@@ -92,6 +100,7 @@ def linear_cross_entropy(
         ValueError: Shapes that do not fit, or an option out of range.
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index`` (on CUDA, that
             token's loss is nan instead).
+        TypeError: An integer option that is none, or ``options`` that are not torch's.
         RuntimeError: A wrong dtype or device.
 
     Example:
@@ -99,14 +108,28 @@ def linear_cross_entropy(
         >>> loss = linear_cross_entropy(hidden, model.head.weight, tokens, shift=1)
         >>> loss.backward()
     """
-    loss = dense._loss_options(label_smoothing, z_loss, reduction)
-    ignored = -100 if ignore_index is None else ignore_index
+    loss = dense.loss_options(label_smoothing, z_loss, reduction)
+    if options is not None:
+        chunk_tokens, weight_grad_dtype = _torchs_options(options, chunk_tokens, weight_grad_dtype)
+    if linear_weight.dim() > 2:
+        if shift or weight_grad_accumulator is not None:
+            raise ValueError(
+                "shift and weight_grad_accumulator need a weight (V, D), got "
+                f"{tuple(linear_weight.shape)}"
+            )
+        return _multi_dimensional(
+            input, linear_weight, target, linear_bias, token_weight, reduction, num_items,
+            weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size,
+            chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes, drop_ignored=drop_ignored,
+            weight_grad_dtype=weight_grad_dtype,
+        )  # fmt: skip
     call = _LinearCall(
-        input, linear_weight, target, linear_bias, weight, ignored, softcap, logit_scale,
+        input, linear_weight, target, linear_bias, weight, ignore_index, softcap, logit_scale,
         vocab_size, shift,
     )  # fmt: skip
     if num_items is not None:
-        num_items = dense._items(num_items, reduction, input)
+        num_items = dense.items_tensor(num_items, reduction, input)
     if token_weight is not None:
         token_weight = call.token_weights(token_weight, input)
     is_row_by_row = (
@@ -136,9 +159,83 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         return losses.reshape(call.shape)
-    items = (weight, token_weight, num_items, ignored, loss.reduction)
+    items = (weight, token_weight, num_items, call.options.ignore_index, loss.reduction)
     denominator = operators.total_items(call.hidden, call.targets, *items)
     return composite.reduce(losses, denominator, loss.reduction)
+
+
+def _torchs_options(
+    options: Any, chunk_tokens: int | None, weight_grad_dtype: torch.dtype | None
+) -> tuple[int | None, torch.dtype | None]:
+    """chunk_tokens and weight_grad_dtype, from torch's options where they say so."""
+    try:
+        theirs = (options.batch_chunk_size, options.acc_dtype)
+    except AttributeError:
+        raise TypeError(
+            f"options must be a torch.nn.LinearCrossEntropyOptions, got {type(options).__name__}"
+        ) from None
+    for name, ours, their in zip(
+        ("chunk_tokens", "weight_grad_dtype"), (chunk_tokens, weight_grad_dtype), theirs,
+        strict=True,
+    ):  # fmt: skip
+        if ours is not None and their is not None and ours != their:
+            raise ValueError(f"{name}={ours}, but options say {their}")
+    return chunk_tokens or theirs[0], weight_grad_dtype or theirs[1]
+
+
+def _multi_dimensional(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    token_weight: Tensor | None,
+    reduction: str,
+    num_items: int | Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """Torch's K-dimensional loss: a classification at each of d1 x ... x dK positions."""
+    classes, *positions, features = linear_weight.shape
+    shape = (input.shape[0], *positions) if input.dim() == 2 else None
+    probabilities = target.is_floating_point()
+    if shape is None or input.shape[-1] != features:
+        raise ValueError(
+            "a K-dimensional loss takes hidden states (N, D) and a weight (V, d1, ..., dK, D), got "
+            f"{tuple(input.shape)} and {tuple(linear_weight.shape)}"
+        )
+    for name, given, expected in (
+        ("linear_bias", linear_bias, (classes, *positions)),
+        ("target", target, (shape[0], classes, *positions) if probabilities else shape),
+        ("token_weight", token_weight, shape),
+    ):
+        if given is not None and tuple(given.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(given.shape)}")
+
+    def each(tensor: Tensor | None, dim: int = 1) -> Sequence[Any]:
+        # (..., d1, ..., dK, ...), whose first such dimension is `dim`, by position.
+        if tensor is None:
+            return [None] * math.prod(positions)
+        return tensor.flatten(dim, dim + len(positions) - 1).unbind(dim)
+
+    targets, tokens = each(target, 2 if probabilities else 1), each(token_weight)
+    losses = torch.stack([
+        linear_cross_entropy(
+            input, w, y, linear_bias=b, token_weight=t,
+            reduction="none" if reduction == "none" else "sum", **options,
+        )
+        for w, y, b, t in zip(each(linear_weight), targets, each(linear_bias), tokens, strict=True)
+    ], dim=-1)  # fmt: skip
+    if reduction == "none":
+        return losses.reshape(shape)
+    if reduction == "sum":
+        return losses.sum()
+    if num_items is not None:
+        return losses.sum() / dense.items_tensor(num_items, reduction, input)
+    ignored = -100 if options["ignore_index"] is None else options["ignore_index"]
+    rows = [
+        composite.denominators(input, y, options["weight"], t, ignored)
+        for y, t in zip(targets, tokens, strict=True)
+    ]
+    return losses.sum() / torch.stack(rows).sum()
 
 
 def linear_token_stats(
@@ -148,7 +245,7 @@ def linear_token_stats(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
@@ -191,7 +288,7 @@ def linear_log_probs(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
@@ -307,7 +404,7 @@ def _rows(hidden: Tensor) -> Tensor:
 
 
 def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if hidden.dtype not in dense._FLOATS:
+    if hidden.dtype not in dense.FLOATS:
         raise RuntimeError(
             f"expected hidden states of float32, bfloat16, float16 or float64, got {hidden.dtype}"
         )
@@ -322,6 +419,11 @@ def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> No
         raise RuntimeError(
             f"expected input and weight on the same device, got {hidden.device} and {weight.device}"
         )
+    for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is not None and tensor.dtype not in dense.FLOATS:
+            raise RuntimeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
     if weight.dtype != hidden.dtype and not _is_autocast(hidden):
         raise RuntimeError(
             f"expected input and weight of the same dtype, got {hidden.dtype} and {weight.dtype}; "
@@ -366,7 +468,7 @@ class _LinearCall:
         target: Tensor,
         linear_bias: Tensor | None,
         weight: Tensor | None,
-        ignore_index: int,
+        ignore_index: int | None,
         softcap: float | None,
         logit_scale: float | Tensor,
         vocab_size: int | None,
@@ -374,46 +476,35 @@ class _LinearCall:
     ) -> None:
         _check_projection(input, linear_weight, linear_bias)
         input = _autocast(input)
-        if _is_autocast(input) and target.is_floating_point():
-            target = target.to(input.dtype)
+        ignore_index = -100 if ignore_index is None else ignore_index
+        ignore_index = dense.as_integer("ignore_index", ignore_index)
+        if target.device != input.device:
+            raise RuntimeError(
+                f"expected input and target on the same device, got {input.device} and "
+                f"{target.device}"
+            )
         self.linear_weight, self.linear_bias, self.weight = linear_weight, linear_bias, weight
         self.shape = input.shape[:-1]
         self.has_probabilities = target.is_floating_point()
+        if self.has_probabilities:
+            target = target.to(input.dtype)
         vocabulary = linear_weight.shape[0]
-        self.given, self.shift = target, shift
         expected = (*self.shape, vocabulary) if self.has_probabilities else tuple(self.shape)
         if tuple(target.shape) != expected:
             raise ValueError(
                 f"target of shape {tuple(target.shape)} does not fit hidden states of shape "
                 f"{tuple(input.shape)}: expected {expected}"
             )
-        if shift:
-            target = self._shifted(target, shift, ignore_index)
+        target = dense.check_target(target, input, ignore_index)
+        self.given, self.shift = target, dense.as_integer("shift", shift)
+        if self.shift:
+            target = self._shifted(target, self.shift, ignore_index)
         self.hidden = _rows(input)
         self.targets = target.reshape(self.hidden.shape[0], *expected[len(self.shape) :])
-        # The rest is the dense function's to check, on logits that nobody computes.
-        logits = torch.empty_strided(
-            (1, vocabulary), (vocabulary, 1), dtype=input.dtype, device="meta"
+        dense.check_weight(weight, vocabulary, input)
+        self.options, self.scale = dense.logit_options(
+            logit_scale, softcap, vocab_size, ignore_index, vocabulary, input
         )
-        checked = dense._Call(
-            logits,
-            torch.empty((1, vocabulary) if self.has_probabilities else 1, dtype=target.dtype,
-                        device="meta"),
-            None, softcap, 1.0, vocab_size, ignore_index,
-        )  # fmt: skip
-        if target.device != input.device:
-            raise RuntimeError(
-                f"expected input and target on the same device, got {input.device} and "
-                f"{target.device}"
-            )
-        dense._Call._check_weight(checked, weight, vocabulary, input)
-        self.scale: Tensor | None = None
-        self.options: LogitOptions = checked.options
-        if isinstance(logit_scale, Tensor):
-            dense._Call._check_scale(logit_scale, input)
-            self.scale = logit_scale
-        else:
-            self.options = self.options._replace(scale=float(logit_scale))
 
     def _shifted(self, target: Tensor, shift: int, ignore_index: int) -> Tensor:
         if shift < 0 or self.has_probabilities or target.dim() == 0:
@@ -425,7 +516,7 @@ class _LinearCall:
 
     def token_weights(self, token_weight: Tensor, input: Tensor) -> Tensor:
         """(N), of the labels that the tokens predict."""
-        token_weight = dense._token_weight(token_weight, self.shape, input)
+        token_weight = dense.check_token_weight(token_weight, self.shape, input)
         if self.shift:
             token_weight = _shift(token_weight, self.shift, 0)
         return token_weight.reshape(-1)
@@ -441,6 +532,10 @@ class _LinearCall:
         """How to walk through the tokens, by the plan."""
         hidden, weight = self.hidden, self.linear_weight
         tokens, features = hidden.shape
+        if chunk_tokens is not None:
+            chunk_tokens = dense.as_integer("chunk_tokens", chunk_tokens)
+        if max_chunk_bytes is not None:
+            max_chunk_bytes = dense.as_integer("max_chunk_bytes", max_chunk_bytes)
         planned = plan(
             tokens, features, weight.shape[0], hidden.dtype, hidden.device,
             chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
@@ -452,10 +547,15 @@ class _LinearCall:
                     f"weight_grad_accumulator must have the weight's shape {tuple(weight.shape)} "
                     f"on {weight.device}, got {tuple(accumulator.shape)} on {accumulator.device}"
                 )
-            if accumulator.dtype != weight_grad_dtype or not accumulator.is_contiguous():
+            if accumulator.dtype != weight_grad_dtype:
                 raise ValueError(
-                    f"weight_grad_accumulator must be contiguous and of {weight_grad_dtype}, got "
+                    f"weight_grad_accumulator must be of {weight_grad_dtype}, got "
                     f"{accumulator.dtype}"
+                )
+            if not accumulator.is_contiguous():
+                raise ValueError(
+                    "weight_grad_accumulator must be contiguous, got strides "
+                    f"{accumulator.stride()} for shape {tuple(accumulator.shape)}"
                 )
             if accumulator.requires_grad:
                 raise ValueError("weight_grad_accumulator must not require a gradient itself")

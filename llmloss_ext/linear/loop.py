@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmloss_ext.composite import real_of
-from llmloss_ext.linear.planning import block_rows, first_part_rows, row_stride
+from llmloss_ext.linear.planning import block_rows, even_chunk, first_part_rows, row_stride
 
 Rows = slice | Tensor
 """The rows of a chunk: neighbours, or the indices of those that are not ignored."""
@@ -42,7 +42,8 @@ def chunk_rows(tokens: int, chunk_tokens: int, valid: Tensor | None) -> Iterator
     """
     indices = None if valid is None else valid.nonzero().squeeze(1)
     if indices is not None and indices.numel() < tokens:
-        yield from torch.split(indices, chunk_tokens) if indices.numel() else ()
+        if indices.numel():
+            yield from torch.split(indices, even_chunk(indices.numel(), chunk_tokens))
         return
     for begin in range(0, tokens, chunk_tokens):
         yield slice(begin, min(begin + chunk_tokens, tokens))

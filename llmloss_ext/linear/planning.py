@@ -205,9 +205,13 @@ def _chunk_tokens(
         chunk = max(default // row_bytes, _LEAST_TOKENS.get(kind, _LEAST_TOKENS["cuda"]))
     else:
         chunk = budget // row_bytes
-    if chunk >= most:
-        return most
-    # Chunks of one size: a short last one would waste a pass over the weight.
-    even = -(-most // -(-most // chunk))
+    return even_chunk(most, chunk)
+
+
+def even_chunk(tokens: int, most: int) -> int:
+    """Tokens of chunks of one size: a short last one would waste a pass over the weight."""
+    if tokens <= most:
+        return max(tokens, 1)
+    even = -(-tokens // -(-tokens // most))
     rounded = -(-even // 16) * 16
-    return rounded if rounded <= chunk else even
+    return rounded if rounded <= most else even
