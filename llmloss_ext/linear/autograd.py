@@ -94,7 +94,9 @@ def _loss_and_gradients(inputs: Any, others: Any, options: Any, needs: list[bool
     input, linear_weight, linear_bias, logit_scale = inputs
     target, weight, token_weight, num_items = others
     logits, loss, chunks = options
-    return operators.linear_loss(
+    is_opaque = operators.must_be_opaque(input)
+    run: Any = operators.linear_loss if is_opaque else operators.compute_loss
+    return run(
         input, linear_weight, target, linear_bias, weight, token_weight, num_items, logit_scale,
         *logits, *loss, chunks.chunk_tokens, chunks.drop_ignored, needs, chunks.weight_grad_dtype,
     )  # fmt: skip
@@ -162,7 +164,9 @@ class _Stats(Function):
         wanted: tuple[bool, bool, bool],
         chunks: ChunkOptions,
     ) -> tuple[Tensor, ...]:
-        output = operators.linear_stats(
+        is_opaque = operators.must_be_opaque(input)
+        run: Any = operators.linear_stats if is_opaque else operators.compute_stats
+        output = run(
             input, linear_weight, target, linear_bias, weight, logit_scale, *logits, list(wanted),
             chunks.chunk_tokens, chunks.drop_ignored,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from llmloss_ext.functional import TokenStats
 from llmloss_ext.linear import autograd, operators
 from llmloss_ext.linear.autograd import ChunkOptions
 from llmloss_ext.linear.distillation import check_divergence, kl_div
-from llmloss_ext.linear.planning import plan
+from llmloss_ext.linear.planning import plan, tokens_of_a_chunk
 
 __all__ = ["linear_cross_entropy", "linear_kl_div", "linear_log_probs", "linear_token_stats"]
 
@@ -531,14 +531,13 @@ class _LinearCall:
     ) -> ChunkOptions:
         """How to walk through the tokens, by the plan."""
         hidden, weight = self.hidden, self.linear_weight
-        tokens, features = hidden.shape
         if chunk_tokens is not None:
             chunk_tokens = dense.as_integer("chunk_tokens", chunk_tokens)
         if max_chunk_bytes is not None:
             max_chunk_bytes = dense.as_integer("max_chunk_bytes", max_chunk_bytes)
-        planned = plan(
-            tokens, features, weight.shape[0], hidden.dtype, hidden.device,
-            chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
+        tokens = tokens_of_a_chunk(
+            hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, chunk_tokens,
+            max_chunk_bytes,
         )  # fmt: skip
         if accumulator is not None:
             weight_grad_dtype = weight_grad_dtype or accumulator.dtype
@@ -568,7 +567,7 @@ class _LinearCall:
             )
         if drop_ignored is None:
             drop_ignored = hidden.device.type == "cpu"
-        return ChunkOptions(planned.chunk_tokens, drop_ignored, weight_grad_dtype or real)
+        return ChunkOptions(tokens, drop_ignored, weight_grad_dtype or real)
 
     def stats(
         self,

@@ -14,6 +14,8 @@ from torch import Tensor
 from llmloss_ext.composite import real_of
 from llmloss_ext.linear.planning import block_rows, even_chunk, first_part_rows, row_stride
 
+_HUGE_PAGE = 2 << 20
+
 Rows = slice | Tensor
 """The rows of a chunk: neighbours, or the indices of those that are not ignored."""
 
@@ -52,7 +54,7 @@ def chunk_rows(tokens: int, chunk_tokens: int, valid: Tensor | None) -> Iterator
 def new_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory of many megabytes."""
     buffer = torch.empty(shape, dtype=dtype, device=like.device)
-    if buffer.device.type == "cpu":
+    if buffer.device.type == "cpu" and buffer.nbytes >= _HUGE_PAGE:
         torch.ops.llmloss.prefer_huge_pages_(buffer)
     return buffer
 
@@ -83,7 +85,8 @@ class Projection:
         shape = (min(chunk_tokens, tokens), row_stride(vocab_size, dtype))
         buffer = new_buffer(self.hidden, shape, dtype)
         # oneDNN's products read a column too many and multiply it by 0: no nan may stand there.
-        buffer[:, vocab_size:] = 0
+        if vocab_size < shape[1]:
+            buffer[:, vocab_size:] = 0
         for rows in chunk_rows(tokens, chunk_tokens, valid):
             hidden = take(self.hidden, rows)
             logits = buffer[: hidden.shape[0], :vocab_size]

@@ -122,11 +122,11 @@ def plan(
     ):
         if asked is not None and asked not in _DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {asked}")
-    kind = torch.device(device).type
     if features < 1 or vocab_size < 1 or tokens < 0:
         raise ValueError(f"expected N >= 0, D >= 1 and V >= 1, got {tokens, features, vocab_size}")
+    kind = torch.device(device).type
     row_bytes = row_stride(vocab_size, dtype) * dtype.itemsize
-    chunk = _chunk_tokens(tokens, row_bytes, kind, chunk_tokens, max_chunk_bytes)
+    chunk = tokens_of_a_chunk(tokens, vocab_size, dtype, kind, chunk_tokens, max_chunk_bytes)
     with_input, with_weight = needs_grad
     products = 1 + with_input + with_weight
     if recompute and (with_input or with_weight):
@@ -187,9 +187,19 @@ def _block_bytes(
     return rows * features * (dtype.itemsize + is_added * accumulated.itemsize)
 
 
-def _chunk_tokens(
-    tokens: int, row_bytes: int, kind: str, asked: int | None, budget: int | None
+def tokens_of_a_chunk(
+    tokens: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    kind: str,
+    asked: int | None,
+    budget: int | None,
 ) -> int:
+    """The part of `plan` that a call needs.
+
+    ``asked`` is its ``chunk_tokens``, ``budget`` its ``max_chunk_bytes``, ``kind`` the device's.
+    """
+    row_bytes = row_stride(vocab_size, dtype) * dtype.itemsize
     if asked is not None and asked < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {asked}")
     if budget is not None and budget < row_bytes:
