@@ -688,6 +688,75 @@ def test_module_with_tied_embeddings(device):
     assert "features=16" in repr(own)
 
 
+def test_module_with_a_borrowed_head_and_an_accumulator(device):
+    from llmloss_ext.nn import LinearCrossEntropyLoss
+
+    head = torch.nn.Linear(D, V, device=device)
+    loss = LinearCrossEntropyLoss(D, V, linear_weight=head.weight, linear_bias=head.bias)
+    assert loss.linear_bias is head.bias
+    hidden, target = torch.randn(N, D, device=device), torch.randint(0, V, (N,), device=device)
+    main_grad = torch.zeros_like(head.weight)
+    value = loss(hidden, target, weight_grad_accumulator=main_grad)
+    value.backward()
+    assert head.weight.grad is None
+    expected = F.cross_entropy(head(hidden), target)
+    assert_close(value, expected, 1e-5)
+    want = torch.autograd.grad(expected, (head.weight, head.bias))
+    assert_close(main_grad, want[0], 1e-5)
+    assert_close(head.bias.grad, want[1], 1e-5)
+
+
+def test_tensors_of_modules_that_are_no_parameters_are_buffers():
+    """So they move with the module; those it borrowed stay out of its state dict."""
+    from llmloss_ext import nn
+
+    scale = torch.tensor(0.5)
+    linear_loss = nn.LinearCrossEntropyLoss(
+        D, V, linear_weight=torch.randn(V, D), linear_bias=torch.randn(V), logit_scale=scale
+    )
+    for module in (linear_loss, nn.CrossEntropyLoss(logit_scale=scale)):
+        assert set(module.state_dict()) == {"logit_scale"}
+        assert module.to(torch.float64).logit_scale.dtype == torch.float64
+        assert not list(module.parameters())
+    assert linear_loss.linear_weight.dtype == torch.float64
+    learned = torch.nn.Parameter(scale)
+    for module in (nn.LinearCrossEntropyLoss(D, V, logit_scale=learned),
+                   nn.CrossEntropyLoss(logit_scale=learned)):  # fmt: skip
+        assert module.logit_scale is learned
+
+
+def test_attributes_of_the_module():
+    from llmloss_ext.nn import LinearCrossEntropyLoss
+
+    loss = LinearCrossEntropyLoss(D, V, reduction="sum", ignore_index=3, label_smoothing=0.1)
+    assert (loss.reduction, loss.ignore_index, loss.label_smoothing) == ("sum", 3, 0.1)
+    hidden, target = torch.randn(N, D), torch.arange(N)
+    loss.reduction = "none"
+    assert loss(hidden, target).shape == (N,)
+    assert "reduction=none, ignore_index=3, label_smoothing=0.1" in repr(loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between"),
+     ({"z_loss": -1.0}, ValueError, "z_loss must be"),
+     ({"reduction": "avg"}, ValueError, "not a valid value for reduction"),
+     ({"weight": torch.ones(V + 1)}, ValueError, "weight must be"),
+     ({"linear_bias": torch.ones(V + 1)}, ValueError, "linear_bias must be"),
+     ({"linear_weight": torch.ones(V, D + 1)}, ValueError, "linear_weight must be"),
+     ({"linear_bias": torch.ones(V), "bias": True}, ValueError, "linear_bias is one already"),
+     ({"smoothing": 0.1}, TypeError, "has no option smoothing")],
+)  # fmt: skip
+def test_the_modules_constructor_refuses(options, kind, words):
+    from llmloss_ext.nn import CrossEntropyLoss, LinearCrossEntropyLoss
+
+    with pytest.raises(kind, match=words):
+        LinearCrossEntropyLoss(D, V, **options)
+    if options.keys() & {"label_smoothing", "z_loss", "reduction"}:
+        with pytest.raises(kind, match=words):
+            CrossEntropyLoss(**options)
+
+
 def test_data_parallel(tmp_path):
     """The gradients pass through DistributedDataParallel's hooks, whichever backward it is."""
     from llmloss_ext.nn import LinearCrossEntropyLoss
