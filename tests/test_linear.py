@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import datetime
+import time
 from typing import Any
 
 import pytest
@@ -783,6 +785,81 @@ def test_data_parallel(tmp_path):
             assert torch.equal(p.grad, q.grad), name
     finally:
         torch.distributed.destroy_process_group()
+
+
+def rank_of_two(rank: int, folder: str) -> None:
+    """One of two data-parallel ranks: their tokens differ, and one has none for the last loss."""
+    from llmloss_ext.nn import LinearCrossEntropyLoss
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    results = []
+    for reduction, with_items in (("mean", False), ("none", False), ("mean", True)):
+        model = LinearCrossEntropyLoss(D, V, bias=True, reduction=reduction)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        hidden, target = torch.randn(2, N, D), torch.randint(0, V, (2, N))
+        target[1, : N if with_items else 9] = -100
+        items = 20 if with_items else None
+        parallel(hidden[rank], target[rank], num_items=items).sum().backward()
+        alone = copy.deepcopy(model)
+        alone.zero_grad()
+        for x, y in zip(hidden, target, strict=True):
+            (alone(x, y, num_items=items).sum() / 2).backward()
+        results.append([(p.grad, q.grad) for p, q in
+                        zip(model.parameters(), alone.parameters(), strict=True)])  # fmt: skip
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel_with_two_ranks(tmp_path):
+    """Each gets the mean of both gradients; a rank without tokens keeps nobody waiting."""
+    context = torch.multiprocessing.start_processes(
+        rank_of_two, args=(str(tmp_path),), nprocs=2, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + 120
+    try:
+        while not context.join(timeout=5):
+            assert time.monotonic() < deadline, "the ranks hang"
+    finally:
+        for process in context.processes:
+            process.kill()
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for one, two in zip(*ranks, strict=True):
+        for (grad, expected), (other, _) in zip(one, two, strict=True):
+            assert torch.equal(grad, other)
+            assert_close(grad, expected, 1e-6)
+            assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_opcheck(dtype):
+    """The operators that tracers see: their fake kernels give what they return."""
+    problem = Problem("cpu", dtype)
+    scale = torch.tensor(0.7)
+    where = (problem.hidden, problem.weight, problem.target, problem.bias)
+    logits = (1.0, 5.0, -100, V)
+    needs, tests = [True] * 4, ("test_schema", "test_faketensor")
+    ops = torch.ops.llmloss
+    torch.library.opcheck(
+        ops.linear_loss.default,
+        (*where, None, None, None, scale, *logits, 0.1, 1e-3, 1, 8, True, needs, torch.float32),
+        test_utils=tests,
+    )
+    stats = (*where, None, scale, *logits, [True] * 3, 8, True)
+    torch.library.opcheck(ops.linear_stats.default, stats, test_utils=tests)
+    *_, entropy, _, _, _, states = ops.linear_stats(*stats)
+    upstream = torch.ones(N, dtype=entropy.dtype)
+    torch.library.opcheck(
+        ops.linear_stats_backward.default,
+        (upstream, None, upstream, None, *where, None, scale, *logits, entropy, states, 8, True,
+         needs, torch.float32),
+        test_utils=tests,
+    )  # fmt: skip
 
 
 ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
