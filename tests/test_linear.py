@@ -542,6 +542,21 @@ def test_compiled(device, reduction, dynamic):
         assert_close(grad, want, 1e-6)
 
 
+def test_compiled_without_gradients(device):
+    problem = Problem(device)
+    loss = linear(problem.target)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    leaves = problem.leaves()
+    with torch.no_grad():
+        value = compiled(*leaves)
+        assert not value.requires_grad
+        assert_close(value, loss(*leaves), 1e-6)
+    compiled(*leaves).backward()  # the graph without gradients is not taken for one with
+    _, expected = problem.run(loss)
+    assert_close(leaves[1].grad, expected[1], 1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast(device, reduction):
     problem = Problem(device, tokens=400)
@@ -576,7 +591,8 @@ def test_float16_keeps_small_gradients(device):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_float16_sums_over_tokens_do_not_overflow(device, compiled):
+@pytest.mark.parametrize("accumulate_in", [None, torch.float16])
+def test_float16_sums_over_tokens_do_not_overflow(device, compiled, accumulate_in):
     """The denominator goes in before float16 has to hold them, not after."""
     tokens = 8192
     leaves = [
@@ -585,9 +601,11 @@ def test_float16_sums_over_tokens_do_not_overflow(device, compiled):
         torch.zeros(9, device=device).half(),
     ]
     target = torch.zeros(tokens, dtype=torch.long, device=device)
-    loss, gradients = linear(target), []
+    loss, gradients = linear(target, weight_grad_dtype=accumulate_in), []
     for dtype in (torch.float16, torch.float64):
         inputs = [t.to(dtype).requires_grad_() for t in leaves]
+        if dtype == torch.float64:
+            loss = linear(target)
         run = torch.compile(loss, fullgraph=True) if compiled and dtype == torch.float16 else loss
         gradients.append(torch.autograd.grad(8.0 * run(*inputs), inputs))
     for ours, want in zip(*gradients, strict=True):

@@ -88,7 +88,8 @@ def linear_cross_entropy(
             CPU; on CUDA it has to wait for the device to know their number. Where they are not
             left out, their hidden states must be finite: the weight's gradient adds 0 times them.
         weight_grad_dtype: In which the weight's gradient is accumulated over the chunks before it
-            is rounded once; by default float32 (float64 for float64).
+            is rounded once; by default float32 (float64 for float64). float16, which could not hold
+            such a sum before the mean divides it, is taken for float32 unless reduction is "none".
         weight_grad_accumulator: A (V, D) tensor of that dtype (a trainer's ``main_grad``) to which
             backward adds the weight's gradient; ``linear_weight.grad`` then stays as it is, and
             no V x D buffer is made. Costs the fourth product.

@@ -117,6 +117,8 @@ def compute_loss(
     divisor = denominator * factor
     loss = torch.zeros((), dtype=torch.float64, device=input.device)
     grad_scale = torch.zeros_like(loss) if needs[3] else None
+    if weight_grad_dtype == torch.float16:
+        weight_grad_dtype = real  # see gradient_dtype
     gradients = Gradients(
         projection, (needs[0], needs[1], needs[2]), weight_grad_dtype,
         gradient_dtype(input, linear_weight),

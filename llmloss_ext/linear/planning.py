@@ -104,7 +104,7 @@ def plan(
         max_chunk_bytes: The most that a chunk's logits may take. By default 64 MiB on a CPU and
             256 MiB on CUDA, or what 256 and 1,024 tokens need.
         weight_grad_dtype: In which the weight's gradient is accumulated, by default float32
-            (float64 for float64).
+            (float64 for float64), and never float16 without ``recompute``.
         weight_dtype: Of the weight, if autocast computes the products in another.
         needs_grad: Whether the hidden states and the weight get gradients.
         recompute: Whether backward computes the logits again: for ``reduction="none"`` and the
@@ -132,6 +132,8 @@ def plan(
     if recompute and (with_input or with_weight):
         products += 1
     accumulated = weight_grad_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+    if accumulated == torch.float16 and not recompute:
+        accumulated = torch.float32  # as the mean and the sum do
     size = dtype.itemsize
     weight_elements = vocab_size * features
     grad_input = with_input * tokens * features * size
