@@ -76,6 +76,12 @@ def test_bad_input(arguments, words):
         plan(**{"tokens": 10, "features": 8, "vocab_size": 1000, **arguments})
 
 
+@pytest.mark.parametrize("name", ["chunk_tokens", "max_chunk_bytes"])
+def test_integers(name):
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got 5000.5"):
+        plan(10, 8, 1000, **{name: 5000.5})
+
+
 def test_the_command(capsys):
     assert main.main(["plan", "8192", "4096", "128256"]) == 0
     out = capsys.readouterr().out

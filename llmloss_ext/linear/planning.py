@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from llmloss_ext.functional import as_integer
+
 __all__ = ["Plan", "plan", "row_stride"]
 
 # Bytes of a chunk's logits, and tokens of a chunk at least: what keeps the matrix products at full
@@ -114,6 +116,7 @@ def plan(
     Raises:
         ValueError: A size that is not positive, a dtype that the losses do not have, or a budget
             too small for one token.
+        TypeError: ``chunk_tokens`` or ``max_chunk_bytes`` is no integer.
     """
     for name, asked in (
         ("dtype", dtype),
@@ -201,6 +204,10 @@ def tokens_of_a_chunk(
 
     ``asked`` is its ``chunk_tokens``, ``budget`` its ``max_chunk_bytes``, ``kind`` the device's.
     """
+    if asked is not None:
+        asked = as_integer("chunk_tokens", asked)
+    if budget is not None:
+        budget = as_integer("max_chunk_bytes", budget)
     row_bytes = row_stride(vocab_size, dtype) * dtype.itemsize
     if asked is not None and asked < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {asked}")
