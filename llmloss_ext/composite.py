@@ -74,7 +74,8 @@ def token_stats(
     class_weight = None if weight is None else weight[: options.vocab_size].to(real)
     if is_indices(target):
         valid = target != options.ignore_index
-        index = torch.where(valid, target, 0).long().unsqueeze(-1)
+        is_class = valid & (target >= 0) & (target < options.vocab_size)
+        index = torch.where(is_class, target, 0).long().unsqueeze(-1)
         log_prob = log_p.gather(-1, index).squeeze(-1)
         terms = log_p if class_weight is None else log_p * class_weight
         mean = terms.sum(-1) / options.vocab_size
@@ -97,11 +98,15 @@ class LossOptions(NamedTuple):
 def target_weights(
     target: Tensor, weight: Tensor | None, ignore_index: int, real: torch.dtype
 ) -> Tensor:
-    """The class weight of each row's target: 1 without class weights, 0 where ignored."""
+    """The class weight of each row's target: 1 without class weights, 0 where ignored.
+
+    A target out of range reads the first weight: it is the kernels' to report, with its position.
+    """
     valid = target != ignore_index
     if weight is None:
         return valid.to(real)
-    return torch.where(valid, weight[torch.where(valid, target, 0).long()].to(real), 0.0)
+    is_class = valid & (target >= 0) & (target < weight.shape[0])
+    return torch.where(valid, weight[torch.where(is_class, target, 0).long()].to(real), 0.0)
 
 
 def denominators(

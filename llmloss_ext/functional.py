@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from llmloss_ext.composite import LogitOptions, LossOptions
 
 __all__ = ["TokenStats", "cross_entropy", "token_stats"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
@@ -149,13 +150,13 @@ def cross_entropy(
         >>> loss = cross_entropy(logits, labels, label_smoothing=0.1, inplace=True)
         >>> loss.backward()
     """
-    loss_options = _loss_options(label_smoothing, z_loss, reduction)
+    reduced = loss_options(label_smoothing, z_loss, reduction)
     call = _Call(input, target, weight, softcap, logit_scale, vocab_size, ignore_index)
     if num_items is not None:
-        num_items = _items(num_items, reduction, input)
+        num_items = items_tensor(num_items, reduction, input)
     row_weights = None
     if token_weight is not None:
-        token_weight = _token_weight(token_weight, call.shape, input)
+        token_weight = check_token_weight(token_weight, call.shape, input)
         if token_weight.requires_grad:
             return _differentiable_token_weight(
                 call, weight, token_weight, num_items, reduction, label_smoothing, z_loss, inplace
@@ -174,12 +175,13 @@ def cross_entropy(
         num_items,
         call.scale,
         call.options,
-        loss_options,
+        reduced,
     )
     return loss.reshape(call.shape) if reduction == "none" else loss
 
 
-def _loss_options(label_smoothing: float, z_loss: float, reduction: str) -> LossOptions:
+def loss_options(label_smoothing: float, z_loss: float, reduction: str) -> LossOptions:
+    """Raises a ValueError if an option of the loss is out of range."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f'{reduction!r} is not a valid value for reduction: "none", "mean", "sum"')
     if not 0.0 <= label_smoothing <= 1.0:
@@ -187,6 +189,96 @@ def _loss_options(label_smoothing: float, z_loss: float, reduction: str) -> Loss
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
     return LossOptions(label_smoothing, z_loss, _REDUCTIONS[reduction])
+
+
+def as_integer(name: str, value: int) -> int:
+    """The option, if it is an integer (numpy's, too); else a TypeError that names it."""
+    if isinstance(value, int | torch.SymInt):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
+    """Targets as the operators read them; the shape is not looked at.
+
+    Raises:
+        RuntimeError: Neither int64 nor int32 nor probabilities of the input's dtype; or
+            probabilities with an ``ignore_index`` that could be meant.
+    """
+    if target.dtype == torch.int32:
+        # So that the two can be compared.
+        return target if -(2**31) <= ignore_index < 2**31 else target.long()
+    if target.dtype == torch.int64:
+        return target
+    if not target.is_floating_point():
+        raise RuntimeError(f"expected class indices of int64 or int32, got {target.dtype}")
+    if target.dtype != input.dtype:
+        raise RuntimeError(
+            f"expected probability targets of the input's dtype {input.dtype}, got {target.dtype}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+    return target.contiguous() if target.stride(-1) != 1 else target
+
+
+def check_weight(weight: Tensor | None, columns: int, input: Tensor) -> None:
+    """Raises a RuntimeError if the class weights do not fit logits of so many columns."""
+    if weight is None:
+        return
+    if weight.shape != (columns,):
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {columns} classes or no classes "
+            f"but got weight tensor of shape: {list(weight.shape)}"
+        )
+    if weight.device != input.device or not weight.is_floating_point():
+        raise RuntimeError(
+            f"expected weight to be floating point on {input.device}, got {weight.dtype} on "
+            f"{weight.device}"
+        )
+    if weight.requires_grad:
+        raise RuntimeError("weight has no gradient: pass weight.detach()")
+
+
+def logit_options(
+    logit_scale: float | Tensor,
+    softcap: float | None,
+    vocab_size: int | None,
+    ignore_index: int,
+    columns: int,
+    input: Tensor,
+) -> tuple[LogitOptions, Tensor | None]:
+    """The options of logits with so many columns, and ``logit_scale`` if it is a tensor.
+
+    Raises:
+        ValueError: An option out of range.
+        RuntimeError: ``logit_scale`` is on another device.
+    """
+    scale = None
+    if isinstance(logit_scale, Tensor):
+        _check_scale(logit_scale, input)
+        scale, logit_scale = logit_scale, 1.0
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a finite number > 0, got {softcap}")
+    vocab_size = columns if vocab_size is None else as_integer("vocab_size", vocab_size)
+    if not 1 <= vocab_size <= columns:
+        raise ValueError(
+            f"vocab_size must be in [1, {columns}], the number of classes of the input, got "
+            f"{vocab_size}"
+        )
+    return LogitOptions(float(logit_scale), softcap or 0.0, ignore_index, vocab_size), scale
+
+
+def _check_scale(scale: Tensor, input: Tensor) -> None:
+    if scale.numel() != 1 or scale.dim() > 1 or not scale.is_floating_point():
+        raise ValueError(
+            f"logit_scale must be a number or a floating-point tensor with one element, got "
+            f"shape {tuple(scale.shape)} of {scale.dtype}"
+        )
+    if scale.device != input.device:
+        raise RuntimeError(f"expected logit_scale on {input.device}, got {scale.device}")
 
 
 class _Call:
@@ -212,7 +304,7 @@ class _Call:
         vocab_size: int | None,
         ignore_index: int,
     ) -> None:
-        if input.dtype not in _FLOATS:
+        if input.dtype not in FLOATS:
             raise RuntimeError(
                 f"expected logits of float32, bfloat16, float16 or float64, got {input.dtype}"
             )
@@ -235,23 +327,13 @@ class _Call:
         columns = self.rows.shape[-1]
         if self.rows.stride(-1) != 1 and columns != 1:
             self.rows = self.rows.contiguous()
-        if target.dtype not in (torch.int64, torch.int32):
-            self._check_probabilities(input, target, ignore_index)
-        self._check_weight(weight, columns, input)
-        self.scale: Tensor | None = None
-        if isinstance(logit_scale, Tensor):
-            self._check_scale(logit_scale, input)
-            self.scale, logit_scale = logit_scale, 1.0
-        if softcap is not None and not 0.0 < softcap < math.inf:
-            raise ValueError(f"softcap must be a finite number > 0, got {softcap}")
-        if vocab_size is None:
-            vocab_size = columns
-        if not 1 <= vocab_size <= columns:
-            raise ValueError(
-                f"vocab_size must be in [1, {columns}], the number of classes of the input, got "
-                f"{vocab_size}"
-            )
-        self.options = LogitOptions(float(logit_scale), softcap or 0.0, ignore_index, vocab_size)
+        ignore_index = as_integer("ignore_index", ignore_index)
+        if target.dtype != torch.int64:
+            self.targets = check_target(self.targets, input, ignore_index)
+        check_weight(weight, columns, input)
+        self.options, self.scale = logit_options(
+            logit_scale, softcap, vocab_size, ignore_index, columns, input
+        )
 
     def _bring_into_shape(self, input: Tensor, target: Tensor) -> None:
         if input.dim() == 0:
@@ -290,45 +372,6 @@ class _Call:
             input = input.reshape(-1, columns)
         self.rows, self.targets = input, target
 
-    def _check_probabilities(self, input: Tensor, target: Tensor, ignore_index: int) -> None:
-        if not self.has_probabilities:
-            raise RuntimeError(f"expected class indices of int64 or int32, got {target.dtype}")
-        if target.dtype != input.dtype:
-            raise RuntimeError(
-                f"expected probability targets of the input's dtype {input.dtype}, got "
-                f"{target.dtype}"
-            )
-        if ignore_index >= 0:
-            raise RuntimeError("ignore_index is not supported for floating point target")
-        if self.targets.stride(-1) != 1:
-            self.targets = self.targets.contiguous()
-
-    def _check_weight(self, weight: Tensor | None, columns: int, input: Tensor) -> None:
-        if weight is None:
-            return
-        if weight.shape != (columns,):
-            raise RuntimeError(
-                f"weight tensor should be defined either for all {columns} classes or no classes "
-                f"but got weight tensor of shape: {list(weight.shape)}"
-            )
-        if weight.device != input.device or not weight.is_floating_point():
-            raise RuntimeError(
-                f"expected weight to be floating point on {input.device}, got {weight.dtype} on "
-                f"{weight.device}"
-            )
-        if weight.requires_grad:
-            raise RuntimeError("weight has no gradient: pass weight.detach()")
-
-    @staticmethod
-    def _check_scale(scale: Tensor, input: Tensor) -> None:
-        if scale.numel() != 1 or scale.dim() > 1 or not scale.is_floating_point():
-            raise ValueError(
-                f"logit_scale must be a number or a floating-point tensor with one element, got "
-                f"shape {tuple(scale.shape)} of {scale.dtype}"
-            )
-        if scale.device != input.device:
-            raise RuntimeError(f"expected logit_scale on {input.device}, got {scale.device}")
-
     @property
     def scale_requires_grad(self) -> bool:
         return self.scale is not None and self.scale.requires_grad
@@ -359,7 +402,8 @@ class _Call:
             )
 
 
-def _items(num_items: int | Tensor, reduction: str, input: Tensor) -> Tensor:
+def items_tensor(num_items: int | Tensor, reduction: str, input: Tensor) -> Tensor:
+    """``num_items`` as a constant on the input's device; a ValueError if it cannot be one."""
     if reduction != "mean":
         raise ValueError(
             f'num_items replaces the denominator of reduction="mean"; got reduction={reduction!r}'
@@ -379,7 +423,8 @@ def _items(num_items: int | Tensor, reduction: str, input: Tensor) -> Tensor:
     return torch.full((), float(num_items), dtype=torch.float64, device=input.device)
 
 
-def _token_weight(token_weight: Tensor, shape: torch.Size, input: Tensor) -> Tensor:
+def check_token_weight(token_weight: Tensor, shape: torch.Size, input: Tensor) -> Tensor:
+    """Raises if it is not one number for each token on the input's device."""
     if token_weight.shape != shape:
         raise ValueError(
             f"token_weight must have one number per token, shape {tuple(shape)}, got "

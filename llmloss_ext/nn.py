@@ -14,6 +14,14 @@ from llmloss_ext.linear import linear_cross_entropy
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
 
+def _register(module: torch.nn.Module, name: str, value: Any, *, persistent: bool = True) -> None:
+    """Sets an attribute; a tensor that is no Parameter becomes a buffer, which moves along."""
+    if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
+        module.register_buffer(name, value, persistent=persistent)
+    else:
+        setattr(module, name, value)
+
+
 class CrossEntropyLoss(torch.nn.Module):
     """`llmloss_ext.functional.cross_entropy` as a module: a drop-in for torch's.
 
@@ -24,15 +32,20 @@ class CrossEntropyLoss(torch.nn.Module):
         label_smoothing: In [0, 1].
         z_loss: Factor of lse^2.
         softcap: If given, logits become softcap * tanh(logits / softcap).
-        logit_scale: Factor of the logits, a number or a 0-d tensor; a Parameter is registered.
+        logit_scale: Factor of the logits, a number or a 0-d tensor. A Parameter is registered as
+            one, another tensor as a buffer.
         vocab_size: Only the first ``vocab_size`` columns take part.
         inplace: Writes the gradient over the logits.
 
     Shape and errors are those of the function; ``token_weight`` and ``num_items`` are given per
     call.
+
+    Raises:
+        ValueError: An option out of range.
     """
 
     weight: Tensor | None
+    logit_scale: float | Tensor
 
     def __init__(
         self,
@@ -48,13 +61,14 @@ class CrossEntropyLoss(torch.nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
+        functional.loss_options(label_smoothing, z_loss, reduction)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.softcap = softcap
-        self.logit_scale = logit_scale
+        _register(self, "logit_scale", logit_scale)
         self.vocab_size = vocab_size
         self.inplace = inplace
 
@@ -105,31 +119,46 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     Args:
         in_features: D.
         num_classes: V.
-        linear_weight: The (V, D) parameter of another module, e.g. tied embeddings; by default
-            a parameter of its own, initialised like `torch.nn.Linear`'s.
-        bias: Whether the projection has a bias.
+        linear_weight: The (V, D) weight of another module, e.g. tied embeddings; by default
+            a parameter of its own, initialised like `torch.nn.Linear`'s. A tensor that is no
+            Parameter becomes a buffer, which the state dict leaves to its owner.
+        linear_bias: The (V) bias of another module, in the same way.
+        bias: Whether the projection has a bias of its own.
         weight: Class weights (V), kept as a buffer.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: Tokens with this target take no part; None: -100.
+        label_smoothing: In [0, 1].
+        logit_scale: Factor of the logits, a number or a 0-d tensor. A Parameter is registered as
+            one, another tensor as a buffer.
         device: Of its own parameters.
         dtype: Of its own parameters.
-        **options: Any other option of the function: ``ignore_index``, ``reduction``,
-            ``label_smoothing``, ``z_loss``, ``softcap``, ``logit_scale``, ``vocab_size``,
-            ``shift``, ``chunk_tokens`` ...
+        **options: Any other option of the function: ``z_loss``, ``softcap``, ``vocab_size``,
+            ``shift``, ``chunk_tokens``, ``options`` (torch's) ...
 
     Raises:
-        ValueError: ``linear_weight`` is not (V, D).
+        ValueError: ``linear_weight`` is not (V, D), ``linear_bias`` or ``weight`` not (V), or an
+            option is out of range.
         TypeError: The function has no such option.
     """
 
     weight: Tensor | None
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    logit_scale: float | Tensor
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
         *,
-        linear_weight: torch.nn.Parameter | None = None,
+        linear_weight: Tensor | None = None,
+        linear_bias: Tensor | None = None,
         bias: bool = False,
         weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        logit_scale: float | Tensor = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -138,24 +167,30 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         unknown = options.keys() - _LINEAR_OPTIONS
         if unknown:
             raise TypeError(f"linear_cross_entropy has no option {', '.join(sorted(unknown))}")
-        shape = (num_classes, in_features)
+        functional.loss_options(label_smoothing, options.get("z_loss", 0.0), reduction)
+        for name, tensor, shape in (
+            ("linear_weight", linear_weight, (num_classes, in_features)),
+            ("linear_bias", linear_bias, (num_classes,)),
+            ("weight", weight, (num_classes,)),
+        ):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+        if linear_bias is not None and bias:
+            raise ValueError("bias=True makes a bias, but linear_bias is one already")
         if linear_weight is None:
-            linear_weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            values = torch.empty(num_classes, in_features, device=device, dtype=dtype)
+            linear_weight = torch.nn.Parameter(values)
             torch.nn.init.kaiming_uniform_(linear_weight, a=math.sqrt(5))
-        elif linear_weight.shape != shape:
-            raise ValueError(f"linear_weight must be {shape}, got {tuple(linear_weight.shape)}")
-        self.linear_weight = linear_weight
-        self.linear_bias: torch.nn.Parameter | None = None
         if bias:
             bound = 1 / math.sqrt(in_features)
-            values = torch.empty(
-                num_classes, device=linear_weight.device, dtype=linear_weight.dtype
-            )
-            self.linear_bias = torch.nn.Parameter(values.uniform_(-bound, bound))
+            values = torch.empty_like(linear_weight[:, 0], requires_grad=False)
+            linear_bias = torch.nn.Parameter(values.uniform_(-bound, bound))
+        _register(self, "linear_weight", linear_weight, persistent=False)
+        _register(self, "linear_bias", linear_bias, persistent=False)
+        _register(self, "logit_scale", logit_scale)
         self.register_buffer("weight", weight)
-        logit_scale = options.pop("logit_scale", 1.0)
-        self.logit_scale = logit_scale  # a Parameter is registered
-        self.options = options
+        self.reduction, self.ignore_index = reduction, ignore_index
+        self.label_smoothing, self.options = label_smoothing, options
 
     def forward(
         self,
@@ -164,6 +199,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         *,
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
+        weight_grad_accumulator: Tensor | None = None,
     ) -> Tensor:
         """The loss of hidden states ``input`` for ``target``."""
         return linear_cross_entropy(
@@ -172,20 +208,27 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             target,
             linear_bias=self.linear_bias,
             weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
             logit_scale=self.logit_scale,
             token_weight=token_weight,
             num_items=num_items,
+            weight_grad_accumulator=weight_grad_accumulator,
             **self.options,
         )
 
     def extra_repr(self) -> str:
-        """Sizes and options."""
+        """Sizes, and the options that differ from their defaults."""
         classes, features = self.linear_weight.shape
-        options = "".join(f", {name}={value}" for name, value in self.options.items())
-        return f"in_features={features}, num_classes={classes}{options}"
+        named = {"reduction": "mean", "ignore_index": None, "label_smoothing": 0.0}
+        options = {k: getattr(self, k) for k, v in named.items() if getattr(self, k) != v}
+        options |= self.options
+        text = "".join(f", {name}={value}" for name, value in options.items())
+        return f"in_features={features}, num_classes={classes}{text}"
 
 
 _LINEAR_OPTIONS = {
-    "ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "logit_scale",
-    "vocab_size", "shift", "chunk_tokens", "max_chunk_bytes", "drop_ignored", "weight_grad_dtype",
+    "options", "z_loss", "softcap", "vocab_size", "shift", "chunk_tokens", "max_chunk_bytes",
+    "drop_ignored", "weight_grad_dtype",
 }  # fmt: skip

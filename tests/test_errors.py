@@ -21,6 +21,8 @@ CASES = [
     ({"softcap": -30.0}, ValueError, "softcap must be"),
     ({"vocab_size": 0}, ValueError, r"vocab_size must be in \[1, 9\]"),
     ({"vocab_size": 10}, ValueError, r"vocab_size must be in \[1, 9\]"),
+    ({"vocab_size": 2.5}, TypeError, "vocab_size must be an integer, got 2.5"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
     ({"num_items": 0}, ValueError, "num_items must be > 0"),
     ({"num_items": -3}, ValueError, "num_items must be > 0"),
     ({"num_items": torch.tensor(0)}, ValueError, "num_items must be > 0"),

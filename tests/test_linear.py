@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import datetime
+import time
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from llmloss_ext import (
     linear_token_stats,
     token_stats,
 )
+from llmloss_ext.linear import autograd
 
 N, D, V = 37, 16, 101
 
@@ -179,6 +182,94 @@ def test_a_drop_in_for_torchs(device):
         assert_close(linear_cross_entropy(*arguments, **kwargs), expected, 1e-5)
 
 
+class Options:
+    """The fields that are read of torch.nn.LinearCrossEntropyOptions, which torch 2.11 lacks."""
+
+    batch_chunk_size = 8
+    acc_dtype = torch.bfloat16
+
+
+def test_torchs_options(device, monkeypatch):
+    problem = Problem(device, torch.bfloat16, bias=False)
+    seen = []
+    monkeypatch.setattr(
+        autograd, "loss", lambda *args: seen.append(args[-1]) or torch.zeros((), device=device)
+    )
+    arguments = (problem.hidden, problem.weight, problem.target)
+    linear_cross_entropy(*arguments, options=Options())
+    assert (seen[0].chunk_tokens, seen[0].weight_grad_dtype) == (8, torch.bfloat16)
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        linear_cross_entropy(*arguments, options=torch.nn.LinearCrossEntropyOptions())
+        linear_cross_entropy(*arguments)
+        assert seen[1] == seen[2]
+    with pytest.raises(ValueError, match="chunk_tokens=9, but options say 8"):
+        linear_cross_entropy(*arguments, options=Options(), chunk_tokens=9)
+
+
+@pytest.mark.parametrize("positions", [(3,), (2, 3)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_k_dimensional_losses(device, positions, reduction, probabilities):
+    """As torch defines them: logits (N, V, d1, ...) = hidden @ weight of (V, d1, ..., D)."""
+    hidden = torch.randn(N, D, device=device, requires_grad=True)
+    weight = torch.randn(V, *positions, D, device=device, requires_grad=True)
+    bias = torch.randn(V, *positions, device=device, requires_grad=True)
+    if probabilities:
+        target = torch.softmax(torch.randn(N, V, *positions, device=device), 1)
+    else:
+        target = torch.randint(0, V, (N, *positions), device=device)
+        target[::3] = -100
+    options = {"weight": torch.rand(V, device=device), "label_smoothing": 0.1}
+    ours = linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction=reduction,
+                                **options)  # fmt: skip
+    logits = torch.einsum("nd,v...d->nv...", hidden, weight) + bias
+    theirs = F.cross_entropy(logits, target, reduction=reduction, **options)
+    assert_close(ours, theirs, 1e-5)
+    leaves = (hidden, weight, bias)
+    upstream = torch.randn_like(theirs)
+    for grad, want in zip(
+        torch.autograd.grad(ours, leaves, upstream),
+        torch.autograd.grad(theirs, leaves, upstream),
+        strict=True,
+    ):
+        assert_close(grad, want, 1e-5)
+    if hasattr(F, "linear_cross_entropy"):
+        torchs = F.linear_cross_entropy(hidden, weight, target, linear_bias=bias,
+                                        reduction=reduction, **options)  # fmt: skip
+        assert_close(ours, torchs, 1e-5)
+
+
+def test_probability_targets_of_another_dtype(device):
+    problem = Problem(device, torch.bfloat16)
+    target = torch.softmax(torch.randn(N, V, device=device), -1)
+    ours = linear(target)(problem.hidden, problem.weight)
+    assert torch.equal(ours, linear(target.bfloat16())(problem.hidden, problem.weight))
+
+
+def test_int32_targets_and_an_ignore_index_they_cannot_hold(device):
+    problem = Problem(device)
+    target = problem.target.clamp_min(0)
+    for shift in (0, 1):
+        long, short = (
+            linear_cross_entropy(problem.hidden, problem.weight, t, ignore_index=2**40, shift=shift)
+            for t in (target, target.int())
+        )
+        assert torch.equal(long, short)
+    logits = problem.hidden @ problem.weight.t()
+    dense = cross_entropy(logits, target.int(), ignore_index=2**40)
+    assert_close(dense, F.cross_entropy(logits, target), 1e-5)
+
+
+def test_no_ignore_index_is_torchs_default(device):
+    problem = Problem(device)
+    arguments = (problem.hidden, problem.weight, problem.target)
+    assert torch.equal(
+        linear_log_probs(*arguments, ignore_index=None), linear_log_probs(*arguments)
+    )
+    stats = linear_token_stats(*arguments, ignore_index=None)
+    assert torch.equal(stats.lse, linear_token_stats(*arguments, ignore_index=-100).lse)
+
+
 @pytest.mark.parametrize("drop", [False, True])
 def test_shift(device, drop):
     hidden = torch.randn(3, 9, D, device=device)
@@ -192,6 +283,38 @@ def test_shift(device, drop):
     assert rows.shape == (3, 9)
     assert (rows[:, -2:] == 0).all()
     assert linear_cross_entropy(hidden, weight, labels, shift=20, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_shift_moves_token_weights_with_their_labels(device, reduction, learned):
+    hidden, weight = torch.randn(2, 6, D, device=device), torch.randn(V, D, device=device)
+    labels = torch.randint(0, V, (2, 6), device=device)
+    labels[0, 3] = -100
+    tokens = torch.rand(2, 6, device=device).requires_grad_(learned)
+    ours = linear_cross_entropy(hidden, weight, labels, shift=1, token_weight=tokens,
+                                reduction=reduction)  # fmt: skip
+    dense = cross_entropy((hidden @ weight.t())[:, :-1], labels[:, 1:], reduction=reduction,
+                          token_weight=tokens[:, 1:])  # fmt: skip
+    assert_close(ours[:, :-1] if reduction == "none" else ours, dense, 1e-5)
+    if learned:
+        (grad,), (want,) = (torch.autograd.grad(loss.sum(), tokens) for loss in (ours, dense))
+        assert_close(grad, want, 1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_meta_tensors(reduction):
+    """Shapes and dtypes without values, as model builders want them."""
+    meta = torch.device("meta")
+    hidden, weight = (
+        torch.empty(n, D, device=meta, dtype=torch.bfloat16, requires_grad=True) for n in (N, V)
+    )
+    target = torch.empty(N, device=meta, dtype=torch.long)
+    loss = linear_cross_entropy(hidden, weight, target, reduction=reduction)
+    assert (loss.shape, loss.dtype) == ((N,) if reduction == "none" else (), torch.float32)
+    loss.sum().backward()
+    assert (weight.grad.shape, weight.grad.dtype) == ((V, D), torch.bfloat16)
+    assert linear_token_stats(hidden, weight, target).entropy.is_meta
 
 
 def test_probability_targets(device):
@@ -257,11 +380,14 @@ def test_what_is_frozen_gets_no_gradient(device, frozen):
 
 
 @pytest.mark.parametrize(
-    ("frozen", "reduction", "products"),
-    [(set(), "mean", 3), ({0}, "mean", 2), ({1}, "sum", 2), ({0, 1}, "mean", 1), (set(), "none", 4),
-     ({1}, "none", 3)],
+    ("frozen", "reduction", "mode", "products"),
+    [(set(), "mean", torch.enable_grad, 3), ({0}, "mean", torch.enable_grad, 2),
+     ({1}, "sum", torch.enable_grad, 2), ({0, 1}, "mean", torch.enable_grad, 1),
+     (set(), "none", torch.enable_grad, 4), ({1}, "none", torch.enable_grad, 3),
+     (set(), "mean", torch.no_grad, 1), (set(), "sum", torch.inference_mode, 1),
+     (set(), "none", torch.no_grad, 1)],
 )  # fmt: skip
-def test_no_product_more_than_needed(monkeypatch, frozen, reduction, products):
+def test_no_product_more_than_needed(monkeypatch, frozen, reduction, mode, products):
     problem = Problem("cpu", bias=False)
     leaves = problem.leaves()
     for i in frozen:
@@ -275,7 +401,8 @@ def test_no_product_more_than_needed(monkeypatch, frozen, reduction, products):
         return right(*args, **kwargs)
 
     monkeypatch.setattr(torch, "mm", counted)
-    loss = linear_cross_entropy(*leaves, problem.target, reduction=reduction).sum()
+    with mode():
+        loss = linear_cross_entropy(*leaves, problem.target, reduction=reduction).sum()
     if loss.requires_grad:
         loss.backward()
     assert count == products
@@ -415,6 +542,21 @@ def test_compiled(device, reduction, dynamic):
         assert_close(grad, want, 1e-6)
 
 
+def test_compiled_without_gradients(device):
+    problem = Problem(device)
+    loss = linear(problem.target)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    leaves = problem.leaves()
+    with torch.no_grad():
+        value = compiled(*leaves)
+        assert not value.requires_grad
+        assert_close(value, loss(*leaves), 1e-6)
+    compiled(*leaves).backward()  # the graph without gradients is not taken for one with
+    _, expected = problem.run(loss)
+    assert_close(leaves[1].grad, expected[1], 1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast(device, reduction):
     problem = Problem(device, tokens=400)
@@ -446,6 +588,46 @@ def test_float16_keeps_small_gradients(device):
     (F.cross_entropy(F.linear(*exact), target) * scale).backward()
     for ours, want in zip((hidden, weight), exact, strict=True):
         assert error(ours.grad, want.grad) < 2e-3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("accumulate_in", [None, torch.float16])
+def test_float16_sums_over_tokens_do_not_overflow(device, compiled, accumulate_in):
+    """The denominator goes in before float16 has to hold them, not after."""
+    tokens = 8192
+    leaves = [
+        torch.full((tokens, 4), 16.0, device=device).half(),
+        torch.zeros(9, 4, device=device).half(),
+        torch.zeros(9, device=device).half(),
+    ]
+    target = torch.zeros(tokens, dtype=torch.long, device=device)
+    loss, gradients = linear(target, weight_grad_dtype=accumulate_in), []
+    for dtype in (torch.float16, torch.float64):
+        inputs = [t.to(dtype).requires_grad_() for t in leaves]
+        if dtype == torch.float64:
+            loss = linear(target)
+        run = torch.compile(loss, fullgraph=True) if compiled and dtype == torch.float16 else loss
+        gradients.append(torch.autograd.grad(8.0 * run(*inputs), inputs))
+    for ours, want in zip(*gradients, strict=True):
+        assert_close(ours, want, 2e-3)
+        assert ours.dtype == torch.float16
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 127, 128, 200, V, 8300])
+def test_a_rounded_weight_gradient_keeps_no_other_memory(device, rows):
+    """Whatever the parts in which it is summed: equal to sums that are rounded elsewhere."""
+    hidden = torch.randn(N, D, device=device).bfloat16()
+    weight = torch.randn(rows, D, device=device).bfloat16().requires_grad_()
+    target = torch.randint(0, rows, (N,), device=device)
+    for reduction in ("mean", "none"):
+        loss = linear_cross_entropy(hidden, weight, target, reduction=reduction, chunk_tokens=8)
+        (grad,) = torch.autograd.grad(loss.sum(), weight)
+        total = torch.zeros(rows, D, device=device)
+        linear_cross_entropy(hidden, weight, target, reduction=reduction, chunk_tokens=8,
+                             weight_grad_accumulator=total).sum().backward()  # fmt: skip
+        assert_close(grad, total, 4e-3)
+        assert grad.is_contiguous()
+        assert grad.untyped_storage().nbytes() <= 2 * D * (rows + 128)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -526,6 +708,75 @@ def test_module_with_tied_embeddings(device):
     assert "features=16" in repr(own)
 
 
+def test_module_with_a_borrowed_head_and_an_accumulator(device):
+    from llmloss_ext.nn import LinearCrossEntropyLoss
+
+    head = torch.nn.Linear(D, V, device=device)
+    loss = LinearCrossEntropyLoss(D, V, linear_weight=head.weight, linear_bias=head.bias)
+    assert loss.linear_bias is head.bias
+    hidden, target = torch.randn(N, D, device=device), torch.randint(0, V, (N,), device=device)
+    main_grad = torch.zeros_like(head.weight)
+    value = loss(hidden, target, weight_grad_accumulator=main_grad)
+    value.backward()
+    assert head.weight.grad is None
+    expected = F.cross_entropy(head(hidden), target)
+    assert_close(value, expected, 1e-5)
+    want = torch.autograd.grad(expected, (head.weight, head.bias))
+    assert_close(main_grad, want[0], 1e-5)
+    assert_close(head.bias.grad, want[1], 1e-5)
+
+
+def test_tensors_of_modules_that_are_no_parameters_are_buffers():
+    """So they move with the module; those it borrowed stay out of its state dict."""
+    from llmloss_ext import nn
+
+    scale = torch.tensor(0.5)
+    linear_loss = nn.LinearCrossEntropyLoss(
+        D, V, linear_weight=torch.randn(V, D), linear_bias=torch.randn(V), logit_scale=scale
+    )
+    for module in (linear_loss, nn.CrossEntropyLoss(logit_scale=scale)):
+        assert set(module.state_dict()) == {"logit_scale"}
+        assert module.to(torch.float64).logit_scale.dtype == torch.float64
+        assert not list(module.parameters())
+    assert linear_loss.linear_weight.dtype == torch.float64
+    learned = torch.nn.Parameter(scale)
+    for module in (nn.LinearCrossEntropyLoss(D, V, logit_scale=learned),
+                   nn.CrossEntropyLoss(logit_scale=learned)):  # fmt: skip
+        assert module.logit_scale is learned
+
+
+def test_attributes_of_the_module():
+    from llmloss_ext.nn import LinearCrossEntropyLoss
+
+    loss = LinearCrossEntropyLoss(D, V, reduction="sum", ignore_index=3, label_smoothing=0.1)
+    assert (loss.reduction, loss.ignore_index, loss.label_smoothing) == ("sum", 3, 0.1)
+    hidden, target = torch.randn(N, D), torch.arange(N)
+    loss.reduction = "none"
+    assert loss(hidden, target).shape == (N,)
+    assert "reduction=none, ignore_index=3, label_smoothing=0.1" in repr(loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between"),
+     ({"z_loss": -1.0}, ValueError, "z_loss must be"),
+     ({"reduction": "avg"}, ValueError, "not a valid value for reduction"),
+     ({"weight": torch.ones(V + 1)}, ValueError, "weight must be"),
+     ({"linear_bias": torch.ones(V + 1)}, ValueError, "linear_bias must be"),
+     ({"linear_weight": torch.ones(V, D + 1)}, ValueError, "linear_weight must be"),
+     ({"linear_bias": torch.ones(V), "bias": True}, ValueError, "linear_bias is one already"),
+     ({"smoothing": 0.1}, TypeError, "has no option smoothing")],
+)  # fmt: skip
+def test_the_modules_constructor_refuses(options, kind, words):
+    from llmloss_ext.nn import CrossEntropyLoss, LinearCrossEntropyLoss
+
+    with pytest.raises(kind, match=words):
+        LinearCrossEntropyLoss(D, V, **options)
+    if options.keys() & {"label_smoothing", "z_loss", "reduction"}:
+        with pytest.raises(kind, match=words):
+            CrossEntropyLoss(**options)
+
+
 def test_data_parallel(tmp_path):
     """The gradients pass through DistributedDataParallel's hooks, whichever backward it is."""
     from llmloss_ext.nn import LinearCrossEntropyLoss
@@ -554,9 +805,88 @@ def test_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def rank_of_two(rank: int, folder: str) -> None:
+    """One of two data-parallel ranks: their tokens differ, and one has none for the last loss."""
+    from llmloss_ext.nn import LinearCrossEntropyLoss
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    results = []
+    for reduction, with_items in (("mean", False), ("none", False), ("mean", True)):
+        model = LinearCrossEntropyLoss(D, V, bias=True, reduction=reduction)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        hidden, target = torch.randn(2, N, D), torch.randint(0, V, (2, N))
+        target[1, : N if with_items else 9] = -100
+        items = 20 if with_items else None
+        parallel(hidden[rank], target[rank], num_items=items).sum().backward()
+        alone = copy.deepcopy(model)
+        alone.zero_grad()
+        for x, y in zip(hidden, target, strict=True):
+            (alone(x, y, num_items=items).sum() / 2).backward()
+        results.append([(p.grad, q.grad) for p, q in
+                        zip(model.parameters(), alone.parameters(), strict=True)])  # fmt: skip
+    torch.save(results, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel_with_two_ranks(tmp_path):
+    """Each gets the mean of both gradients; a rank without tokens keeps nobody waiting."""
+    context = torch.multiprocessing.start_processes(
+        rank_of_two, args=(str(tmp_path),), nprocs=2, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + 120
+    try:
+        while not context.join(timeout=5):
+            assert time.monotonic() < deadline, "the ranks hang"
+    finally:
+        for process in context.processes:
+            process.kill()
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for one, two in zip(*ranks, strict=True):
+        for (grad, expected), (other, _) in zip(one, two, strict=True):
+            assert torch.equal(grad, other)
+            assert_close(grad, expected, 1e-6)
+            assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_opcheck(dtype):
+    """The operators that tracers see: their fake kernels give what they return."""
+    problem = Problem("cpu", dtype)
+    scale = torch.tensor(0.7)
+    where = (problem.hidden, problem.weight, problem.target, problem.bias)
+    logits = (1.0, 5.0, -100, V)
+    needs, tests = [True] * 4, ("test_schema", "test_faketensor")
+    ops = torch.ops.llmloss
+    torch.library.opcheck(
+        ops.linear_loss.default,
+        (*where, None, None, None, scale, *logits, 0.1, 1e-3, 1, 8, True, needs, torch.float32),
+        test_utils=tests,
+    )
+    stats = (*where, None, scale, *logits, [True] * 3, 8, True)
+    torch.library.opcheck(ops.linear_stats.default, stats, test_utils=tests)
+    *_, entropy, _, _, _, states = ops.linear_stats(*stats)
+    upstream = torch.ones(N, dtype=entropy.dtype)
+    torch.library.opcheck(
+        ops.linear_stats_backward.default,
+        (upstream, None, upstream, None, *where, None, scale, *logits, entropy, states, 8, True,
+         needs, torch.float32),
+        test_utils=tests,
+    )  # fmt: skip
+
+
 ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("features", {"linear_weight": torch.randn(V, D + 1)}, ValueError, "a weight (V, D), got"),
-    ("rank", {"linear_weight": torch.randn(V, 2, D)}, ValueError, "a weight (V, D), got"),
+    ("rank", {"linear_weight": torch.randn(V)}, ValueError, "a weight (V, D), got"),
+    ("dimensions", {"linear_weight": torch.randn(V, 2, D)}, ValueError,
+     f"target must have shape ({N}, 2), got"),
+    ("dimensions' shift", {"linear_weight": torch.randn(V, 2, D), "shift": 1}, ValueError,
+     "shift and weight_grad_accumulator need a weight (V, D)"),
     ("empty", {"linear_weight": torch.randn(0, D)}, ValueError, "the weight is empty"),
     ("bias", {"linear_bias": torch.randn(V + 1)}, ValueError, "the bias must have shape"),
     ("target", {"target": torch.zeros(N + 1).long()}, ValueError, "does not fit hidden states"),
@@ -576,7 +906,23 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("accumulator", {"weight_grad_accumulator": torch.zeros(V, 3)}, ValueError, "the weight's"),
     ("accumulator dtype",
      {"weight_grad_accumulator": torch.zeros(V, D).half(), "weight_grad_dtype": torch.float32},
-     ValueError, "contiguous and of torch.float32"),
+     ValueError, "weight_grad_accumulator must be of torch.float32, got torch.float16"),
+    ("accumulator strides", {"weight_grad_accumulator": torch.zeros(D, V).t()}, ValueError,
+     f"weight_grad_accumulator must be contiguous, got strides (1, {V})"),
+    ("complex bias", {"linear_bias": torch.zeros(V).cfloat()}, RuntimeError,
+     "linear_bias must be float32, bfloat16, float16 or float64, got torch.complex64"),
+    ("integer bias", {"linear_bias": torch.zeros(V).int()}, RuntimeError, "linear_bias must be"),
+    ("half a chunk", {"chunk_tokens": 2.5}, TypeError, "chunk_tokens must be an integer, got 2.5"),
+    ("half a byte", {"max_chunk_bytes": 1e6}, TypeError, "max_chunk_bytes must be an integer"),
+    ("half an index", {"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+    ("half a shift", {"shift": 0.5}, TypeError, "shift must be an integer, got 0.5"),
+    ("half a class", {"vocab_size": 9.5}, TypeError, "vocab_size must be an integer, got 9.5"),
+    ("bytes as targets", {"target": torch.zeros(N).byte(), "shift": 1}, RuntimeError,
+     "expected class indices of int64 or int32, got torch.uint8"),
+    ("probabilities ignored", {"target": torch.rand(N, V), "ignore_index": 3}, RuntimeError,
+     "ignore_index is not supported for floating point target"),
+    ("options", {"options": {"batch_chunk_size": 3}}, TypeError,
+     "options must be a torch.nn.LinearCrossEntropyOptions, got dict"),
     ("gradient dtype", {"weight_grad_dtype": torch.int8}, ValueError, "weight_grad_dtype must be"),
     ("device", {"target": torch.zeros(N, device="meta").long()}, RuntimeError, "same device"),
 ]  # fmt: skip
@@ -598,3 +944,40 @@ def test_bad_input(name, changes, kind, words):
 def test_token_stats_want_class_indices():
     with pytest.raises(RuntimeError, match="must hold class indices"):
         linear_token_stats(torch.randn(3, D), torch.randn(V, D), torch.rand(3, V))
+
+
+@pytest.mark.parametrize("bad", [V, -1, 2**31 - 1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_target_out_of_range(bad, reduction, weighted):
+    """[apex, quack, flash-attention]: its value and position are named, with class weights too."""
+    target = torch.zeros(N).long()
+    target[5] = bad
+    weight = torch.ones(V) if weighted else None
+    hidden, projection = torch.randn(N, D), torch.randn(V, D, requires_grad=True)
+    with pytest.raises(IndexError, match=f"Target {bad} at position 5 is out of bounds"):
+        linear_cross_entropy(hidden, projection, target, weight=weight, reduction=reduction)
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_ignored": False}, {"shift": 1}])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_token_stats, linear_log_probs])
+def test_a_target_out_of_range_is_found_beyond_its_chunk(function, options):
+    target = torch.zeros(4, 5).long()
+    target[0, :3], target[2, 3] = -100, V + 7
+    if "shift" in options:
+        target[1, 0] = -5  # no token predicts it
+    with pytest.raises(IndexError, match=rf"Target {V + 7} at position \(2, 3\) is out of bounds"):
+        function(torch.randn(4, 5, D), torch.randn(V, D), target, chunk_tokens=4, **options)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_target_out_of_range_on_cuda(reduction):
+    """No device assert, which would end the process: nan instead."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    target = torch.full((N,), V, device="cuda")
+    weight = torch.ones(V, device="cuda")
+    hidden, projection = torch.randn(N, D, device="cuda"), torch.randn(V, D, device="cuda")
+    loss = linear_cross_entropy(hidden, projection, target, weight=weight, reduction=reduction)
+    assert loss.isnan().all()

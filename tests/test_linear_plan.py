@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import llmloss_ext
 from llmloss_ext import plan
 from llmloss_ext.cli import main
 
@@ -64,11 +66,20 @@ def test_the_chunk_does_not_grow_with_the_tokens():
         ({"vocab_size": 0}, "V >= 1"),
         ({"features": 0}, "D >= 1"),
         ({"tokens": -1}, "N >= 0"),
+        ({"dtype": torch.int32}, "^dtype must be float32, bfloat16, float16 or float64"),
+        ({"weight_grad_dtype": torch.int8}, "weight_grad_dtype must be float32"),
+        ({"weight_dtype": torch.bool}, "weight_dtype must be float32"),
     ],
 )
 def test_bad_input(arguments, words):
     with pytest.raises(ValueError, match=words):
         plan(**{"tokens": 10, "features": 8, "vocab_size": 1000, **arguments})
+
+
+@pytest.mark.parametrize("name", ["chunk_tokens", "max_chunk_bytes"])
+def test_integers(name):
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got 5000.5"):
+        plan(10, 8, 1000, **{name: 5000.5})
 
 
 def test_the_command(capsys):
@@ -83,7 +94,8 @@ def test_the_command(capsys):
 def peak(*arguments: object) -> tuple[int, int]:
     """The measured and the planned peak, in bytes."""
     command = [sys.executable, str(HERE / "linear_memory.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent)
+    here = {**os.environ, "PYTHONPATH": str(Path(llmloss_ext.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=here)
     measured, planned = map(int, done.stdout.split())
     return measured, planned
 
@@ -94,11 +106,25 @@ linux_only = pytest.mark.skipif(
 
 
 @linux_only
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_peak_is_what_the_plan_says(dtype, reduction):
-    measured, planned = peak(1024, 768, 50257, dtype, reduction)
+@pytest.mark.parametrize(
+    "case",
+    ["1024 768 50257 float32 mean", "1024 768 50257 bfloat16 mean", "1024 768 50257 bfloat16 none",
+     "1024 768 50257 bfloat16 mean autocast", "256 256 30000 float16 mean",
+     "256 256 30000 float16 none", "2048 1024 8000 bfloat16 mean 2048",
+     "2048 1024 8000 bfloat16 none 1024", "2048 1024 8000 bfloat16 mean dropped 1024"],
+)  # fmt: skip
+def test_the_peak_is_what_the_plan_says(case):
+    measured, planned = peak(*case.split())
     assert 0.9 * planned <= measured <= 1.1 * planned
+
+
+def test_16_bit_gradients_take_the_memory_of_their_sums_and_64_mib():
+    """The float32 sums are rounded in place."""
+    planned = plan(2048, 768, 50257, torch.bfloat16)
+    own = 2048 * 768 * 2 + 50257 * 768 * 4
+    assert planned.peak_bytes - own <= 64 * MIB
+    large = plan(8192, 4096, 128256, torch.bfloat16, "cuda")
+    assert large.peak_bytes - (8192 * 4096 * 2 + 128256 * 4096 * 4) <= 300 * MIB
 
 
 @linux_only

@@ -61,7 +61,7 @@ def test_chunks_and_dropped_tokens(chunks, name):
     for options, expected in (
         ({}, [15]),
         ({"drop_ignored": False}, [24]),
-        ({"chunk_tokens": 10}, [10, 5]),
+        ({"chunk_tokens": 10}, [8, 7]),
         ({"chunk_tokens": 10, "drop_ignored": False}, [10, 10, 4]),
         ({"max_chunk_bytes": 12 * row, "drop_ignored": False}, [12, 12]),
         ({"ignore_index": 49}, [24]),
@@ -312,7 +312,10 @@ def test_options_of_the_plan(capsys):
     assert frozen.gradient_bytes == 8192 * 64 * 4
     outputs = []
     for options in ([], ["float32"], ["--device", "cuda"], ["--chunk-tokens", "100"],
-                    ["--max-chunk-bytes", "30000000"], ["--recompute"]):  # fmt: skip
+                    ["--max-chunk-bytes", "30000000"], ["--recompute"], ["--frozen", "hidden"],
+                    ["--frozen", "weight"], ["--frozen", "weight", "--frozen", "hidden"],
+                    ["--weight-grad-dtype", "bfloat16"], ["--weight-dtype", "float32"],
+                    ["--drop-ignored"]):  # fmt: skip
         assert main.main(["plan", "8192", "64", "50257", *options]) == 0
         outputs.append(capsys.readouterr().out)
     assert len(set(outputs)) == len(outputs)

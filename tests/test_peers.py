@@ -1,4 +1,4 @@
-"""What bit the peers: one test for each defect that concerns losses from logits.
+"""What bit the peers: one test for each defect that concerns losses from logits or hidden states.
 
 The names in brackets are the reports (project and issue). Where a whole file tests the point, it is
 named here instead: upstream gradients that are not ones [Liger 678]: test_cross_entropy; stride-0
@@ -7,6 +7,10 @@ test_cross_entropy; a second backward [quack 209]: test_transforms, test_inplace
 alignment [llm.c]: test_token_stats; all tokens ignored [Liger 177, CCE]: test_cross_entropy;
 targets out of range [apex, quack, flash-attention]: test_errors; mixed precision [Liger 305, 501]:
 test_transforms.
+From hidden states also: sums of the weight's gradient in 16 bits [Liger 512, OLMo-core 370],
+float16 at many tokens, a second backward, stride-0 gradients, all tokens ignored, targets out of
+range, mixed precision and products of what is frozen: test_linear; chunks too small for the
+products [Liger 1232]: test_linear_plan, where memory is measured too.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Passed, assert_close, gradients
 
-from llmloss_ext import cross_entropy, token_stats
+from llmloss_ext import cross_entropy, linear_cross_entropy, linear_token_stats, token_stats
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -139,3 +143,61 @@ def test_no_error_above_torchs(device):
         errors[name] = ((value - exact).abs().max(), (grad - exact_grad).abs().max())
     assert errors["ours"][0] <= errors["torch"][0]
     assert errors["ours"][1] <= errors["torch"][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_confident_predictions_keep_their_gradient_through_the_projection(device, dtype, reduction):
+    """p -> 1, with logits that the product makes exactly: each gradient is p - 1 [Liger 1268]."""
+    sizes = torch.tensor([8.0, 10.0, 12.0, 14.0, 16.0], device=device)
+    hidden = torch.diag(sizes).to(dtype).requires_grad_()
+    weight = torch.eye(257, 5, device=device, dtype=dtype)
+    target = torch.arange(5, device=device)
+    linear_cross_entropy(
+        hidden, weight, target, reduction=reduction, chunk_tokens=2
+    ).sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    F.cross_entropy(exact @ weight.double().t(), target, reduction="sum").backward()
+    wanted = exact.grad.diagonal()
+    relative = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
+    error = (hidden.grad.diagonal().double() - wanted).abs()
+    assert (error <= relative * wanted.abs() + 3e-7).all()
+
+
+@pytest.mark.parametrize("offset", [8192.0, -8192.0])
+def test_a_bias_common_to_all_classes_costs_no_digits(device, offset):
+    """lse - x_y would lose them. Quarters at 2^13 are exact in float32, so the logits are."""
+    hidden = torch.randint(-4, 5, (16, 8), device=device).float()
+    weight = torch.randint(-4, 5, (999, 8), device=device).float() / 4
+    bias = torch.full((999,), offset, device=device)
+    target = torch.randint(0, 999, (16,), device=device)
+    options = {"linear_bias": bias, "chunk_tokens": 8}
+    exact = F.cross_entropy(hidden.double() @ weight.double().t(), target, reduction="none")
+    rows = linear_cross_entropy(hidden, weight, target, reduction="none", **options)
+    assert_close(rows, exact, 1e-6)
+    assert_close(linear_cross_entropy(hidden, weight, target, **options), exact.mean(), 1e-6)
+    assert_close(linear_token_stats(hidden, weight, target, **options).log_prob, -exact, 1e-6)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_products_are_of_16_bits_throughout(monkeypatch, weight_dtype, reduction):
+    """[TRL 6863]: an upcast before the projection makes it 13 times slower, and nobody sees it."""
+    seen = []
+    for name in ("mm", "addmm"):
+        right = getattr(torch, name)
+
+        def product(*args, right=right, **kwargs):
+            seen.extend(a.dtype for a in args)
+            return right(*args, **kwargs)
+
+        monkeypatch.setattr(torch, name, product)
+    hidden = torch.randn(20, 16).bfloat16().requires_grad_()
+    weight = torch.randn(99, 16, dtype=weight_dtype, requires_grad=True)
+    bias = torch.randn(99, dtype=weight_dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weight_dtype == torch.float32):
+        loss = linear_cross_entropy(hidden, weight, torch.arange(20), linear_bias=bias,
+                                    reduction=reduction, chunk_tokens=8).sum()  # fmt: skip
+    loss.backward()
+    assert len(seen) >= 18
+    assert set(seen) == {torch.bfloat16}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmloss_ext.cli.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -27,6 +30,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--recompute", action="store_true", help='reduction="none", or functions of the statistics'
     )
+    parser.add_argument(
+        "--frozen", choices=("hidden", "weight"), action="append", default=[],
+        help="what gets no gradient; may be given twice",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weight-grad-dtype", choices=DTYPES, help="in which the weight's gradient is accumulated"
+    )
+    parser.add_argument("--weight-dtype", choices=DTYPES, help="of a weight that autocast converts")
+    parser.add_argument("--drop-ignored", action="store_true", help="some tokens are left out")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,11 +52,15 @@ def run(args: argparse.Namespace) -> int:
             args.N,
             args.D,
             args.V,
-            getattr(torch, args.dtype),
+            _dtype(args.dtype) or torch.float32,
             args.device,
             chunk_tokens=args.chunk_tokens,
             max_chunk_bytes=args.max_chunk_bytes,
+            weight_grad_dtype=_dtype(args.weight_grad_dtype),
+            weight_dtype=_dtype(args.weight_dtype),
+            needs_grad=("hidden" not in args.frozen, "weight" not in args.frozen),
             recompute=args.recompute,
+            drop_ignored=args.drop_ignored,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -60,6 +76,12 @@ def run(args: argparse.Namespace) -> int:
     ):
         print(f"{name:<18} {value}")
     return 0
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def _mebibytes(size: int) -> str:

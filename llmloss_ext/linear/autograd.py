@@ -46,10 +46,11 @@ class _Loss(Function):
         logits: LogitOptions,
         loss: LossOptions,
         chunks: ChunkOptions,
+        needs: tuple[bool, ...],
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.options = (logits, loss, chunks)
-        ctx.needs = list(ctx.needs_input_grad[:4])
+        ctx.needs = list(needs)
         inputs = (input, linear_weight, linear_bias, logit_scale)
         others = (target, weight, token_weight, num_items)
         value, *gradients = _loss_and_gradients(inputs, others, ctx.options, ctx.needs)
@@ -64,48 +65,49 @@ class _Loss(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 11
+            return (None,) * 12
         if torch.compiler.is_compiling():
             *gradients, factor = ctx.saved_tensors[8:]
             grad_loss = grad_loss * factor
             results = [
-                (g * grad_loss).to(g.dtype) if asked else None
-                for g, asked in zip(gradients, ctx.needs, strict=True)
+                (g * grad_loss).to(x.dtype) if asked else None
+                for g, x, asked in zip(gradients, ctx.saved_tensors[:4], ctx.needs, strict=True)
             ]
-            return (*results, *(None,) * 7)
+            return (*results, *(None,) * 8)
+        saved = ctx.saved_tensors
         if _needs_differentiable_backward():
-            saved = ctx.saved_tensors
             by_input = _loss_composite(saved[:4], saved[4:], ctx.options).vjp((grad_loss,))
-            return (*(by_input.get(i) for i in range(4)), *(None,) * 7)
+            return (*(by_input.get(i) for i in range(4)), *(None,) * 8)
         if ctx.gradients is None:  # a second backward
-            saved = ctx.saved_tensors
             ctx.gradients = _loss_and_gradients(saved[:4], saved[4:], ctx.options, ctx.needs)[1:]
         *gradients, factor = ctx.gradients
         ctx.gradients = None
         factor = grad_loss * factor
         results = [
-            _scaled(g, factor) if asked else None
-            for g, asked in zip(gradients, ctx.needs, strict=True)
+            _scaled(g, factor, x.dtype) if asked else None
+            for g, x, asked in zip(gradients, saved[:4], ctx.needs, strict=True)
         ]
-        return (*results, *(None,) * 7)
+        return (*results, *(None,) * 8)
 
 
 def _loss_and_gradients(inputs: Any, others: Any, options: Any, needs: list[bool]) -> Any:
     input, linear_weight, linear_bias, logit_scale = inputs
     target, weight, token_weight, num_items = others
     logits, loss, chunks = options
-    return operators.linear_loss(
+    is_opaque = operators.must_be_opaque(input)
+    run: Any = operators.linear_loss if is_opaque else operators.compute_loss
+    return run(
         input, linear_weight, target, linear_bias, weight, token_weight, num_items, logit_scale,
         *logits, *loss, chunks.chunk_tokens, chunks.drop_ignored, needs, chunks.weight_grad_dtype,
     )  # fmt: skip
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Multiplies in place; by 1, it is not touched."""
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplies in place, by 1 without touching it; rounds after, if it has to."""
     if gradient.dim() == 2 and gradient.numel():
         _ops.scale_(gradient, factor)
-        return gradient
-    return (gradient * factor).to(gradient.dtype)
+        return gradient.to(dtype)
+    return (gradient * factor).to(dtype)
 
 
 def _loss_composite(inputs: Any, others: Any, options: Any) -> _Composite:
@@ -129,9 +131,22 @@ def _logits(input: Tensor, linear_weight: Tensor, bias: Tensor | None) -> Tensor
     return logits if bias is None else logits + bias.to(input.dtype)
 
 
+def _needs(inputs: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
+    """Which of input, linear_weight, linear_bias and logit_scale get a gradient.
+
+    Asked before a Function is entered: inside, ``needs_input_grad`` knows nothing of no_grad.
+    """
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and x is not None and x.requires_grad for x in inputs)
+
+
 def loss(*inputs: Any) -> Tensor:
-    """The mean or sum over tokens; arguments as `_Loss.forward`."""
-    return _Loss.apply(*inputs)  # type: ignore[no-untyped-call]
+    """The mean or sum over tokens; arguments as `_Loss.forward`, without the last."""
+    needs = _needs(inputs[:4])
+    if not any(needs):
+        value: Tensor = _loss_and_gradients(inputs[:4], inputs[4:8], inputs[8:], list(needs))[0]
+        return value
+    return _Loss.apply(*inputs, needs)  # type: ignore[no-untyped-call]
 
 
 class _Stats(Function):
@@ -149,7 +164,9 @@ class _Stats(Function):
         wanted: tuple[bool, bool, bool],
         chunks: ChunkOptions,
     ) -> tuple[Tensor, ...]:
-        output = operators.linear_stats(
+        is_opaque = operators.must_be_opaque(input)
+        run: Any = operators.linear_stats if is_opaque else operators.compute_stats
+        output = run(
             input, linear_weight, target, linear_bias, weight, logit_scale, *logits, list(wanted),
             chunks.chunk_tokens, chunks.drop_ignored,
         )  # fmt: skip

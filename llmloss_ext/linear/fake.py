@@ -4,7 +4,12 @@
 import torch
 
 from llmloss_ext.composite import real_of
-from llmloss_ext.linear.operators import linear_loss, linear_stats, linear_stats_backward
+from llmloss_ext.linear.operators import (
+    gradient_dtype,
+    linear_loss,
+    linear_stats,
+    linear_stats_backward,
+)
 
 
 @linear_loss.register_fake
@@ -13,17 +18,17 @@ def _linear_loss_fake(
     scale, softcap, ignore_index, vocab_size, label_smoothing, z_loss, reduction, chunk_tokens,
     drop_ignored, needs, weight_grad_dtype,
 ):  # fmt: skip
-    def gradient(parameter, asked):
+    def gradient(parameter, asked, dtype_of=lambda _, parameter: parameter.dtype):
         if not asked or parameter is None:
             return input.new_empty(0)
-        return parameter.new_empty(parameter.shape)
+        return parameter.new_empty(parameter.shape, dtype=dtype_of(input, parameter))
 
     scalar = input.new_empty((), dtype=real_of(input))
     return (
         scalar,
         gradient(input, needs[0]),
-        gradient(linear_weight, needs[1]),
-        gradient(linear_bias, needs[2]),
+        gradient(linear_weight, needs[1], gradient_dtype),
+        gradient(linear_bias, needs[2], gradient_dtype),
         gradient(logit_scale, needs[3]),
         torch.empty_like(scalar),
     )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llmloss_ext import composite, ops
 from llmloss_ext import functional as dense
-from llmloss_ext.composite import LogitOptions, real_of
 from llmloss_ext.functional import TokenStats
 from llmloss_ext.linear import autograd, operators
-from llmloss_ext.linear.autograd import ChunkOptions
+from llmloss_ext.linear.call import (
+    LinearCall,
+    as_rows,
+    check_projection,
+    to_dtype_of_products,
+)
 from llmloss_ext.linear.distillation import check_divergence, kl_div
 from llmloss_ext.linear.planning import plan
 
@@ -28,6 +35,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: Any = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
@@ -51,29 +59,38 @@ def linear_cross_entropy(
 
     Args:
         input: Hidden states (D), (N, D) or (..., D); float32, bfloat16, float16 or float64.
-        linear_weight: The projection (V, D), of the input's dtype; under autocast of any, and its
-            gradient is then not rounded to the lower one.
-        target: Class indices of shape (), (N) or (...), int64 or int32; or probabilities (..., V)
-            of the input's dtype.
-        linear_bias: (V).
+        linear_weight: The projection (V, D), or for a K-dimensional loss (V, d1, ..., dK, D), of
+            the input's dtype; under autocast of any, and its gradient is then not rounded to the
+            lower one.
+        target: Class indices of shape (), (N) or (...), int64 or int32; or probabilities (..., V),
+            which are converted to the input's dtype. K-dimensional: (N, d1, ..., dK), or
+            (N, V, d1, ..., dK).
+        linear_bias: (V), or (V, d1, ..., dK).
         weight: Class weights (V).
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: Tokens with this target take no part; None: -100.
         label_smoothing: In [0, 1].
+        options: A `torch.nn.LinearCrossEntropyOptions`: its ``batch_chunk_size`` is taken as
+            ``chunk_tokens`` and its ``acc_dtype`` as ``weight_grad_dtype``. The rest chooses
+            between ways of torch's that there are not here.
         z_loss: Factor of lse^2.
         softcap: If given, x = softcap * tanh(logit_scale * logits / softcap).
         logit_scale: Factor of the logits; a 0-d tensor gets its gradient.
-        token_weight: A weight for each token, shaped like the target of indices.
+        token_weight: A weight for each token, shaped like the target of indices. It belongs to the
+            label, and is shifted with it.
         num_items: Replaces the denominator of the mean.
         vocab_size: Only the first ``vocab_size`` rows of the weight take part.
         shift: With 1, the hidden state at position i of the second to last dimension predicts
-            ``target[..., i + 1]``; nothing of the size of the hidden states is copied.
-        chunk_tokens: Tokens of a chunk; by default what `llmloss_ext.plan` says.
+            ``target[..., i + 1]``; nothing of the size of the hidden states is copied. Without a
+            reduction, the loss of that label stands at position i.
+        chunk_tokens: Tokens of a chunk at most; by default what `llmloss_ext.plan` says.
         max_chunk_bytes: The most that the logits of a chunk may take.
         drop_ignored: Whether ignored tokens are left out of the matrix products. By default on a
-            CPU; on CUDA it has to wait for the device to know their number.
+            CPU; on CUDA it has to wait for the device to know their number. Where they are not
+            left out, their hidden states must be finite: the weight's gradient adds 0 times them.
         weight_grad_dtype: In which the weight's gradient is accumulated over the chunks before it
-            is rounded once; by default float32 (float64 for float64).
+            is rounded once; by default float32 (float64 for float64). float16, which could not hold
+            such a sum before the mean divides it, is taken for float32 unless reduction is "none".
         weight_grad_accumulator: A (V, D) tensor of that dtype (a trainer's ``main_grad``) to which
             backward adds the weight's gradient; ``linear_weight.grad`` then stays as it is, and
             no V x D buffer is made. Costs the fourth product.
@@ -85,6 +102,7 @@ def linear_cross_entropy(
         ValueError: Shapes that do not fit, or an option out of range.
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index`` (on CUDA, that
             token's loss is nan instead).
+        TypeError: An integer option that is none, or ``options`` that are not torch's.
         RuntimeError: A wrong dtype or device.
 
     Example:
@@ -92,16 +110,30 @@ def linear_cross_entropy(
         >>> loss = linear_cross_entropy(hidden, model.head.weight, tokens, shift=1)
         >>> loss.backward()
     """
-    loss = dense._loss_options(label_smoothing, z_loss, reduction)
-    ignored = -100 if ignore_index is None else ignore_index
-    call = _LinearCall(
-        input, linear_weight, target, linear_bias, weight, ignored, softcap, logit_scale,
+    loss = dense.loss_options(label_smoothing, z_loss, reduction)
+    if options is not None:
+        chunk_tokens, weight_grad_dtype = _torchs_options(options, chunk_tokens, weight_grad_dtype)
+    if linear_weight.dim() > 2:
+        if shift or weight_grad_accumulator is not None:
+            raise ValueError(
+                "shift and weight_grad_accumulator need a weight (V, D), got "
+                f"{tuple(linear_weight.shape)}"
+            )
+        return _multi_dimensional(
+            input, linear_weight, target, linear_bias, token_weight, reduction, num_items,
+            weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size,
+            chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes, drop_ignored=drop_ignored,
+            weight_grad_dtype=weight_grad_dtype,
+        )  # fmt: skip
+    call = LinearCall(
+        input, linear_weight, target, linear_bias, weight, ignore_index, softcap, logit_scale,
         vocab_size, shift,
     )  # fmt: skip
     if num_items is not None:
-        num_items = dense._items(num_items, reduction, input)
+        num_items = dense.items_tensor(num_items, reduction, input)
     if token_weight is not None:
-        token_weight = dense._token_weight(token_weight, call.shape, input).reshape(-1)
+        token_weight = call.token_weights(token_weight, input)
     is_row_by_row = (
         reduction == "none"
         or weight_grad_accumulator is not None
@@ -119,9 +151,9 @@ def linear_cross_entropy(
             )
         return call.unfused(token_weight, num_items, reduction, label_smoothing, z_loss)
     if not is_row_by_row:
-        return autograd.loss(
-            call.hidden, linear_weight, linear_bias, call.scale, call.targets, weight,
-            token_weight, num_items, call.options, loss, chunks,
+        return call.located(
+            autograd.loss, call.hidden, linear_weight, linear_bias, call.scale, call.targets,
+            weight, token_weight, num_items, call.options, loss, chunks,
         )  # fmt: skip
     rows = call.stats((False, label_smoothing != 0, False), chunks, weight_grad_accumulator)
     losses = composite.losses_of(
@@ -129,9 +161,83 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         return losses.reshape(call.shape)
-    items = (weight, token_weight, num_items, ignored, loss.reduction)
+    items = (weight, token_weight, num_items, call.options.ignore_index, loss.reduction)
     denominator = operators.total_items(call.hidden, call.targets, *items)
     return composite.reduce(losses, denominator, loss.reduction)
+
+
+def _torchs_options(
+    options: Any, chunk_tokens: int | None, weight_grad_dtype: torch.dtype | None
+) -> tuple[int | None, torch.dtype | None]:
+    """chunk_tokens and weight_grad_dtype, from torch's options where they say so."""
+    try:
+        theirs = (options.batch_chunk_size, options.acc_dtype)
+    except AttributeError:
+        raise TypeError(
+            f"options must be a torch.nn.LinearCrossEntropyOptions, got {type(options).__name__}"
+        ) from None
+    for name, ours, their in zip(
+        ("chunk_tokens", "weight_grad_dtype"), (chunk_tokens, weight_grad_dtype), theirs,
+        strict=True,
+    ):  # fmt: skip
+        if ours is not None and their is not None and ours != their:
+            raise ValueError(f"{name}={ours}, but options say {their}")
+    return chunk_tokens or theirs[0], weight_grad_dtype or theirs[1]
+
+
+def _multi_dimensional(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    token_weight: Tensor | None,
+    reduction: str,
+    num_items: int | Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """Torch's K-dimensional loss: a classification at each of d1 x ... x dK positions."""
+    classes, *positions, features = linear_weight.shape
+    shape = (input.shape[0], *positions) if input.dim() == 2 else None
+    probabilities = target.is_floating_point()
+    if shape is None or input.shape[-1] != features:
+        raise ValueError(
+            "a K-dimensional loss takes hidden states (N, D) and a weight (V, d1, ..., dK, D), got "
+            f"{tuple(input.shape)} and {tuple(linear_weight.shape)}"
+        )
+    for name, given, expected in (
+        ("linear_bias", linear_bias, (classes, *positions)),
+        ("target", target, (shape[0], classes, *positions) if probabilities else shape),
+        ("token_weight", token_weight, shape),
+    ):
+        if given is not None and tuple(given.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(given.shape)}")
+
+    def each(tensor: Tensor | None, dim: int = 1) -> Sequence[Any]:
+        # (..., d1, ..., dK, ...), whose first such dimension is `dim`, by position.
+        if tensor is None:
+            return [None] * math.prod(positions)
+        return tensor.flatten(dim, dim + len(positions) - 1).unbind(dim)
+
+    targets, tokens = each(target, 2 if probabilities else 1), each(token_weight)
+    losses = torch.stack([
+        linear_cross_entropy(
+            input, w, y, linear_bias=b, token_weight=t,
+            reduction="none" if reduction == "none" else "sum", **options,
+        )
+        for w, y, b, t in zip(each(linear_weight), targets, each(linear_bias), tokens, strict=True)
+    ], dim=-1)  # fmt: skip
+    if reduction == "none":
+        return losses.reshape(shape)
+    if reduction == "sum":
+        return losses.sum()
+    if num_items is not None:
+        return losses.sum() / dense.items_tensor(num_items, reduction, input)
+    ignored = -100 if options["ignore_index"] is None else options["ignore_index"]
+    rows = [
+        composite.denominators(input, y, options["weight"], t, ignored)
+        for y, t in zip(targets, tokens, strict=True)
+    ]
+    return losses.sum() / torch.stack(rows).sum()
 
 
 def linear_token_stats(
@@ -141,7 +247,7 @@ def linear_token_stats(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
@@ -167,7 +273,7 @@ def linear_token_stats(
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
         RuntimeError: A wrong dtype or device.
     """
-    call = _LinearCall(
+    call = LinearCall(
         input, linear_weight, target, linear_bias, weight, ignore_index, softcap, logit_scale,
         vocab_size, shift,
     )  # fmt: skip
@@ -184,7 +290,7 @@ def linear_log_probs(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
@@ -201,7 +307,7 @@ def linear_log_probs(
 
     Args, errors: as in `linear_token_stats`.
     """
-    call = _LinearCall(
+    call = LinearCall(
         input, linear_weight, target, linear_bias, None, ignore_index, softcap, logit_scale,
         vocab_size, shift,
     )  # fmt: skip
@@ -259,8 +365,8 @@ def linear_kl_div(
     check_divergence(direction, beta, temperature)
     if reduction not in ("mean", "sum"):
         raise ValueError(f'linear_kl_div: reduction must be "mean" or "sum", got {reduction!r}')
-    _check_projection(student_hidden, student_weight, student_bias)
-    _check_projection(teacher_hidden, teacher_weight, teacher_bias)
+    check_projection(student_hidden, student_weight, student_bias)
+    check_projection(teacher_hidden, teacher_weight, teacher_bias)
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
             f"student and teacher must have the same tokens, got {tuple(student_hidden.shape)} "
@@ -281,7 +387,7 @@ def linear_kl_div(
         raise RuntimeError("linear_kl_div: the teacher gets no gradient; pass it detached")
     if ops.in_transform():
         raise RuntimeError("linear_kl_div does not work under torch.func transforms")
-    hidden = _rows(_autocast(student_hidden))
+    hidden = as_rows(to_dtype_of_products(student_hidden))
     tokens, features = hidden.shape
     planned = plan(
         tokens, features, student_weight.shape[0], hidden.dtype, hidden.device,
@@ -289,209 +395,7 @@ def linear_kl_div(
     )  # fmt: skip
     valid = None if target is None else (target != ignore_index).reshape(-1)
     return kl_div(
-        hidden, student_weight, student_bias, _rows(_autocast(teacher_hidden)), teacher_weight,
-        teacher_bias, valid, (direction, beta, temperature), reduction == "mean",
+        hidden, student_weight, student_bias, as_rows(to_dtype_of_products(teacher_hidden)),
+        teacher_weight, teacher_bias, valid, (direction, beta, temperature), reduction == "mean",
         planned.chunk_tokens,
     )  # fmt: skip
-
-
-def _rows(hidden: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
-
-
-def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if hidden.dtype not in dense._FLOATS:
-        raise RuntimeError(
-            f"expected hidden states of float32, bfloat16, float16 or float64, got {hidden.dtype}"
-        )
-    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            "expected hidden states (..., D) and a weight (V, D), got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"the weight is empty: {tuple(weight.shape)}")
-    if weight.device != hidden.device:
-        raise RuntimeError(
-            f"expected input and weight on the same device, got {hidden.device} and {weight.device}"
-        )
-    if weight.dtype != hidden.dtype and not _is_autocast(hidden):
-        raise RuntimeError(
-            f"expected input and weight of the same dtype, got {hidden.dtype} and {weight.dtype}; "
-            "convert one, or use torch.autocast"
-        )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
-        raise ValueError(
-            f"the bias must have shape ({weight.shape[0]},) on {weight.device}, got "
-            f"{tuple(bias.shape)} on {bias.device}"
-        )
-
-
-def _is_autocast(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
-
-
-def _autocast(hidden: Tensor) -> Tensor:
-    """In the dtype of the products."""
-    if not _is_autocast(hidden) or hidden.dtype == torch.float64:
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(hidden.device.type))
-
-
-class _LinearCall:
-    """The arguments that all functions share, checked and brought into the operators' shapes.
-
-    Attributes:
-        hidden: (N, D), in the dtype of the products.
-        targets: (N), or probabilities (N, V).
-        shape: The shape of one number per token.
-    """
-
-    def __init__(
-        self,
-        input: Tensor,
-        linear_weight: Tensor,
-        target: Tensor,
-        linear_bias: Tensor | None,
-        weight: Tensor | None,
-        ignore_index: int,
-        softcap: float | None,
-        logit_scale: float | Tensor,
-        vocab_size: int | None,
-        shift: int,
-    ) -> None:
-        _check_projection(input, linear_weight, linear_bias)
-        input = _autocast(input)
-        if _is_autocast(input) and target.is_floating_point():
-            target = target.to(input.dtype)
-        self.linear_weight, self.linear_bias, self.weight = linear_weight, linear_bias, weight
-        self.shape = input.shape[:-1]
-        self.has_probabilities = target.is_floating_point()
-        vocabulary = linear_weight.shape[0]
-        expected = (*self.shape, vocabulary) if self.has_probabilities else tuple(self.shape)
-        if tuple(target.shape) != expected:
-            raise ValueError(
-                f"target of shape {tuple(target.shape)} does not fit hidden states of shape "
-                f"{tuple(input.shape)}: expected {expected}"
-            )
-        if shift:
-            target = self._shifted(target, shift, ignore_index)
-        self.hidden = _rows(input)
-        self.targets = target.reshape(self.hidden.shape[0], *expected[len(self.shape) :])
-        # The rest is the dense function's to check, on logits that nobody computes.
-        logits = torch.empty_strided(
-            (1, vocabulary), (vocabulary, 1), dtype=input.dtype, device="meta"
-        )
-        checked = dense._Call(
-            logits,
-            torch.empty((1, vocabulary) if self.has_probabilities else 1, dtype=target.dtype,
-                        device="meta"),
-            None, softcap, 1.0, vocab_size, ignore_index,
-        )  # fmt: skip
-        if target.device != input.device:
-            raise RuntimeError(
-                f"expected input and target on the same device, got {input.device} and "
-                f"{target.device}"
-            )
-        dense._Call._check_weight(checked, weight, vocabulary, input)
-        self.scale: Tensor | None = None
-        self.options: LogitOptions = checked.options
-        if isinstance(logit_scale, Tensor):
-            dense._Call._check_scale(logit_scale, input)
-            self.scale = logit_scale
-        else:
-            self.options = self.options._replace(scale=float(logit_scale))
-
-    def _shifted(self, target: Tensor, shift: int, ignore_index: int) -> Tensor:
-        if shift < 0 or self.has_probabilities or target.dim() == 0:
-            raise ValueError(
-                "shift must be an integer >= 0, with class indices (..., S) as targets; got "
-                f"shift={shift} and targets of shape {tuple(target.shape)}, {target.dtype}"
-            )
-        return F.pad(target[..., shift:], (0, min(shift, target.shape[-1])), value=ignore_index)
-
-    def chunk_options(
-        self,
-        chunk_tokens: int | None,
-        max_chunk_bytes: int | None,
-        drop_ignored: bool | None,
-        weight_grad_dtype: torch.dtype | None,
-        accumulator: Tensor | None = None,
-    ) -> ChunkOptions:
-        """How to walk through the tokens, by the plan."""
-        hidden, weight = self.hidden, self.linear_weight
-        tokens, features = hidden.shape
-        planned = plan(
-            tokens, features, weight.shape[0], hidden.dtype, hidden.device,
-            chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
-        )  # fmt: skip
-        if accumulator is not None:
-            weight_grad_dtype = weight_grad_dtype or accumulator.dtype
-            if accumulator.shape != weight.shape or accumulator.device != weight.device:
-                raise ValueError(
-                    f"weight_grad_accumulator must have the weight's shape {tuple(weight.shape)} "
-                    f"on {weight.device}, got {tuple(accumulator.shape)} on {accumulator.device}"
-                )
-            if accumulator.dtype != weight_grad_dtype or not accumulator.is_contiguous():
-                raise ValueError(
-                    f"weight_grad_accumulator must be contiguous and of {weight_grad_dtype}, got "
-                    f"{accumulator.dtype}"
-                )
-            if accumulator.requires_grad:
-                raise ValueError("weight_grad_accumulator must not require a gradient itself")
-            if torch.compiler.is_compiling():
-                raise RuntimeError("weight_grad_accumulator does not work under torch.compile")
-        real = real_of(hidden)
-        if weight_grad_dtype not in (None, real, hidden.dtype, weight.dtype):
-            raise ValueError(
-                f"weight_grad_dtype must be {real} or the weight's dtype, got {weight_grad_dtype}"
-            )
-        if drop_ignored is None:
-            drop_ignored = hidden.device.type == "cpu"
-        return ChunkOptions(planned.chunk_tokens, drop_ignored, weight_grad_dtype or real)
-
-    def stats(
-        self,
-        wanted: tuple[bool, bool, bool],
-        chunks: ChunkOptions,
-        accumulator: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """The statistics of the rows; under transforms from whole logits."""
-        if self.has_probabilities:
-            raise RuntimeError("statistics: target must hold class indices (int64 or int32)")
-        if ops.in_transform():
-            where = (self._logits(), self.targets, self.weight, self.scale, self.options)
-            return ops.token_stats(*where, wanted)
-        return autograd.stats(
-            self.hidden, self.linear_weight, self.linear_bias, self.scale, self.targets,
-            self.weight, accumulator, self.options, wanted, chunks,
-        )  # fmt: skip
-
-    def _logits(self) -> Tensor:
-        return autograd._logits(self.hidden, self.linear_weight, self.linear_bias)
-
-    def unfused(
-        self,
-        token_weight: Tensor | None,
-        num_items: Tensor | None,
-        reduction: str,
-        label_smoothing: float,
-        z_loss: float,
-    ) -> Tensor:
-        """The loss from whole logits, with every derivative."""
-        scale = self.options.scale if self.scale is None else self.scale
-        loss = dense.cross_entropy(
-            self._logits(),
-            self.targets,
-            weight=self.weight,
-            ignore_index=self.options.ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=self.options.softcap or None,
-            logit_scale=scale,
-            token_weight=token_weight,
-            num_items=num_items,
-            vocab_size=self.options.vocab_size,
-        )
-        return loss.reshape(self.shape) if reduction == "none" else loss

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from llmloss_ext.composite import real_of
-from llmloss_ext.linear.planning import VOCAB_BLOCK, row_stride
+from llmloss_ext.linear.planning import block_rows, even_chunk, first_part_rows, row_stride
+
+_HUGE_PAGE = 2 << 20
 
 Rows = slice | Tensor
 """The rows of a chunk: neighbours, or the indices of those that are not ignored."""
@@ -42,7 +44,8 @@ def chunk_rows(tokens: int, chunk_tokens: int, valid: Tensor | None) -> Iterator
     """
     indices = None if valid is None else valid.nonzero().squeeze(1)
     if indices is not None and indices.numel() < tokens:
-        yield from torch.split(indices, chunk_tokens) if indices.numel() else ()
+        if indices.numel():
+            yield from torch.split(indices, even_chunk(indices.numel(), chunk_tokens))
         return
     for begin in range(0, tokens, chunk_tokens):
         yield slice(begin, min(begin + chunk_tokens, tokens))
@@ -51,7 +54,7 @@ def chunk_rows(tokens: int, chunk_tokens: int, valid: Tensor | None) -> Iterator
 def new_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory of many megabytes."""
     buffer = torch.empty(shape, dtype=dtype, device=like.device)
-    if buffer.device.type == "cpu":
+    if buffer.device.type == "cpu" and buffer.nbytes >= _HUGE_PAGE:
         torch.ops.llmloss.prefer_huge_pages_(buffer)
     return buffer
 
@@ -82,7 +85,8 @@ class Projection:
         shape = (min(chunk_tokens, tokens), row_stride(vocab_size, dtype))
         buffer = new_buffer(self.hidden, shape, dtype)
         # oneDNN's products read a column too many and multiply it by 0: no nan may stand there.
-        buffer[:, vocab_size:] = 0
+        if vocab_size < shape[1]:
+            buffer[:, vocab_size:] = 0
         for rows in chunk_rows(tokens, chunk_tokens, valid):
             hidden = take(self.hidden, rows)
             logits = buffer[: hidden.shape[0], :vocab_size]
@@ -98,6 +102,96 @@ class Projection:
             torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
 
 
+class WeightGradient:
+    """The gradient of a weight (V, D), summed over chunks and rounded once.
+
+    Where the result has half the bytes of the sums, these lie in two parts. The first is rounded
+    into the first half of its own memory and the second into what that leaves: sums and result are
+    never there side by side, and the result holds on to no memory but its own.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        dtype: torch.dtype,
+        result_dtype: torch.dtype,
+        accumulator: Tensor | None = None,
+    ) -> None:
+        """dtype: of the sums. accumulator: that of the caller, to which is added instead."""
+        self._is_empty = accumulator is None
+        self._result_dtype = result_dtype
+        self._parts = [] if accumulator is None else [accumulator]
+        if accumulator is None:
+            rows, columns = weight.shape
+            first = first_part_rows(rows, dtype, result_dtype)
+            self._parts = [
+                new_buffer(weight, (part, columns), dtype) for part in (first, rows - first) if part
+            ]
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        """Adds ``gradient.T @ hidden``, of (n, V) and (n, D)."""
+        begin = 0
+        for part in self._parts:
+            columns = gradient[:, begin : begin + part.shape[0]]
+            if part.dtype == gradient.dtype:
+                self._add_in_one_dtype(part, columns, hidden)
+            elif part.is_cuda:
+                self._add_from_16_bits(part, columns, hidden)
+            else:
+                self._add_blocks(part, columns, hidden)
+            begin += part.shape[0]
+        self._is_empty = False
+
+    def _add_in_one_dtype(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        if self._is_empty:
+            torch.mm(gradient.t(), hidden, out=total)
+        else:
+            total.addmm_(gradient.t(), hidden)
+
+    def _add_from_16_bits(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        if self._is_empty:
+            total.zero_()
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+
+    def _add_blocks(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        """Products whose results have 16 bits, as a CPU's have, stay in its cache until added."""
+        # float16 has no fast products there: float32 costs no more, and rounds nothing.
+        if gradient.dtype == torch.float16:
+            hidden = hidden.to(total.dtype)
+        height = min(block_rows(hidden.shape[1]), total.shape[0])
+        block = hidden.new_empty(height, hidden.shape[1])
+        for begin in range(0, total.shape[0], height):
+            rows = slice(begin, min(begin + height, total.shape[0]))
+            left = gradient[:, rows].to(hidden.dtype).t()
+            product = torch.mm(left, hidden, out=block[: rows.stop - rows.start])
+            if self._is_empty:
+                total[rows] = product
+            else:
+                total[rows] += product
+
+    def result(self) -> Tensor:
+        """The rounded gradient. Call it when the chunks are gone, and once."""
+        parts, self._parts = self._parts, []
+        if self._is_empty:
+            for part in parts:
+                part.zero_()
+        dtype = self._result_dtype
+        if len(parts) == 1:
+            return parts[0].to(dtype)
+        rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        result = torch.empty(0, dtype=dtype, device=parts[0].device)
+        result.set_(parts[0].untyped_storage(), 0, (rows, columns), (columns, 1))  # type: ignore[call-overload]
+        begin, height = 0, block_rows(columns)
+        if result.is_cuda:
+            height *= 16  # launches cost more there than a larger copy
+        for block in (block for part in parts for block in torch.split(part, height)):
+            # The first block's place lies over the block itself, every other over an earlier one.
+            source = block if begin else block.to(dtype)
+            result[begin : begin + block.shape[0]] = source
+            begin += block.shape[0]
+        return result
+
+
 class Gradients:
     """The gradients of a projection, gathered chunk by chunk; None where not asked for.
 
@@ -109,17 +203,21 @@ class Gradients:
         projection: Projection,
         needs: tuple[bool, bool, bool],
         accumulate_in: torch.dtype,
+        result_dtype: torch.dtype | None = None,
         accumulator: Tensor | None = None,
     ) -> None:
-        """needs: hidden, weight, bias. accumulator: to which the weight's gradient is added."""
+        """needs: hidden, weight, bias. accumulator: to which the weight's gradient is added.
+
+        result_dtype: of the weight's gradient; by default as it is accumulated.
+        """
         hidden, weight = projection.hidden, projection.weight
-        self._projection = projection
+        self._weight_of_products = weight
         # Rows that are dropped have a gradient too: zero.
         self.hidden = hidden.new_zeros(hidden.shape) if needs[0] else None
-        self._accumulator = accumulator
-        self._is_empty = accumulator is None
-        if needs[1] and accumulator is None:
-            self._accumulator = new_buffer(weight, tuple(weight.shape), accumulate_in)
+        self._weight: WeightGradient | None = None
+        if needs[1] or accumulator is not None:
+            dtype = result_dtype or accumulate_in
+            self._weight = WeightGradient(weight, accumulate_in, dtype, accumulator)
         dtype = real_of(hidden)
         self.bias = weight.new_zeros(weight.shape[0], dtype=dtype) if needs[2] else None
 
@@ -127,52 +225,20 @@ class Gradients:
         """Adds a chunk whose logits have become their gradient."""
         gradient = chunk.logits
         if self.hidden is not None:
+            weight = self._weight_of_products
             if isinstance(chunk.rows, slice):
-                torch.mm(gradient, self._projection.weight, out=self.hidden[chunk.rows])
+                torch.mm(gradient, weight, out=self.hidden[chunk.rows])
             else:
                 part = torch.empty_like(chunk.hidden)
-                put(self.hidden, chunk.rows, torch.mm(gradient, self._projection.weight, out=part))
-        if self._accumulator is not None:
-            self._add_weight(gradient, chunk.hidden, self._accumulator)
-            self._is_empty = False
+                put(self.hidden, chunk.rows, torch.mm(gradient, weight, out=part))
+        if self._weight is not None:
+            self._weight.add(gradient, chunk.hidden)
         if self.bias is not None:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
 
-    def _add_weight(self, gradient: Tensor, hidden: Tensor, total: Tensor) -> None:
-        if total.dtype == gradient.dtype:
-            if self._is_empty:
-                torch.mm(gradient.t(), hidden, out=total)
-            else:
-                total.addmm_(gradient.t(), hidden)
-        elif total.is_cuda:
-            if self._is_empty:
-                total.zero_()
-            torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
-        else:
-            self._add_blocks(gradient, hidden, total)
-
-    def _add_blocks(self, gradient: Tensor, hidden: Tensor, total: Tensor) -> None:
-        """Products whose results have 16 bits, as a CPU's have, stay in its cache until added."""
-        # float16 has no fast products there: float32 costs no more, and rounds nothing.
-        if gradient.dtype == torch.float16:
-            hidden = hidden.to(total.dtype)
-        block = hidden.new_empty(VOCAB_BLOCK, hidden.shape[1])
-        for begin in range(0, total.shape[0], VOCAB_BLOCK):
-            rows = slice(begin, min(begin + VOCAB_BLOCK, total.shape[0]))
-            left = gradient[:, rows].to(hidden.dtype).t()
-            product = torch.mm(left, hidden, out=block[: rows.stop - rows.start])
-            if self._is_empty:
-                total[rows] = product
-            else:
-                total[rows] += product
-
-    def weight_result(self, dtype: torch.dtype) -> Tensor | None:
+    def weight_result(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """The weight's gradient, rounded. Call it when the chunks are gone, and once."""
-        total, self._accumulator = self._accumulator, None
-        if total is None:
+        if self._weight is None:
             return None
-        if self._is_empty:
-            total.zero_()
-        if total.dtype == dtype:
-            return total
-        return new_buffer(total, tuple(total.shape), dtype).copy_(total)
+        result = self._weight.result()
+        return result if dtype is None else result.to(dtype)

@@ -52,12 +52,34 @@ def gradient_factor(input: Tensor, denominator: Tensor) -> Tensor:
     return torch.exp2(-torch.floor(torch.log2(denominator.clamp_min(1.0))))
 
 
+def gradient_dtype(input: Tensor, parameter: Tensor) -> torch.dtype:
+    """In which `linear_loss` returns the gradient of a weight or a bias: the parameter's.
+
+    But float16 cannot hold a sum over tokens from which `gradient_factor` was left out: such sums
+    stay in float32 until backward has multiplied it in.
+    """
+    is_half = input.dtype == torch.float16 and parameter.dtype == torch.float16
+    return real_of(input) if is_half else parameter.dtype
+
+
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-@torch.library.custom_op("llmloss::linear_loss", mutates_args=())
-def linear_loss(
+def must_be_opaque(tensor: Tensor) -> bool:
+    """Whether a tracer, a fake tensor or a subclass looks on: then only the operators will do.
+
+    Elsewhere the functions themselves are called, which saves a small call 40 us.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or tensor.device.type not in ("cpu", "cuda")
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def compute_loss(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -85,7 +107,7 @@ def linear_loss(
     Returns:
         The loss; the gradients of input, linear_weight, linear_bias and logit_scale; and the factor
         (0-d) that is still to be multiplied into them. It is 1 except for float16, whose gradients
-        are kept away from its subnormal numbers.
+        are kept away from its subnormal numbers (and the weight's and bias's in float32).
     """
     real = real_of(input)
     projection = Projection(input, linear_weight, linear_bias)
@@ -93,10 +115,14 @@ def linear_loss(
     denominator = total_items(input, target, *items)
     factor = gradient_factor(input, denominator)
     divisor = denominator * factor
-    # 0, but nan where there is no token to divide by.
-    loss = torch.zeros((), dtype=torch.float64, device=input.device) / denominator
+    loss = torch.zeros((), dtype=torch.float64, device=input.device)
     grad_scale = torch.zeros_like(loss) if needs[3] else None
-    gradients = Gradients(projection, (needs[0], needs[1], needs[2]), weight_grad_dtype)
+    if weight_grad_dtype == torch.float16:
+        weight_grad_dtype = real  # see gradient_dtype
+    gradients = Gradients(
+        projection, (needs[0], needs[1], needs[2]), weight_grad_dtype,
+        gradient_dtype(input, linear_weight),
+    )  # fmt: skip
     logit_options = (scale, softcap, ignore_index, vocab_size)
     loss_options = (label_smoothing, z_loss)
     for chunk in projection.chunks(chunk_tokens, _valid(target, ignore_index, drop_ignored)):
@@ -115,14 +141,27 @@ def linear_loss(
             )
         loss += part
         del chunk  # its buffer, before the gradient of the weight is rounded
+    if reduction == 1:
+        loss += torch.zeros_like(denominator) / denominator  # nan: no token to divide by
     return (
         (loss * factor).to(real),
         _or_empty(gradients.hidden, input),
-        _or_empty(gradients.weight_result(linear_weight.dtype), input),
-        _or_empty(None if linear_bias is None else _cast(gradients.bias, linear_bias), input),
+        _or_empty(gradients.weight_result(), input),
+        _or_empty(_summed_over_tokens(gradients.bias, linear_bias, input), input),
         _or_empty(_cast(grad_scale, logit_scale), input),
         factor,
     )
+
+
+linear_loss = torch.library.custom_op("llmloss::linear_loss", compute_loss, mutates_args=())
+
+
+def _summed_over_tokens(
+    gradient: Tensor | None, parameter: Tensor | None, input: Tensor
+) -> Tensor | None:
+    if gradient is None or parameter is None:
+        return None
+    return gradient.to(gradient_dtype(input, parameter))
 
 
 def _cast(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -131,8 +170,7 @@ def _cast(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     return gradient.reshape(parameter.shape).to(parameter.dtype)
 
 
-@torch.library.custom_op("llmloss::linear_stats", mutates_args=())
-def linear_stats(
+def compute_stats(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -173,6 +211,9 @@ def linear_stats(
     return (*stats, states)  # type: ignore[return-value]
 
 
+linear_stats = torch.library.custom_op("llmloss::linear_stats", compute_stats, mutates_args=())
+
+
 def stats_backward(
     grads: tuple[Tensor | None, ...],
     input: Tensor,
@@ -196,7 +237,7 @@ def stats_backward(
     """
     projection = Projection(input, linear_weight, linear_bias)
     which = (needs[0], needs[1], needs[2])
-    gradients = Gradients(projection, which, weight_grad_dtype, accumulator)
+    gradients = Gradients(projection, which, weight_grad_dtype, linear_weight.dtype, accumulator)
     ignore_index = logit_options[2]
     grad_scale = torch.zeros((), dtype=torch.float64, device=input.device) if needs[3] else None
     for chunk in projection.chunks(chunk_tokens, _valid(target, ignore_index, drop_ignored)):
@@ -213,7 +254,7 @@ def stats_backward(
         del chunk
     grad_weight = None
     if accumulator is None:
-        grad_weight = gradients.weight_result(linear_weight.dtype)
+        grad_weight = gradients.weight_result()
     return (
         _or_empty(gradients.hidden, input),
         _or_empty(grad_weight, input),

@@ -6,16 +6,38 @@ from dataclasses import dataclass
 
 import torch
 
+from llmloss_ext.functional import as_integer
+
 __all__ = ["Plan", "plan", "row_stride"]
 
 # Bytes of a chunk's logits, and tokens of a chunk at least: what keeps the matrix products at full
 # speed (fewer tokens would read the whole weight for too little work).
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEFAULT_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 _LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
 _ALIGNED_BYTES = 128
 """Rows of a chunk's logits begin at multiples of this: oneDNN's products are a third faster so."""
-VOCAB_BLOCK = 4096
-"""Rows of the weight's gradient that are rounded to 16 bits together before they are added."""
+_BLOCK_BYTES = 2 << 20
+
+
+def block_rows(columns: int) -> int:
+    """Rows of the weight's gradient that are rounded to 16 bits together before they are added.
+
+    Few enough to stay in a core's cache until then, and enough for the product that makes them.
+    """
+    rows = _BLOCK_BYTES // (2 * columns)
+    return min(max(1 << max(rows, 1).bit_length() - 1, 512), 4096)
+
+
+def first_part_rows(rows: int, dtype: torch.dtype, result_dtype: torch.dtype) -> int:
+    """Rows of the first of the two parts of a weight's gradient that is summed in ``dtype``.
+
+    All of them, where the result has not half the bytes. Else half of them, but so that the second
+    part begins at an aligned column of the logits.
+    """
+    if dtype.itemsize != 2 * result_dtype.itemsize:
+        return rows
+    return min(row_stride(-(-rows // 2), result_dtype), rows)
 
 
 @dataclass(frozen=True)
@@ -67,8 +89,10 @@ def plan(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     weight_grad_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
     needs_grad: tuple[bool, bool] = (True, True),
     recompute: bool = False,
+    drop_ignored: bool = False,
 ) -> Plan:
     """Plans a linear loss of N x D hidden states and a V x D weight.
 
@@ -82,35 +106,57 @@ def plan(
         max_chunk_bytes: The most that a chunk's logits may take. By default 64 MiB on a CPU and
             256 MiB on CUDA, or what 256 and 1,024 tokens need.
         weight_grad_dtype: In which the weight's gradient is accumulated, by default float32
-            (float64 for float64).
+            (float64 for float64), and never float16 without ``recompute``.
+        weight_dtype: Of the weight, if autocast computes the products in another.
         needs_grad: Whether the hidden states and the weight get gradients.
         recompute: Whether backward computes the logits again: for ``reduction="none"`` and the
             statistics.
+        drop_ignored: Whether some tokens are dropped: those of a chunk are then gathered.
 
     Raises:
-        ValueError: A size that is not positive, or a budget too small for one token.
+        ValueError: A size that is not positive, a dtype that the losses do not have, or a budget
+            too small for one token.
+        TypeError: ``chunk_tokens`` or ``max_chunk_bytes`` is no integer.
     """
-    kind = torch.device(device).type
+    for name, asked in (
+        ("dtype", dtype),
+        ("weight_grad_dtype", weight_grad_dtype),
+        ("weight_dtype", weight_dtype),
+    ):
+        if asked is not None and asked not in _DTYPES:
+            raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {asked}")
     if features < 1 or vocab_size < 1 or tokens < 0:
         raise ValueError(f"expected N >= 0, D >= 1 and V >= 1, got {tokens, features, vocab_size}")
+    kind = torch.device(device).type
     row_bytes = row_stride(vocab_size, dtype) * dtype.itemsize
-    chunk = _chunk_tokens(tokens, row_bytes, kind, chunk_tokens, max_chunk_bytes)
+    chunk = tokens_of_a_chunk(tokens, vocab_size, dtype, kind, chunk_tokens, max_chunk_bytes)
     with_input, with_weight = needs_grad
     products = 1 + with_input + with_weight
     if recompute and (with_input or with_weight):
         products += 1
+    accumulated = weight_grad_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+    if accumulated == torch.float16 and not recompute:
+        accumulated = torch.float32  # as the mean and the sum do
     size = dtype.itemsize
-    accumulated = weight_grad_dtype or (torch.float64 if size == 8 else torch.float32)
+    weight_elements = vocab_size * features
     grad_input = with_input * tokens * features * size
-    grad_weight = with_weight * vocab_size * features * size
-    accumulator = with_weight * vocab_size * features * accumulated.itemsize
-    # While accumulating: the accumulator and a chunk. At the end: the accumulator is rounded.
-    working = chunk * (row_bytes + 2 * features * size)
-    if with_weight and accumulated != dtype:
-        if kind == "cpu":
-            working += VOCAB_BLOCK * features * size
-        accumulator += max(grad_weight - working, 0)
+    grad_weight = with_weight * weight_elements * (weight_dtype or dtype).itemsize
+    accumulator = with_weight * weight_elements * accumulated.itemsize
     chunks = -(-tokens // chunk)
+    working = chunk * row_bytes
+    if weight_dtype not in (None, dtype):
+        working += weight_elements * size  # a copy in the dtype of the products
+    gathered = drop_ignored * chunk * features * size
+    beside = with_input * gathered  # the hidden states' gradient, before it is put in its rows
+    rounding = 0
+    if with_weight:
+        if kind == "cpu" and accumulated != dtype:
+            sizes = (chunk, features, vocab_size)
+            beside = max(beside, _block_bytes(dtype, accumulated, *sizes, is_added=chunks > 1))
+        # float16's sums wait for backward: rounded then, beside themselves.
+        is_late = dtype == torch.float16 and not recompute and grad_weight < accumulator
+        rounding = grad_weight if is_late else 0
+    working += gathered + beside
     return Plan(
         tokens=tokens,
         features=features,
@@ -122,16 +168,47 @@ def plan(
         flops=2 * products * tokens * features * vocab_size,
         chunk_bytes=chunk * row_bytes,
         gradient_bytes=grad_input + grad_weight,
-        peak_bytes=grad_input + accumulator + working,
+        peak_bytes=grad_input + accumulator + max(working, rounding),
         unfused_bytes=(2 if with_input or with_weight else 1) * tokens * vocab_size * size
         + grad_input
         + grad_weight,
     )
 
 
-def _chunk_tokens(
-    tokens: int, row_bytes: int, kind: str, asked: int | None, budget: int | None
+def _block_bytes(
+    dtype: torch.dtype,
+    accumulated: torch.dtype,
+    chunk: int,
+    features: int,
+    vocab_size: int,
+    *,
+    is_added: bool,
 ) -> int:
+    """Of what a CPU adds to the weight's gradient at a time, and of float16's float32 copies."""
+    rows = min(block_rows(features), first_part_rows(vocab_size, accumulated, dtype))
+    if dtype == torch.float16:
+        return (rows * features + chunk * (rows + features)) * accumulated.itemsize
+    # To add 16 bits to 32, torch copies them to 32.
+    return rows * features * (dtype.itemsize + is_added * accumulated.itemsize)
+
+
+def tokens_of_a_chunk(
+    tokens: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    kind: str,
+    asked: int | None,
+    budget: int | None,
+) -> int:
+    """The part of `plan` that a call needs.
+
+    ``asked`` is its ``chunk_tokens``, ``budget`` its ``max_chunk_bytes``, ``kind`` the device's.
+    """
+    if asked is not None:
+        asked = as_integer("chunk_tokens", asked)
+    if budget is not None:
+        budget = as_integer("max_chunk_bytes", budget)
+    row_bytes = row_stride(vocab_size, dtype) * dtype.itemsize
     if asked is not None and asked < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {asked}")
     if budget is not None and budget < row_bytes:
@@ -147,9 +224,13 @@ def _chunk_tokens(
         chunk = max(default // row_bytes, _LEAST_TOKENS.get(kind, _LEAST_TOKENS["cuda"]))
     else:
         chunk = budget // row_bytes
-    if chunk >= most:
-        return most
-    # Chunks of one size: a short last one would waste a pass over the weight.
-    even = -(-most // -(-most // chunk))
+    return even_chunk(most, chunk)
+
+
+def even_chunk(tokens: int, most: int) -> int:
+    """Tokens of chunks of one size: a short last one would waste a pass over the weight."""
+    if tokens <= most:
+        return max(tokens, 1)
+    even = -(-tokens // -(-tokens // most))
     rounded = -(-even // 16) * 16
-    return rounded if rounded <= chunk else even
+    return rounded if rounded <= most else even
