@@ -31,7 +31,7 @@ def entropy(p: Tensor, base: float = math.e, *, check: bool = False) -> Tensor:
         tensor(1.)
     """
     _check(base, p=p if check else None)
-    return -torch.xlogy(p, p).sum(-1) / math.log(base)
+    return -(p * _log(p, p)).sum(-1) / math.log(base)
 
 
 def cross_entropy_between(
@@ -53,7 +53,7 @@ def cross_entropy_between(
     """
     _check(base, **({"p": p, "q": q} if check else {}))
     _same_columns(p, q)
-    return -torch.xlogy(p, q).sum(-1) / math.log(base)
+    return -(p * _log(q, p)).sum(-1) / math.log(base)
 
 
 def kl_divergence(p: Tensor, q: Tensor, base: float = math.e, *, check: bool = False) -> Tensor:
@@ -74,8 +74,12 @@ def kl_divergence(p: Tensor, q: Tensor, base: float = math.e, *, check: bool = F
     _check(base, **({"p": p, "q": q} if check else {}))
     _same_columns(p, q)
     # Term by term: the difference of two large sums would lose the digits of a small divergence.
-    terms = torch.where(p > 0, p * (torch.log(torch.where(p > 0, p, 1.0)) - torch.log(q)), 0.0)
-    return terms.sum(-1) / math.log(base)
+    return (p * (_log(p, p) - _log(q, p))).sum(-1) / math.log(base)
+
+
+def _log(q: Tensor, p: Tensor) -> Tensor:
+    """Log q, but 0 where p and q are 0: 0 log 0 = 0, with a finite gradient. nan stays nan."""
+    return torch.log(torch.where((p == 0) & (q == 0), 1.0, q))
 
 
 def _same_columns(p: Tensor, q: Tensor) -> None:
