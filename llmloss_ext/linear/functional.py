@@ -225,6 +225,7 @@ def linear_kl_div(
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
+    drop_ignored: bool | None = None,
 ) -> Tensor:
     r"""Distillation: the divergence of two projections' distributions, neither in memory whole.
 
@@ -248,9 +249,11 @@ def linear_kl_div(
         reduction: ``"mean"`` over the tokens that take part, or ``"sum"``.
         chunk_tokens: Tokens of a chunk.
         max_chunk_bytes: The most that the student's logits of a chunk may take.
+        drop_ignored: Whether ignored tokens are left out of the matrix products. By default on a
+            CPU; on CUDA it has to wait for the device to know their number.
 
     Returns:
-        The loss, 0-d, in nats.
+        The loss, 0-d, in nats; the mean of no token is nan.
 
     Raises:
         ValueError: Shapes that do not fit, or an option out of range.
@@ -288,10 +291,12 @@ def linear_kl_div(
         chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
     )  # fmt: skip
     valid = None if target is None else (target != ignore_index).reshape(-1)
+    if drop_ignored is None:
+        drop_ignored = hidden.device.type == "cpu"
     return kl_div(
         hidden, student_weight, student_bias, _rows(_autocast(teacher_hidden)), teacher_weight,
-        teacher_bias, valid, (direction, beta, temperature), reduction == "mean",
-        planned.chunk_tokens,
+        teacher_bias, valid, direction, beta, temperature, reduction == "mean",
+        planned.chunk_tokens, drop_ignored and valid is not None,
     )  # fmt: skip
 
 
