@@ -101,15 +101,27 @@ def top_k_accuracy(logits: Tensor, target: Tensor, k: int, *, ignore_index: int 
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    rows, flat = classes_last(logits.detach(), target)
-    rank = functional.token_stats(rows, flat, ignore_index=ignore_index, with_rank=True).rank
+    rows = classes_last(logits.detach(), target)
+    rank = functional.token_stats(rows, target, ignore_index=ignore_index, with_rank=True).rank
     assert rank is not None  # with_rank
-    valid = flat != ignore_index
+    valid = target != ignore_index
     return ((rank < k) & valid).sum().double() / valid.sum()
 
 
 def accuracy(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """The share of tokens whose target has the largest logit; see `top_k_accuracy`."""
+    """The share of tokens whose target has the largest logit: `top_k_accuracy` with k = 1.
+
+    Args:
+        logits: (..., V).
+        target: (...).
+        ignore_index: Tokens that take no part.
+
+    Returns:
+        0-d float64, in [0, 1]; nan if no token takes part.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
     return top_k_accuracy(logits, target, 1, ignore_index=ignore_index)
 
 

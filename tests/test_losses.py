@@ -195,6 +195,72 @@ def test_a_pad_id_that_is_also_a_token(device):
     assert stats.tokens == (mask[:, 1:] == 1).sum()
     assert_close(module(logits, ids, mask), stats.loss, 1e-6)
     assert losses.LanguageModelLoss(V, pad_token_id=3).ignore_index == 3
+    # Without an ignore_index of its own the mask rules too, where there is one.
+    ids, mask = torch.tensor([[3, 0, 4, 5, 0]]), torch.tensor([[1, 1, 1, 1, 0]])
+    module = losses.LanguageModelLoss(11, pad_token_id=0)
+    logits = torch.randn(1, 5, 11)
+    stats = module.compute_loss_with_stats(logits, ids, mask)
+    expected = F.cross_entropy(logits[0, :3], ids[0, 1:4])
+    assert stats.tokens == 3
+    assert_close(stats.loss, expected, 1e-6)
+    assert_close(module(logits, ids, mask), expected, 1e-6)
+    assert module.compute_loss_with_stats(logits, ids).tokens == 2
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_language_model_loss_from_hidden_states(device, penalty):
+    """A padded head: 3 rows of the weight are no tokens. With statistics, and without."""
+    hidden = torch.randn(B, S, D, device=device)
+    weight, bias = torch.randn(V + 3, D, device=device), torch.randn(V + 3, device=device)
+    _, ids = lm_batch(device)
+    module = losses.LanguageModelLoss(V, label_smoothing=0.1, confidence_penalty=penalty)
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    logits = F.linear(*leaves, bias)
+    expected = module.compute_loss_with_stats(logits[..., :V], ids)
+    padded = module.compute_loss_with_stats(logits, ids)
+    stats = module.compute_loss_with_stats(*leaves[:1], ids, None, leaves[1], bias)
+    for other in (padded, stats):
+        for one, two in zip(expected, other, strict=True):
+            assert_close(one.detach(), two.detach(), 1e-5)
+    wanted = torch.autograd.grad(expected.loss, leaves, retain_graph=True)
+    plain = module(leaves[0], ids, None, leaves[1], bias)
+    for loss in (padded.loss, stats.loss, plain, module(logits, ids)):
+        assert_close(loss.detach(), expected.loss.detach(), 1e-5)
+        for grad, want in zip(torch.autograd.grad(loss, leaves, retain_graph=True), wanted,
+                              strict=True):  # fmt: skip
+            assert_close(grad, want, 1e-5)
+    for wrong in ((logits[..., : V - 1], ids), (hidden, ids, None, weight[:5]),
+                  (logits, ids[:, 1:]), (logits, ids, None, None, bias)):  # fmt: skip
+        with pytest.raises(ValueError):
+            module(*wrong)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_shapes_that_torchs_form_would_fit(device, reduction):
+    """Classes are the last dimension, whatever the sizes, and rows are read in place."""
+    logits = torch.randn(2, 6, 5, device=device)[:, :-1]
+    target = torch.randint(0, 5, (2, 5), device=device)
+    weights = torch.rand(2, 5, device=device)
+    each = F.cross_entropy(logits.flatten(0, 1).double(), target.flatten(), reduction="none",
+                           label_smoothing=0.2).view(2, 5)  # fmt: skip
+    expected = each.mean() if reduction == "mean" else each
+    module = losses.LabelSmoothingCrossEntropy(0.2, reduction=reduction)
+    assert_close(module(logits, target), expected, 1e-6)
+    loss = losses.causal_lm_loss(logits, target, token_weight=weights, reduction=reduction)
+    flat = F.cross_entropy(logits.flatten(0, 1).double(), target.roll(-1, 1).flatten(),
+                           reduction="none").view(2, 5) * weights  # fmt: skip
+    flat[:, -1] = 0
+    if reduction == "mean":
+        flat = flat.sum() / weights[:, :-1].sum()
+    assert_close(loss, flat, 1e-6)
+    view = losses.shapes.classes_last(logits, target)
+    assert view.data_ptr() == logits.data_ptr()
+    four = torch.randn(2, 2, 3, 5, device=device)
+    index = torch.randint(0, 5, (2, 2, 3), device=device)
+    wanted = F.cross_entropy(four.flatten(0, 2), index.flatten())
+    assert_close(losses.LabelSmoothingCrossEntropy(0.0)(four, index), wanted, 1e-6)
+    with pytest.raises(ValueError):
+        losses.LabelSmoothingCrossEntropy()(four, index[0])
 
 
 def test_one_pass_for_all_statistics(monkeypatch):
@@ -281,6 +347,17 @@ def test_confidence_penalty(device):
     assert_close(grad, want, 1e-6)
     with pytest.raises(ValueError, match="beta"):
         losses.confidence_penalty_loss(logits, target, math.nan)
+    with pytest.raises(ValueError, match="need linear_weight"):
+        losses.confidence_penalty_loss(logits, target, linear_bias=logits[0, 0])
+    leaves = [torch.randn(B, S, D, device=device), torch.randn(V, D, device=device)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    from_hidden = losses.confidence_penalty_loss(leaves[0], target, 0.3, linear_weight=leaves[1])
+    whole = losses.confidence_penalty_loss(F.linear(*leaves), target, 0.3)
+    assert_close(from_hidden.detach(), whole.detach(), 1e-5)
+    for one, other in zip(torch.autograd.grad(from_hidden, leaves),
+                          torch.autograd.grad(whole, leaves), strict=True):  # fmt: skip
+        assert_close(one, other, 1e-5)
 
 
 # ------------------------------------------------------------------------------- properties
@@ -308,21 +385,34 @@ def test_a_permuted_vocabulary_changes_nothing(seed):
         assert_close(getattr(one, name), getattr(other, name), 1e-12)
 
 
+PADDED = {
+    "plain": lambda x, y: losses.LanguageModelLoss(19)(x, y),
+    "statistics": lambda x, y: losses.LanguageModelLoss(19).compute_loss_with_stats(x, y).loss,
+    "penalty": lambda x, y: losses.LanguageModelLoss(19, confidence_penalty=0.1)(x, y),
+    "confidence": lambda x, y: losses.confidence_penalty_loss(x, y, ignore_index=0),
+    "distillation": lambda x, y: losses.distillation_loss(
+        x, x.detach().flip(-1), target=y, ignore_index=0
+    ),
+    "mlm": lambda x, y: losses.mlm_loss(x, y, ignore_index=0),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
 @SETTINGS
-@hypothesis.given(st.integers(0, 10_000), st.integers(1, 9))
-def test_padding_changes_no_bit(seed, extra):
+@hypothesis.given(st.integers(0, 10_000), st.integers(1, 2000), st.integers(1, 1500))
+def test_padding_changes_no_bit(name, seed, length, extra):
     torch.manual_seed(seed)
-    logits, ids = torch.randn(1, 6, 19), torch.randint(1, 19, (1, 6))
-    module = losses.LanguageModelLoss(19, pad_token_id=0)
+    logits, ids = torch.randn(1, length, 19), torch.randint(1, 19, (1, length))
     leaves = [logits.requires_grad_(), F.pad(logits.detach(), (0, 0, 0, extra), value=9.0)]
     leaves[1].requires_grad_()
     results = []
     for leaf, tokens in zip(leaves, (ids, F.pad(ids, (0, extra))), strict=True):
-        loss = module(leaf, tokens)
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        loss = PADDED[name](leaf, tokens)
+        results.append((loss.detach().nan_to_num(), *torch.autograd.grad(loss, leaf)))
     assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1][:, :6])
-    assert (results[1][1][:, 6:] == 0).all()
+    if length > 1:  # of one token, none has a target
+        assert torch.equal(results[0][1], results[1][1][:, :length])
+        assert (results[1][1][:, length:] == 0).all()
 
 
 # ------------------------------------------------------------------------------- masked LM
@@ -385,6 +475,17 @@ def test_mlm_loss(device, from_hidden):
     assert_close(loss.detach(), F.cross_entropy(logits, labels.flatten()), 1e-5)
     loss.backward()
     assert (leaf.grad[1] == 0).all()
+    for wrong in (labels[:, 1:], labels.t()):  # misaligned, with as many labels or not
+        with pytest.raises(ValueError):
+            losses.mlm_loss(leaf, wrong, *arguments)
+    if from_hidden:
+        for drop in (False, True):
+            again = losses.mlm_loss(leaf, labels, weight, drop_ignored=drop, num_items=4)
+            assert_close(again.detach(), loss.detach() / 2, 1e-5)
+    else:
+        for options in ({"drop_ignored": True}, {"linear_bias": weight[:, 0]}):
+            with pytest.raises(ValueError, match="need linear_weight"):
+                losses.mlm_loss(leaf, labels, **options)
     empty = losses.mlm_loss(leaf, torch.full_like(labels, -100), *arguments)
     assert empty == 0
     empty.backward()
@@ -668,6 +769,49 @@ def test_ppo_and_grpo(device):
         assert_close(grad, want, 1e-10)
     assert losses.ppo_clip_loss(log_probs, old, a, mask * 0).isnan()
     assert losses.grpo_loss(log_probs, old, advantages, mask * 0) == 0
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@pytest.mark.parametrize("fill", [math.nan, -math.inf])
+def test_what_masked_tokens_hold_does_not_matter(device, kind, fill):
+    mask = torch.ones(3, 5, device=device)
+    mask[0, 2:] = mask[2] = 0
+    tensors = [-torch.rand(3, 5, device=device) for _ in range(4)]
+    results = []
+    for value in (0.0, fill):
+        x, old, reference, entropy = (
+            t.masked_fill(mask == 0, value).requires_grad_() for t in tensors
+        )
+        options = {"entropy": entropy, "entropy_bonus": 0.1}
+        if kind == "ppo":
+            advantages = torch.ones(3, 5, device=device).masked_fill(mask == 0, value)
+            loss = losses.ppo_clip_loss(x, old, advantages, mask, **options)
+        else:
+            advantages = torch.tensor([1.0, 2.0, value], device=device)
+            options["reference_log_probs"] = reference
+            loss = losses.grpo_loss(x, old, advantages, mask, **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (x, entropy))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert (results[1][1][mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["old_log_probs", "advantages", "mask", "entropy",
+                                  "reference_log_probs"])  # fmt: skip
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 5), (3, 1), (3, 5, 1)])
+def test_policy_losses_do_not_broadcast(name, shape):
+    whole = dict.fromkeys(("log_probs", "old_log_probs", "mask", "entropy"), torch.ones(3, 5))
+    ppo, grpo = {**whole, "advantages": torch.ones(3, 5)}, {**whole, "advantages": torch.ones(3)}
+    grpo["reference_log_probs"] = torch.ones(3, 5)
+    for function, arguments in ((losses.ppo_clip_loss, ppo), (losses.grpo_loss, grpo)):
+        if name not in arguments:
+            continue
+        function(**arguments)
+        if (name, shape, function) == ("advantages", (3, 1), losses.ppo_clip_loss):
+            function(**{**arguments, name: torch.ones(shape)})  # one for each sequence
+            continue
+        with pytest.raises(ValueError, match=name.split("_")[0]):
+            function(**{**arguments, name: torch.ones(shape)})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from llmloss_ext import functional
 from llmloss_ext.linear import linear_cross_entropy
+from llmloss_ext.losses.objective import check_projection
+from llmloss_ext.losses.shapes import classes_last
 
 __all__ = ["mask_tokens", "mlm_loss"]
 
@@ -92,30 +94,41 @@ def mlm_loss(
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    num_items: int | Tensor | None = None,
+    drop_ignored: bool | None = None,
 ) -> Tensor:
-    """Mean cross entropy of the chosen positions, in nats; 0 with a graph where none is chosen.
+    """Mean cross entropy of the chosen positions (Devlin et al. 2019).
 
     Args:
         input: Hidden states (..., D) if ``linear_weight`` is given, else logits (..., V). From
-            hidden states, logits are computed at the chosen positions only.
+            hidden states, logits are computed at the chosen positions only (see
+            ``drop_ignored``), and never in memory whole.
         labels: (...), ``ignore_index`` where not chosen.
         linear_weight: The projection (V, D).
-        linear_bias: (V).
+        linear_bias: (V), with ``linear_weight``.
         ignore_index: Label of positions that are not chosen.
         label_smoothing: In [0, 1].
+        num_items: What the sum over positions is divided by in place of their number: the chosen
+            positions of all micro-batches of a step.
+        drop_ignored: With ``linear_weight``: as in `llmloss_ext.linear_cross_entropy`. By default
+            on a CPU; on CUDA it has to wait for the device to know the number of positions.
+
+    Returns:
+        0-d, in nats; 0 with a graph where no position is chosen.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not fit, or an option of the projection has none.
     """
-    # Over at least one token: no chosen position is 0, not 0 / 0.
-    items = (labels != ignore_index).sum().clamp_min(1)
+    check_projection(linear_weight, linear_bias=linear_bias, drop_ignored=drop_ignored)
+    if num_items is None:
+        # Over at least one token: no chosen position is 0, not 0 / 0.
+        num_items = (labels != ignore_index).sum().clamp_min(1)
     if linear_weight is None:
-        rows = input.reshape(-1, input.shape[-1])
         return functional.cross_entropy(
-            rows, labels.reshape(-1), ignore_index=ignore_index, num_items=items,
+            classes_last(input, labels), labels, ignore_index=ignore_index, num_items=num_items,
             label_smoothing=label_smoothing,
         )  # fmt: skip
     return linear_cross_entropy(
         input, linear_weight, labels, linear_bias=linear_bias, ignore_index=ignore_index,
-        num_items=items, label_smoothing=label_smoothing,
+        num_items=num_items, label_smoothing=label_smoothing, drop_ignored=drop_ignored,
     )  # fmt: skip

@@ -17,12 +17,13 @@ from torch import Tensor
 from llmloss_ext.cli.training import checkpoint
 from llmloss_ext.cli.training.auxiliary import Auxiliary
 from llmloss_ext.cli.training.config import TrainConfig
-from llmloss_ext.cli.training.losses import Objective, TokenScores, create_loss
+from llmloss_ext.cli.training.losses import TokenScores, create_loss
 from llmloss_ext.cli.training.model import GPT
 from llmloss_ext.cli.training.report import Metrics, perplexity
 from llmloss_ext.cli.training.tokens import TokenText
 from llmloss_ext.cli.training.windows import IGNORED, Order, split
 from llmloss_ext.losses import combined_loss
+from llmloss_ext.losses.objective import Objective
 from llmloss_ext.training import LossMonitor
 
 _WEIGHT_DECAY = 0.1
