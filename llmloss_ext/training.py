@@ -76,9 +76,11 @@ def accumulate_gradients(
 class LossMonitor:
     """Notices when the loss jumps.
 
-    A spike is a loss above mean + spike_threshold * std of the recent history, or one that is not
-    finite. Spikes do not enter the history. The training loop decides what to do: skip the step, or
-    lower the rate.
+    A spike is a loss above mean + spike_threshold * std of the recent history (std: of the
+    population, the sum divided by its size), or one that is not finite. Where the history is flat
+    (its std is rounding), it is a loss above mean + `least_jump` * |mean|, or above `least_jump` if
+    the mean is 0. Spikes do not enter the history. The training loop decides what to do: skip the
+    step, or lower the rate.
 
     Args:
         spike_threshold: > 0, in standard deviations.
@@ -91,7 +93,9 @@ class LossMonitor:
     warm_up = 10
     """Losses that are only remembered."""
     least_jump = 1e-3
-    """Of the mean: below that, a flat history (std 0) has no spikes but rounding."""
+    """Of the mean: what a real jump is where the history is flat."""
+    rounding = 1e-9
+    """Of the mean: a history whose std is not above that is flat."""
 
     def __init__(self, spike_threshold: float = 2.0, history_size: int = 100) -> None:
         if not 0.0 < spike_threshold < math.inf:
@@ -102,7 +106,14 @@ class LossMonitor:
         self.history: deque[float] = deque(maxlen=history_size)
 
     def check_spike(self, loss: float | Tensor) -> bool:
-        """Whether the loss is a spike; if not, it enters the history."""
+        """Whether the loss is a spike; if not, it enters the history.
+
+        Args:
+            loss: In any unit, the same at each call. A tensor is waited for.
+
+        Returns:
+            False for the first `warm_up` finite losses.
+        """
         value = float(loss)
         if not math.isfinite(value):
             return True
@@ -116,12 +127,17 @@ class LossMonitor:
         count = len(self.history)
         if count < self.warm_up:
             return math.inf
-        mean = math.fsum(self.history) / count
-        variance = math.fsum((x - mean) ** 2 for x in self.history) / count
-        return mean + max(self.spike_threshold * math.sqrt(variance), self.least_jump * abs(mean))
+        # In units of the largest, so that no square and no sum overflows.
+        unit = max(map(abs, self.history)) or 1.0
+        values = [x / unit for x in self.history]
+        mean = math.fsum(values) / count
+        std = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / count)
+        is_flat = std <= self.rounding * abs(mean)
+        jump = self.least_jump * (abs(mean) or 1.0) if is_flat else self.spike_threshold * std
+        return (mean + jump) * unit
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """For a checkpoint: plain numbers and lists."""
         return {
             "spike_threshold": self.spike_threshold,
             "history_size": self.history.maxlen,
@@ -129,6 +145,6 @@ class LossMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` returned."""
+        """Continues from what `state_dict` returned, with its settings."""
         self.spike_threshold = state["spike_threshold"]
         self.history = deque(state["history"], maxlen=state["history_size"])

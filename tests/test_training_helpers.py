@@ -53,6 +53,32 @@ def test_a_flat_history_needs_a_real_jump():
     assert monitor.check_spike(3.1)
 
 
+def test_a_flat_history_of_zero_needs_a_real_jump_too():
+    monitor = warmed_up(noise=0.0)
+    monitor.history.clear()
+    monitor.history.extend([0.0] * 20)
+    assert not monitor.check_spike(1e-9)
+    assert monitor.check_spike(0.1)
+
+
+def test_a_history_that_is_not_flat_is_ruled_by_its_deviation():
+    """Its deviation is far above rounding, and far below a thousandth of the mean."""
+    monitor = LossMonitor()
+    monitor.history.extend([3 - 1e-6, 3 + 1e-6] * 10)
+    assert monitor.limit() == pytest.approx(3 + 2e-6, abs=1e-9)
+    assert monitor.check_spike(3 + 1e-4)
+
+
+@pytest.mark.parametrize("size", [1e308, -1e308, 1e-320])
+def test_histories_at_the_ends_of_float64(size):
+    monitor = LossMonitor()
+    for _ in range(12):
+        assert not monitor.check_spike(size)
+    assert monitor.limit() > size or size == 1e-320
+    monitor.history.extend([1e308, -1e308] * 6)
+    assert monitor.limit() == math.inf or monitor.limit() > 1e308
+
+
 def test_the_history_is_limited_and_can_be_resumed():
     monitor = LossMonitor(history_size=20)
     for i in range(50):
