@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -25,14 +25,23 @@ __all__ = [
 ]
 
 
+@overload
+def perplexity(loss: float) -> float: ...
+
+
+@overload
+def perplexity(loss: Tensor) -> Tensor: ...
+
+
 def perplexity(loss: float | Tensor) -> float | Tensor:
-    """exp(loss) of a mean loss in nats: inf where that overflows, never an error.
+    """exp(loss) of a mean loss in nats: inf where that overflows, nan for nan, never an error.
 
     Args:
         loss: A number, or a tensor of any shape.
 
     Returns:
-        A number for a number, a tensor for a tensor.
+        A number for a number, a tensor of the same shape for a tensor; no unit: as many equally
+        likely tokens would be as hard to guess.
     """
     if isinstance(loss, Tensor):
         return torch.exp(loss)
@@ -79,7 +88,7 @@ class CorpusPerplexity:
         """exp(- mean log p); nan without tokens, inf where it overflows."""
         if self._sum is None or self._tokens is None or int(self._tokens) == 0:
             return math.nan
-        return float(perplexity(-float(self._sum) / int(self._tokens)))
+        return perplexity(-float(self._sum) / int(self._tokens))
 
 
 def top_k_accuracy(logits: Tensor, target: Tensor, k: int, *, ignore_index: int = -100) -> Tensor:

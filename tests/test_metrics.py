@@ -16,6 +16,7 @@ def test_perplexity():
     assert metrics.perplexity(1e4) == math.inf
     assert metrics.perplexity(torch.tensor(1e4)) == math.inf
     assert metrics.perplexity(0.0) == 1
+    assert math.isnan(metrics.perplexity(math.nan))
 
 
 def test_corpus_perplexity_weighs_tokens_and_not_batches(device):
