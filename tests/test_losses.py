@@ -142,6 +142,9 @@ def test_targets_and_masks(device):
     assert losses.next_token_targets(ids, -1, mask).tolist() == [[6, -1, 8, -1]]
     with pytest.raises(ValueError, match="shape of input_ids"):
         losses.next_token_targets(ids, attention_mask=mask[:, 1:])
+    for empty in (ids[:, :0], ids[0, 0]):
+        with pytest.raises(ValueError, match="at least one position"):
+            losses.next_token_targets(empty)
 
 
 def test_causal_mask():
@@ -458,9 +461,12 @@ def test_mask_tokens_options():
     assert hidden[0, 2] == 3
     assert (labels != -100).sum() == 1
     for wrong in ({"probability": 1.5}, {"mask_share": 0.8, "random_share": 0.3},
-                  {"maskable": allowed[:1]}, {"vocab_size": 0}):  # fmt: skip
+                  {"maskable": allowed[:1]}, {"vocab_size": 0}, {"vocab_size": 3}):  # fmt: skip
         with pytest.raises(ValueError):
             losses.mask_tokens(ids, 3, **{"vocab_size": 50, **wrong})
+    for dtype in (torch.float32, torch.uint8, torch.int16):
+        with pytest.raises(ValueError, match="int64 or int32"):
+            losses.mask_tokens(ids.to(dtype), 3, 50)
 
 
 @pytest.mark.parametrize("from_hidden", [False, True])
@@ -688,6 +694,8 @@ def test_uncertainty_weights():
     assert_close(module.log_variances.detach(), torch.tensor([2.0, 6.0]).log(), 1e-3)
     with pytest.raises(ValueError, match="expected the terms"):
         module({"a": terms["a"]})
+    with pytest.raises(ValueError, match="must be a 0-d loss"):
+        module({"a": terms["a"], "b": torch.ones(2)})
     with pytest.raises(ValueError, match="different names"):
         losses.UncertaintyWeights(["a", "a"])
 

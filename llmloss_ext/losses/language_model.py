@@ -39,10 +39,12 @@ def next_token_targets(
         (..., S), of the ids' dtype.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not fit, or S is 0.
     """
-    if input_ids.dim() == 0:
-        raise ValueError("input_ids must have a dimension of positions")
+    if input_ids.dim() == 0 or input_ids.shape[-1] == 0:
+        raise ValueError(
+            f"input_ids must be (..., S) with at least one position, got {tuple(input_ids.shape)}"
+        )
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise ValueError(

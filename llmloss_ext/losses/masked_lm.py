@@ -28,14 +28,14 @@ def mask_tokens(
     ignore_index: int = -100,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Chooses tokens to predict, and hides them.
+    """Chooses tokens to predict, and hides them (Devlin et al. 2019).
 
     Each maskable position is chosen with ``probability``. Of the chosen, ``mask_share`` become the
     mask token, ``random_share`` a random token, and the others stay.
 
     Args:
         input_ids: Any shape, int64 or int32. Not modified.
-        mask_token_id: What hides a token.
+        mask_token_id: What hides a token, in [0, vocab_size).
         vocab_size: Random tokens are drawn from [0, vocab_size).
         special_tokens: Ids that are never chosen (padding, separators ...).
         maskable: bool, of the same shape: positions that may be chosen besides.
@@ -46,10 +46,12 @@ def mask_tokens(
         generator: Makes the choice repeatable; on the ids' device.
 
     Returns:
-        The new ids, and the labels: the old id where chosen, else ``ignore_index``.
+        The new ids, and the labels: the old id where chosen, else ``ignore_index``; both of the
+        ids' shape and dtype.
 
     Raises:
-        ValueError: A share or size is out of range, or the shapes do not fit.
+        ValueError: A share or size is out of range, the shapes do not fit, or the ids are not of
+            int64 or int32.
     """
     for name, share in (("probability", probability), ("mask_share", mask_share),
                         ("random_share", random_share)):  # fmt: skip
@@ -60,8 +62,12 @@ def mask_tokens(
             f"mask_share and random_share must not exceed 1 together, got "
             f"{mask_share} + {random_share}"
         )
-    if vocab_size < 1 or not mask_token_id >= 0:
-        raise ValueError(f"expected ids >= 0 and vocab_size >= 1, got {mask_token_id, vocab_size}")
+    if not 0 <= mask_token_id < vocab_size:
+        raise ValueError(
+            f"mask_token_id must be in [0, vocab_size), got {mask_token_id} and {vocab_size}"
+        )
+    if input_ids.dtype not in (torch.int64, torch.int32):  # others cannot hold the labels
+        raise ValueError(f"input_ids must be of int64 or int32, got {input_ids.dtype}")
     allowed = torch.ones_like(input_ids, dtype=torch.bool) if maskable is None else maskable.bool()
     if allowed.shape != input_ids.shape:
         raise ValueError(
