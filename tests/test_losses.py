@@ -107,11 +107,20 @@ def test_divergences_are_not_negative_and_zero_of_themselves(x, random):
         (lambda p: losses.entropy(p - 1, check=True), "negative probability"),
         (lambda p: losses.kl_divergence(p, p * math.nan, check=True), "q holds"),
         (lambda p: losses.kl_divergence(p, torch.ones(3) / 3), "number of outcomes"),
+        (lambda p: losses.check_probabilities(p * 2, "target"), "target must sum to 1"),
+        (lambda p: losses.check_probabilities(p - 0.5, "target"), "target holds a negative"),
     ],
 )
 def test_what_is_no_distribution_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.tensor([0.25, 0.75]))
+
+
+def test_roundings_are_no_mistake():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        p = torch.softmax(torch.randn(4, 5000), -1).to(dtype)
+        losses.check_probabilities(p)
+    losses.check_probabilities(p[:0])
 
 
 # ------------------------------------------------------------------------- language modelling
@@ -1035,18 +1044,35 @@ def test_distillation_keeps_nothing_of_the_logits_size(device, stored):
     assert all(n <= 64 * 4 for where, n in kept.items() if where not in inputs)
 
 
-def test_micro_batches_equal_the_large_batch():
+@SETTINGS
+@hypothesis.given(
+    st.integers(0, 10_000), st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), min_size=1,
+                                     max_size=6), st.sampled_from(["logits", "hidden"])
+)  # fmt: skip
+def test_micro_batches_equal_the_large_batch(seed, parts, kind):
+    """However many, however long, and however many of each one's tokens are ignored."""
     from llmloss_ext.training import accumulate_gradients
 
-    model = torch.nn.Linear(D, V).double()
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(D, V, bias=False).double()
     other = copy.deepcopy(model)
-    x, y = torch.randn(30, D).double(), torch.randint(0, V, (30,))
-    y[:11] = -100
-    cross_entropy(other(x), y).backward()
-    batches = [((x[a:b], y[a:b]), y[a:b]) for a, b in ((0, 12), (12, 13), (13, 30))]
-    total = accumulate_gradients(
-        lambda batch, items: cross_entropy(model(batch[0]), batch[1], num_items=items), batches
-    )
-    assert_close(total, cross_entropy(other(x), y).detach(), 1e-10)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert_close(p.grad, q.grad, 1e-10)
+    sizes = [size for size, _ in parts]
+    x, y = torch.randn(sum(sizes), D).double(), torch.randint(0, V, (sum(sizes),))
+    ignored = torch.cat([torch.rand(size) < share for size, share in parts])
+    y[ignored] = -100
+    micro = [((a, b), b) for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
+
+    def loss(model, x, y, items=None):
+        if kind == "logits":
+            return cross_entropy(model(x), y, num_items=items)
+        return llmloss_ext.linear_cross_entropy(x, model.weight, y, num_items=items)
+
+    total = accumulate_gradients(lambda batch, items: loss(model, *batch, items), micro)
+    if ignored.all():
+        assert total == 0
+        assert (model.weight.grad == 0).all()
+        return
+    whole = loss(other, x, y)
+    whole.backward()
+    assert_close(total, whole.detach(), 1e-10)
+    assert_close(model.weight.grad, other.weight.grad, 1e-10)
