@@ -166,3 +166,15 @@ def reduce(rows: Tensor, denominator: Tensor, reduction: int) -> Tensor:
         return rows
     total = rows.sum()
     return total / denominator if reduction == 1 else total
+
+
+def total(rows: Tensor) -> Tensor:
+    """The sum of one number per token, 0-d, which zeros among them do not change.
+
+    Added up in float64 and rounded once: on a CPU one after the other, so that ignored tokens
+    change no bit; elsewhere in torch's order, where they change none but of the float64 sum.
+    """
+    flat = rows.flatten().double()
+    if rows.device.type != "cpu":
+        return flat.sum().to(rows.dtype)
+    return torch.nn.functional.pad(flat, (1, 0)).cumsum(0)[-1].to(rows.dtype)

@@ -117,7 +117,7 @@ def cross_entropy(
         input: Logits: (V), (N, V), (N, V, d1, ...) or (..., V); float32, bfloat16, float16 or
             float64. Rows with a stride are read in place where the classes are adjacent.
         target: Class indices (int64 or int32), or probabilities of the input's shape and dtype,
-            which get their gradient too.
+            which get their gradient too (`llmloss_ext.losses.check_probabilities` checks them).
         weight: Class weights (V). As in torch, the mean divides by the targets' weights.
         ignore_index: Tokens with this target have no loss, a gradient of exactly zero, and do not
             count in the mean. Any integer, also one that is a class.

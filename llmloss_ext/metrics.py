@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -25,14 +25,23 @@ __all__ = [
 ]
 
 
+@overload
+def perplexity(loss: float) -> float: ...
+
+
+@overload
+def perplexity(loss: Tensor) -> Tensor: ...
+
+
 def perplexity(loss: float | Tensor) -> float | Tensor:
-    """exp(loss) of a mean loss in nats: inf where that overflows, never an error.
+    """exp(loss) of a mean loss in nats: inf where that overflows, nan for nan, never an error.
 
     Args:
         loss: A number, or a tensor of any shape.
 
     Returns:
-        A number for a number, a tensor for a tensor.
+        A number for a number, a tensor of the same shape for a tensor; no unit: as many equally
+        likely tokens would be as hard to guess.
     """
     if isinstance(loss, Tensor):
         return torch.exp(loss)
@@ -79,7 +88,7 @@ class CorpusPerplexity:
         """exp(- mean log p); nan without tokens, inf where it overflows."""
         if self._sum is None or self._tokens is None or int(self._tokens) == 0:
             return math.nan
-        return float(perplexity(-float(self._sum) / int(self._tokens)))
+        return perplexity(-float(self._sum) / int(self._tokens))
 
 
 def top_k_accuracy(logits: Tensor, target: Tensor, k: int, *, ignore_index: int = -100) -> Tensor:
@@ -101,15 +110,27 @@ def top_k_accuracy(logits: Tensor, target: Tensor, k: int, *, ignore_index: int 
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    rows, flat = classes_last(logits.detach(), target)
-    rank = functional.token_stats(rows, flat, ignore_index=ignore_index, with_rank=True).rank
+    rows = classes_last(logits.detach(), target)
+    rank = functional.token_stats(rows, target, ignore_index=ignore_index, with_rank=True).rank
     assert rank is not None  # with_rank
-    valid = flat != ignore_index
+    valid = target != ignore_index
     return ((rank < k) & valid).sum().double() / valid.sum()
 
 
 def accuracy(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """The share of tokens whose target has the largest logit; see `top_k_accuracy`."""
+    """The share of tokens whose target has the largest logit: `top_k_accuracy` with k = 1.
+
+    Args:
+        logits: (..., V).
+        target: (...).
+        ignore_index: Tokens that take no part.
+
+    Returns:
+        0-d float64, in [0, 1]; nan if no token takes part.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
     return top_k_accuracy(logits, target, 1, ignore_index=ignore_index)
 
 
@@ -121,15 +142,17 @@ def length_normalized_score(
     alpha 0 is the sum, 1 the mean, 0.6 what GNMT found best (Wu et al. 2016, without the 5 + 1).
 
     Args:
-        log_probs: (S) of one sequence, or (B, S) of a padded batch.
+        log_probs: (S) of one sequence, or (B, S) of a padded batch, in nats.
         alpha: Any finite number.
-        lengths: (B): tokens of each sequence, those behind are padding; None: all S.
+        lengths: (B) whole numbers: tokens of each sequence, those behind are padding, whatever they
+            hold; None: all S.
 
     Returns:
-        0-d, or (B).
+        0-d, or (B): the larger, the likelier.
 
     Raises:
-        ValueError: A sequence is empty, a length exceeds S, or alpha is not finite.
+        ValueError: A sequence is empty, a length exceeds S or is no whole number, or alpha is not
+            finite.
     """
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}")
@@ -141,6 +164,8 @@ def length_normalized_score(
         counts = torch.full((batch.shape[0],), size, device=batch.device)
     else:
         counts = torch.as_tensor(lengths, device=batch.device).reshape(-1)
+    if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
+        raise ValueError(f"lengths must be whole numbers, got {counts.dtype}")
     if counts.shape != batch.shape[:1]:
         raise ValueError(f"expected {batch.shape[0]} lengths, got {counts.numel()}")
     if bool((counts < 1).any()):
@@ -155,10 +180,21 @@ def length_normalized_score(
 def token_f1(prediction: Sequence[Any], reference: Sequence[Any]) -> float:
     """F1 of two bags of tokens, as SQuAD's (Rajpurkar et al. 2016): 1 if both are empty.
 
+    2 common / (tokens of the prediction + tokens of the reference); a token that occurs n times in
+    one and m times in the other is common min(n, m) times.
+
     Args:
-        prediction: Tokens: words, ids, anything that can be compared.
+        prediction: Tokens: words, ids, anything that can be hashed.
         reference: Tokens.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: An argument is a text and no sequence of tokens.
     """
+    if isinstance(prediction, str) or isinstance(reference, str):
+        raise ValueError("token_f1 compares tokens: split the texts, e.g. by text.split()")
     if not prediction or not reference:
         return float(not prediction and not reference)
     common = sum((Counter(prediction) & Counter(reference)).values())
@@ -166,17 +202,26 @@ def token_f1(prediction: Sequence[Any], reference: Sequence[Any]) -> float:
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU in [0, 100], by sacrebleu (Post 2018).
+    """Corpus BLEU (Papineni et al. 2002), by sacrebleu and with its defaults (Post 2018).
 
     Args:
         predictions: One text each.
-        references: For each prediction, its references.
+        references: For each prediction, its references: at least one.
+
+    Returns:
+        In [0, 100].
 
     Raises:
         ImportError: sacrebleu is not installed.
-        ValueError: There are no predictions, or not as many references.
+        ValueError: There are no predictions, not as many references, or a prediction has none; or
+            a text stands where a list of texts belongs.
     """
     _same_length(predictions, references)
+    for of_one in references:
+        if isinstance(of_one, str) or not of_one:
+            raise ValueError(
+                f"each prediction needs a list of at least one reference, got {of_one!r}"
+            )
     try:
         import sacrebleu
     except ImportError as error:
@@ -199,7 +244,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
     Raises:
         ImportError: rouge-score is not installed.
-        ValueError: There are no predictions, or not as many references.
+        ValueError: There are no predictions, or not as many references; or an argument is one text.
     """
     _same_length(predictions, references)
     try:
@@ -213,6 +258,8 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
 
 def _same_length(predictions: Sequence[Any], references: Sequence[Any]) -> None:
+    if isinstance(predictions, str) or isinstance(references, str):
+        raise ValueError("expected lists of predictions and references, got one text")
     if not predictions or len(predictions) != len(references):
         raise ValueError(
             f"expected as many references as predictions, and at least one; got {len(predictions)} "

@@ -9,8 +9,8 @@ import torch
 VALUE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 GRADIENT = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
-# For the benchmark, at large sizes: the relative error of a mean loss, and that of a row of a gradient
-# in the Euclidean norm. 16-bit products round the logits, so a loss from them has their error.
+# For the benchmark, at large sizes: the relative error of a mean loss, and that of a row of a
+# gradient in the Euclidean norm. 16-bit products round the logits: so does a loss from them.
 MEAN_LOSS = 1e-5
 MEAN_LOSS_OF_PRODUCTS = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 GRADIENT_NORM = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}

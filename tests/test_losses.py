@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close
 
+import llmloss_ext
 from llmloss_ext import cross_entropy, losses, token_stats
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -54,6 +55,32 @@ def test_distributions_against_scipy():
         assert_close(losses.kl_divergence(p, q, base), expected, 1e-12)
 
 
+def test_distributions_with_zeros_and_nan():
+    """0 log 0 = 0 with finite gradients, and what is nan stays nan."""
+    zeros = torch.tensor([[0.0, 0.25, 0.75]]).double()
+    other = torch.tensor([[0.0, 0.5, 0.5]]).double()
+    functions = (
+        losses.kl_divergence, losses.cross_entropy_between, lambda p, q: losses.entropy(p) + 0 * q
+    )  # fmt: skip
+    for function in functions:
+        p, q = zeros.clone().requires_grad_(), other.clone().requires_grad_()
+        value = function(p, q).sum()
+        assert value.isfinite()
+        for grad in torch.autograd.grad(value, (p, q)):
+            assert grad.isfinite().all()
+        for where in ((math.nan, 0.25, 0.75), (0.0, math.nan, 0.75)):
+            bad = torch.tensor([where]).double()
+            assert function(bad, other).isnan().all()
+            if function is not functions[2]:
+                assert function(zeros, bad).isnan().all()
+    x = torch.tensor([0.0, -800.0, 1.0]).double().requires_grad_()
+    (grad,) = torch.autograd.grad(losses.entropy(torch.softmax(x, -1)), x)
+    two = x.detach()[::2].clone().requires_grad_()
+    (want,) = torch.autograd.grad(losses.entropy(torch.softmax(two, -1)), two)
+    assert_close(grad[::2], want, 1e-12)
+    assert grad[1] == 0
+
+
 rows = st.lists(st.floats(-30, 30), min_size=2, max_size=20)
 
 
@@ -80,11 +107,20 @@ def test_divergences_are_not_negative_and_zero_of_themselves(x, random):
         (lambda p: losses.entropy(p - 1, check=True), "negative probability"),
         (lambda p: losses.kl_divergence(p, p * math.nan, check=True), "q holds"),
         (lambda p: losses.kl_divergence(p, torch.ones(3) / 3), "number of outcomes"),
+        (lambda p: losses.check_probabilities(p * 2, "target"), "target must sum to 1"),
+        (lambda p: losses.check_probabilities(p - 0.5, "target"), "target holds a negative"),
     ],
 )
 def test_what_is_no_distribution_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.tensor([0.25, 0.75]))
+
+
+def test_roundings_are_no_mistake():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        p = torch.softmax(torch.randn(4, 5000), -1).to(dtype)
+        losses.check_probabilities(p)
+    losses.check_probabilities(p[:0])
 
 
 # ------------------------------------------------------------------------- language modelling
@@ -115,6 +151,9 @@ def test_targets_and_masks(device):
     assert losses.next_token_targets(ids, -1, mask).tolist() == [[6, -1, 8, -1]]
     with pytest.raises(ValueError, match="shape of input_ids"):
         losses.next_token_targets(ids, attention_mask=mask[:, 1:])
+    for empty in (ids[:, :0], ids[0, 0]):
+        with pytest.raises(ValueError, match="at least one position"):
+            losses.next_token_targets(empty)
 
 
 def test_causal_mask():
@@ -168,6 +207,72 @@ def test_a_pad_id_that_is_also_a_token(device):
     assert stats.tokens == (mask[:, 1:] == 1).sum()
     assert_close(module(logits, ids, mask), stats.loss, 1e-6)
     assert losses.LanguageModelLoss(V, pad_token_id=3).ignore_index == 3
+    # Without an ignore_index of its own the mask rules too, where there is one.
+    ids, mask = torch.tensor([[3, 0, 4, 5, 0]]), torch.tensor([[1, 1, 1, 1, 0]])
+    module = losses.LanguageModelLoss(11, pad_token_id=0)
+    logits = torch.randn(1, 5, 11)
+    stats = module.compute_loss_with_stats(logits, ids, mask)
+    expected = F.cross_entropy(logits[0, :3], ids[0, 1:4])
+    assert stats.tokens == 3
+    assert_close(stats.loss, expected, 1e-6)
+    assert_close(module(logits, ids, mask), expected, 1e-6)
+    assert module.compute_loss_with_stats(logits, ids).tokens == 2
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_language_model_loss_from_hidden_states(device, penalty):
+    """A padded head: 3 rows of the weight are no tokens. With statistics, and without."""
+    hidden = torch.randn(B, S, D, device=device)
+    weight, bias = torch.randn(V + 3, D, device=device), torch.randn(V + 3, device=device)
+    _, ids = lm_batch(device)
+    module = losses.LanguageModelLoss(V, label_smoothing=0.1, confidence_penalty=penalty)
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    logits = F.linear(*leaves, bias)
+    expected = module.compute_loss_with_stats(logits[..., :V], ids)
+    padded = module.compute_loss_with_stats(logits, ids)
+    stats = module.compute_loss_with_stats(*leaves[:1], ids, None, leaves[1], bias)
+    for other in (padded, stats):
+        for one, two in zip(expected, other, strict=True):
+            assert_close(one.detach(), two.detach(), 1e-5)
+    wanted = torch.autograd.grad(expected.loss, leaves, retain_graph=True)
+    plain = module(leaves[0], ids, None, leaves[1], bias)
+    for loss in (padded.loss, stats.loss, plain, module(logits, ids)):
+        assert_close(loss.detach(), expected.loss.detach(), 1e-5)
+        for grad, want in zip(torch.autograd.grad(loss, leaves, retain_graph=True), wanted,
+                              strict=True):  # fmt: skip
+            assert_close(grad, want, 1e-5)
+    for wrong in ((logits[..., : V - 1], ids), (hidden, ids, None, weight[:5]),
+                  (logits, ids[:, 1:]), (logits, ids, None, None, bias)):  # fmt: skip
+        with pytest.raises(ValueError):
+            module(*wrong)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_shapes_that_torchs_form_would_fit(device, reduction):
+    """Classes are the last dimension, whatever the sizes, and rows are read in place."""
+    logits = torch.randn(2, 6, 5, device=device)[:, :-1]
+    target = torch.randint(0, 5, (2, 5), device=device)
+    weights = torch.rand(2, 5, device=device)
+    each = F.cross_entropy(logits.flatten(0, 1).double(), target.flatten(), reduction="none",
+                           label_smoothing=0.2).view(2, 5)  # fmt: skip
+    expected = each.mean() if reduction == "mean" else each
+    module = losses.LabelSmoothingCrossEntropy(0.2, reduction=reduction)
+    assert_close(module(logits, target), expected, 1e-6)
+    loss = losses.causal_lm_loss(logits, target, token_weight=weights, reduction=reduction)
+    flat = F.cross_entropy(logits.flatten(0, 1).double(), target.roll(-1, 1).flatten(),
+                           reduction="none").view(2, 5) * weights  # fmt: skip
+    flat[:, -1] = 0
+    if reduction == "mean":
+        flat = flat.sum() / weights[:, :-1].sum()
+    assert_close(loss, flat, 1e-6)
+    view = losses.shapes.classes_last(logits, target)
+    assert view.data_ptr() == logits.data_ptr()
+    four = torch.randn(2, 2, 3, 5, device=device)
+    index = torch.randint(0, 5, (2, 2, 3), device=device)
+    wanted = F.cross_entropy(four.flatten(0, 2), index.flatten())
+    assert_close(losses.LabelSmoothingCrossEntropy(0.0)(four, index), wanted, 1e-6)
+    with pytest.raises(ValueError):
+        losses.LabelSmoothingCrossEntropy()(four, index[0])
 
 
 def test_one_pass_for_all_statistics(monkeypatch):
@@ -254,6 +359,17 @@ def test_confidence_penalty(device):
     assert_close(grad, want, 1e-6)
     with pytest.raises(ValueError, match="beta"):
         losses.confidence_penalty_loss(logits, target, math.nan)
+    with pytest.raises(ValueError, match="need linear_weight"):
+        losses.confidence_penalty_loss(logits, target, linear_bias=logits[0, 0])
+    leaves = [torch.randn(B, S, D, device=device), torch.randn(V, D, device=device)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    from_hidden = losses.confidence_penalty_loss(leaves[0], target, 0.3, linear_weight=leaves[1])
+    whole = losses.confidence_penalty_loss(F.linear(*leaves), target, 0.3)
+    assert_close(from_hidden.detach(), whole.detach(), 1e-5)
+    for one, other in zip(torch.autograd.grad(from_hidden, leaves),
+                          torch.autograd.grad(whole, leaves), strict=True):  # fmt: skip
+        assert_close(one, other, 1e-5)
 
 
 # ------------------------------------------------------------------------------- properties
@@ -281,21 +397,34 @@ def test_a_permuted_vocabulary_changes_nothing(seed):
         assert_close(getattr(one, name), getattr(other, name), 1e-12)
 
 
+PADDED = {
+    "plain": lambda x, y: losses.LanguageModelLoss(19)(x, y),
+    "statistics": lambda x, y: losses.LanguageModelLoss(19).compute_loss_with_stats(x, y).loss,
+    "penalty": lambda x, y: losses.LanguageModelLoss(19, confidence_penalty=0.1)(x, y),
+    "confidence": lambda x, y: losses.confidence_penalty_loss(x, y, ignore_index=0),
+    "distillation": lambda x, y: losses.distillation_loss(
+        x, x.detach().flip(-1), target=y, ignore_index=0
+    ),
+    "mlm": lambda x, y: losses.mlm_loss(x, y, ignore_index=0),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
 @SETTINGS
-@hypothesis.given(st.integers(0, 10_000), st.integers(1, 9))
-def test_padding_changes_no_bit(seed, extra):
+@hypothesis.given(st.integers(0, 10_000), st.integers(1, 2000), st.integers(1, 1500))
+def test_padding_changes_no_bit(name, seed, length, extra):
     torch.manual_seed(seed)
-    logits, ids = torch.randn(1, 6, 19), torch.randint(1, 19, (1, 6))
-    module = losses.LanguageModelLoss(19, pad_token_id=0)
+    logits, ids = torch.randn(1, length, 19), torch.randint(1, 19, (1, length))
     leaves = [logits.requires_grad_(), F.pad(logits.detach(), (0, 0, 0, extra), value=9.0)]
     leaves[1].requires_grad_()
     results = []
     for leaf, tokens in zip(leaves, (ids, F.pad(ids, (0, extra))), strict=True):
-        loss = module(leaf, tokens)
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        loss = PADDED[name](leaf, tokens)
+        results.append((loss.detach().nan_to_num(), *torch.autograd.grad(loss, leaf)))
     assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1][:, :6])
-    assert (results[1][1][:, 6:] == 0).all()
+    if length > 1:  # of one token, none has a target
+        assert torch.equal(results[0][1], results[1][1][:, :length])
+        assert (results[1][1][:, length:] == 0).all()
 
 
 # ------------------------------------------------------------------------------- masked LM
@@ -341,9 +470,12 @@ def test_mask_tokens_options():
     assert hidden[0, 2] == 3
     assert (labels != -100).sum() == 1
     for wrong in ({"probability": 1.5}, {"mask_share": 0.8, "random_share": 0.3},
-                  {"maskable": allowed[:1]}, {"vocab_size": 0}):  # fmt: skip
+                  {"maskable": allowed[:1]}, {"vocab_size": 0}, {"vocab_size": 3}):  # fmt: skip
         with pytest.raises(ValueError):
             losses.mask_tokens(ids, 3, **{"vocab_size": 50, **wrong})
+    for dtype in (torch.float32, torch.uint8, torch.int16):
+        with pytest.raises(ValueError, match="int64 or int32"):
+            losses.mask_tokens(ids.to(dtype), 3, 50)
 
 
 @pytest.mark.parametrize("from_hidden", [False, True])
@@ -358,6 +490,17 @@ def test_mlm_loss(device, from_hidden):
     assert_close(loss.detach(), F.cross_entropy(logits, labels.flatten()), 1e-5)
     loss.backward()
     assert (leaf.grad[1] == 0).all()
+    for wrong in (labels[:, 1:], labels.t()):  # misaligned, with as many labels or not
+        with pytest.raises(ValueError):
+            losses.mlm_loss(leaf, wrong, *arguments)
+    if from_hidden:
+        for drop in (False, True):
+            again = losses.mlm_loss(leaf, labels, weight, drop_ignored=drop, num_items=4)
+            assert_close(again.detach(), loss.detach() / 2, 1e-5)
+    else:
+        for options in ({"drop_ignored": True}, {"linear_bias": weight[:, 0]}):
+            with pytest.raises(ValueError, match="need linear_weight"):
+                losses.mlm_loss(leaf, labels, **options)
     empty = losses.mlm_loss(leaf, torch.full_like(labels, -100), *arguments)
     assert empty == 0
     empty.backward()
@@ -390,19 +533,62 @@ def test_contrastive(device, symmetric, permuted):
         assert_close(a, b, 1e-5)
 
 
-def test_one_view(device):
+def one_view(x, positives, temperature):
+    q = F.normalize(x, dim=-1)
+    own = torch.eye(len(x), device=x.device, dtype=torch.bool)
+    return F.cross_entropy((q @ q.t() / temperature).masked_fill(own, -math.inf), positives)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.07, 0.02])
+@pytest.mark.parametrize("chunk", [5, 16])
+def test_one_view(device, temperature, chunk, monkeypatch):
     """SimCLR: two views of each sample in one batch, no sample its own key."""
-    x = torch.randn(8, D, device=device)
-    positives = torch.arange(8, device=device) ^ 1
+    module = losses.contrastive
+    right = module.plan
+    monkeypatch.setattr(module, "plan", lambda *a: right(*a, chunk_tokens=chunk))
+    x = torch.randn(16, D, device=device)
+    positives = torch.arange(16, device=device) ^ 1
     leaf = x.clone().requires_grad_()
-    loss = losses.contrastive_loss(leaf, temperature=0.5, positives=positives)
+    scale = torch.tensor(1 / temperature, device=device, requires_grad=True)
+    loss = losses.contrastive_loss(leaf, temperature=temperature, positives=positives)
+    scaled = losses.contrastive_loss(leaf, logit_scale=scale, positives=positives.int())
     exact = x.double().requires_grad_()
-    q = F.normalize(exact, dim=-1)
-    similarity = (q @ q.t() / 0.5).masked_fill(torch.eye(8, device=device).bool(), -math.inf)
-    expected = F.cross_entropy(similarity, positives)
-    assert_close(loss.detach(), expected.detach(), 1e-5)
-    (grad,), (want,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(expected, exact)
+    exact_scale = scale.detach().double().requires_grad_()
+    expected = one_view(exact, positives, 1 / exact_scale)
+    assert_close(loss.detach(), expected.detach(), 1e-6)
+    assert_close(scaled.detach(), expected.detach(), 1e-6)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    want, want_scale = torch.autograd.grad(expected, (exact, exact_scale))
     assert_close(grad, want, 1e-5)
+    assert_close(torch.autograd.grad(scaled, scale)[0], want_scale, 1e-5)
+
+
+def test_one_view_in_float64(monkeypatch):
+    module = losses.contrastive
+    right = module.plan
+    positives = torch.tensor([1, 0, 3, 2, 0])
+    x = torch.randn(5, 3).double().requires_grad_()
+
+    def loss(x):
+        return losses.contrastive_loss(x, temperature=0.07, positives=positives)
+
+    assert_close(loss(x).detach(), one_view(x.detach(), positives, 0.07), 1e-12)
+    wanted = torch.autograd.grad(loss(x), x)[0]
+    assert_close(torch.func.grad(loss)(x.detach()), wanted, 1e-12)
+    monkeypatch.setattr(module, "plan", lambda *a: right(*a, chunk_tokens=2))
+    assert torch.autograd.gradcheck(loss, x)
+
+
+def test_one_view_keeps_no_similarities(monkeypatch):
+    module = losses.contrastive
+    right = module.plan
+    monkeypatch.setattr(module, "plan", lambda *a: right(*a, chunk_tokens=8))
+    x = torch.randn(64, D, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1],
+                                                  lambda t: t):  # fmt: skip
+        losses.contrastive_loss(x, positives=torch.arange(64) ^ 1)
+    assert max(kept) <= 64 * D
 
 
 def test_clip(device):
@@ -426,14 +612,59 @@ def test_clip(device):
     [
         {"keys": torch.randn(4, D)},
         {"keys": torch.randn(5, D), "temperature": 0.0},
+        {"keys": torch.randn(5, D), "temperature": 0.07, "logit_scale": torch.tensor(2.0)},
         {"keys": torch.randn(5, D), "positives": torch.zeros(4).long()},
+        {"keys": torch.randn(5, D), "positives": torch.zeros(5).long(), "symmetric": True},
         {},
         {"symmetric": True, "positives": torch.zeros(5).long()},
+        {"positives": torch.tensor([1, 0, 3, 2, 4])},  # the last its own
     ],
 )
 def test_contrastive_bad_input(arguments):
     with pytest.raises(ValueError):
         losses.contrastive_loss(torch.randn(5, D), **arguments)
+
+
+def test_one_view_of_one_row():
+    with pytest.raises(ValueError, match="at least two rows"):
+        losses.contrastive_loss(torch.randn(1, D), positives=torch.zeros(1).long())
+
+
+def test_a_key_that_is_nobodys_is_seen_in_a_graph():
+    """Where no value can be looked at, the loss says so and reads no memory that nobody wrote."""
+    twice = torch.tensor([0, 0, 1])
+    q, k = torch.randn(2, 3, D)
+    run = torch.compile(
+        lambda: losses.contrastive_loss(q, k, positives=twice, symmetric=True), backend="eager"
+    )
+    with pytest.raises(IndexError):
+        run()
+
+
+def test_positives_of_int32(device):
+    q, k = torch.randn(2, 5, D, device=device)
+    rows = torch.randperm(5, device=device)
+    one, other = (
+        losses.contrastive_loss(q, k, positives=r, symmetric=True) for r in (rows, rows.int())
+    )
+    assert torch.equal(one, other)
+
+
+def test_the_scale_of_clip_comes_back():
+    module = losses.ClipLoss(0.1, max_scale=20.0)
+    with torch.no_grad():
+        module.log_scale.fill_(math.log(500.0))
+    images, texts = torch.randn(2, 9, D)  # do not match: a smaller scale is better
+    loss = module(images, texts)
+    loss.backward()
+    expected = losses.contrastive_loss(images, texts, temperature=1 / 20, symmetric=True)
+    assert_close(loss.detach(), expected, 1e-5)
+    assert module.log_scale.grad > 0
+    module.log_scale.grad = None
+    module(images, images).backward()  # match: no further above
+    assert module.log_scale.grad == 0
+    with pytest.raises(ValueError, match="exceeds max_scale"):
+        losses.ClipLoss(0.001)
 
 
 # ------------------------------------------------------------------------------- combined
@@ -472,6 +703,8 @@ def test_uncertainty_weights():
     assert_close(module.log_variances.detach(), torch.tensor([2.0, 6.0]).log(), 1e-3)
     with pytest.raises(ValueError, match="expected the terms"):
         module({"a": terms["a"]})
+    with pytest.raises(ValueError, match="must be a 0-d loss"):
+        module({"a": terms["a"], "b": torch.ones(2)})
     with pytest.raises(ValueError, match="different names"):
         losses.UncertaintyWeights(["a", "a"])
 
@@ -555,6 +788,49 @@ def test_ppo_and_grpo(device):
     assert losses.grpo_loss(log_probs, old, advantages, mask * 0) == 0
 
 
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@pytest.mark.parametrize("fill", [math.nan, -math.inf])
+def test_what_masked_tokens_hold_does_not_matter(device, kind, fill):
+    mask = torch.ones(3, 5, device=device)
+    mask[0, 2:] = mask[2] = 0
+    tensors = [-torch.rand(3, 5, device=device) for _ in range(4)]
+    results = []
+    for value in (0.0, fill):
+        x, old, reference, entropy = (
+            t.masked_fill(mask == 0, value).requires_grad_() for t in tensors
+        )
+        options = {"entropy": entropy, "entropy_bonus": 0.1}
+        if kind == "ppo":
+            advantages = torch.ones(3, 5, device=device).masked_fill(mask == 0, value)
+            loss = losses.ppo_clip_loss(x, old, advantages, mask, **options)
+        else:
+            advantages = torch.tensor([1.0, 2.0, value], device=device)
+            options["reference_log_probs"] = reference
+            loss = losses.grpo_loss(x, old, advantages, mask, **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (x, entropy))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert (results[1][1][mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["old_log_probs", "advantages", "mask", "entropy",
+                                  "reference_log_probs"])  # fmt: skip
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 5), (3, 1), (3, 5, 1)])
+def test_policy_losses_do_not_broadcast(name, shape):
+    whole = dict.fromkeys(("log_probs", "old_log_probs", "mask", "entropy"), torch.ones(3, 5))
+    ppo, grpo = {**whole, "advantages": torch.ones(3, 5)}, {**whole, "advantages": torch.ones(3)}
+    grpo["reference_log_probs"] = torch.ones(3, 5)
+    for function, arguments in ((losses.ppo_clip_loss, ppo), (losses.grpo_loss, grpo)):
+        if name not in arguments:
+            continue
+        function(**arguments)
+        if (name, shape, function) == ("advantages", (3, 1), losses.ppo_clip_loss):
+            function(**{**arguments, name: torch.ones(shape)})  # one for each sequence
+            continue
+        with pytest.raises(ValueError, match=name.split("_")[0]):
+            function(**{**arguments, name: torch.ones(shape)})
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -607,39 +883,196 @@ def test_distillation(device, direction):
         losses.distillation_loss(student, teacher[0])
 
 
-def test_distillation_from_stored_top_k(device):
-    student = torch.randn(B, S, V, device=device, requires_grad=True)
-    teacher = torch.log_softmax(torch.randn(B, S, V, device=device).double() * 3, -1)
-    whole = losses.distillation_loss(student, teacher.float())
-    values, ids = teacher.topk(V, -1)
-    all_of_it = losses.top_k_distillation_loss(student, ids, values)
-    assert_close(all_of_it.detach(), whole.detach(), 1e-4)
-    values, ids = teacher.topk(5, -1)
-    few = losses.top_k_distillation_loss(student, ids, values)
-    assert 0 <= few <= whole
-    q = torch.softmax(student.double(), -1).gather(-1, ids)
-    p = values.exp()
-    rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
-    expected = (p * (p / q).log()).sum(-1) + rest_p * (rest_p / rest_q).log()
-    assert_close(few.detach(), expected.mean().detach(), 1e-5)
-    (grad,), (want,) = (torch.autograd.grad(z, student) for z in (few, expected.mean()))
+DIRECTIONS = ["forward", "reverse", "jsd"]
+
+
+def by_definition(p, q, direction, beta=0.5):
+    """The divergence of probabilities (..., V) in float64, with 0 log 0 = 0."""
+
+    def kl(a, b):
+        return (torch.special.xlogy(a, a) - torch.special.xlogy(a, b)).sum(-1)
+
+    m = beta * p + (1 - beta) * q
+    jsd = beta * kl(p, m) + (1 - beta) * kl(q, m)
+    return {"forward": kl(p, q), "reverse": kl(q, p), "jsd": jsd}[direction]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("kind", ["whole", "strided", "four dimensions"])
+def test_distillation_reads_rows_in_place(device, direction, kind, monkeypatch):
+    """A chunk of rows is all that is copied, and its gradient is that of the whole."""
+    rowwise = llmloss_ext.linear.rowwise
+    seen, right = [], rowwise.masked
+    monkeypatch.setattr(rowwise, "COPIES", 1000)  # chunks of one row
+    monkeypatch.setattr(rowwise, "masked",
+                        lambda f, v, *x: (seen.append(len(x[0])), right(f, v, *x))[1])  # fmt: skip
+    shape = (2, 2, S, V) if kind == "four dimensions" else (B, S, V)
+    whole, other = torch.randn(2, *shape, device=device)
+    cut = (slice(None), slice(1, None)) if kind != "whole" else ()
+    leaf = whole.clone().requires_grad_()
+    loss = losses.distillation_loss(leaf[cut], other[cut], direction=direction)
+    exact = whole.double().requires_grad_()
+    p, q = torch.softmax(other[cut].double(), -1), torch.softmax(exact[cut], -1)
+    expected = by_definition(p, q, direction).mean()
+    assert_close(loss.detach(), expected.detach(), 1e-5)
+    (grad,), (want,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(expected, exact)
     assert_close(grad, want, 1e-5)
+    assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_distillation_of_masked_columns(device, direction):
+    """-inf in both models, as a padded head has it: no nan in the gradient."""
+    student, teacher = torch.randn(2, 4, V, device=device)
+    student[:, ::3] = teacher[:, ::3] = -math.inf
+    leaf = student.clone().requires_grad_()
+    loss = losses.distillation_loss(leaf, teacher, direction=direction)
+    keep = [i for i in range(V) if i % 3]
+    small = student[:, keep].clone().requires_grad_()
+    expected = losses.distillation_loss(small, teacher[:, keep], direction=direction)
+    assert_close(loss.detach(), expected.detach(), 1e-6)
+    (grad,), (want,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(expected, small)
+    assert_close(grad[:, keep], want, 1e-6)
+    assert (grad[:, ::3] == 0).all()
+    for one, other in ((student * math.nan, teacher), (student, teacher * math.nan)):
+        assert losses.distillation_loss(one, other, direction=direction).isnan()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_ignored_tokens_hold_does_not_matter(device, direction, stored):
+    student = torch.randn(B, S, V, device=device)
+    teacher = torch.log_softmax(torch.randn(B, S, V, device=device), -1)
+    target = torch.zeros(B, S, dtype=torch.long, device=device)
+    target[0, 1] = target[2] = -100
+    bad = target == -100
+    results = []
+    for fill in (0.0, math.nan, math.inf):
+        leaf = student.masked_fill(bad.unsqueeze(-1), fill).requires_grad_()
+        if stored:
+            values, ids = teacher.topk(4, -1)
+            arguments = (leaf, ids.masked_fill(bad.unsqueeze(-1), -100 if fill else 0),
+                         values.masked_fill(bad.unsqueeze(-1), fill))  # fmt: skip
+            function = losses.top_k_distillation_loss
+        else:
+            arguments = (leaf, teacher.masked_fill(bad.unsqueeze(-1), fill))
+            function = losses.distillation_loss
+        for run in (function, torch.func.vmap):  # the second: where no chunk is possible
+            options = {"target": target, "direction": direction}
+            if run is torch.func.vmap:
+                with torch.autograd.forward_ad.dual_level():
+                    loss = function(*arguments, **options)
+            else:
+                loss = function(*arguments, **options)
+            (grad,) = torch.autograd.grad(loss, leaf)
+            assert (grad[bad] == 0).all()
+            results.append((loss.detach(), grad[~bad]))
+    for loss, grad in results[1:]:
+        assert_close(loss, results[0][0], 1e-6)
+        assert_close(grad, results[0][1], 1e-6)
+
+
+def test_second_order_of_distillation():
+    x, teacher = torch.randn(3, 5).double().requires_grad_(), torch.randn(3, 5).double()
+    target = torch.tensor([0, -100, 0])
+    for direction in DIRECTIONS:
+        assert torch.autograd.gradgradcheck(
+            lambda x, d=direction: losses.distillation_loss(x, teacher, direction=d, target=target),
+            x,
+        )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distillation_from_stored_top_k(device, direction, temperature):
+    student = torch.randn(B, S, V, device=device, requires_grad=True)
+    teacher = torch.randn(B, S, V, device=device) * 3
+    log_p = torch.log_softmax(teacher.double() / temperature, -1)
+    options = {"direction": direction, "temperature": temperature, "beta": 0.3}
+    whole = losses.distillation_loss(student, teacher, **options)
+    values, ids = log_p.topk(V, -1)
+    all_of_it = losses.top_k_distillation_loss(student, ids, values, **options)
+    assert_close(all_of_it.detach(), whole.detach(), 1e-4)
+    values, ids = log_p.topk(5, -1)
+    few = losses.top_k_distillation_loss(student, ids, values, **options)
+    assert 0 <= few <= whole
+    q = torch.softmax(student.double() / temperature, -1).gather(-1, ids)
+    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (values.exp(), q))
+    expected = by_definition(p, q, direction, 0.3).mean() * temperature**2
+    assert_close(few.detach(), expected.detach(), 1e-5)
+    (grad,), (want,) = (torch.autograd.grad(z, student) for z in (few, expected))
+    assert_close(grad, want, 1e-5)
+    for wrong in ({"direction": "x"}, {"temperature": 0.0}, {"beta": 1.0}, {"reduction": "x"}):
+        with pytest.raises(ValueError):
+            losses.top_k_distillation_loss(student, ids, values, **wrong)
     with pytest.raises(ValueError, match="expected student_logits"):
         losses.top_k_distillation_loss(student, ids, values[..., :2])
 
 
-def test_micro_batches_equal_the_large_batch():
+def test_the_rest_of_a_sure_student_does_not_cancel(device):
+    """1 - sum q is 0 in float32 long before the rest of the probability is."""
+    student = torch.zeros(1, V, device=device)
+    student[0, 0] = 40.0
+    leaf = student.requires_grad_()
+    ids = torch.tensor([[0]], device=device)
+    log_p = torch.tensor([[0.5]], device=device).log()
+    loss = losses.top_k_distillation_loss(leaf, ids, log_p)
+    log_q = torch.log_softmax(student.detach().double(), -1)
+    expected = math.log(0.5) - 0.5 * (log_q[0, 0] + torch.logsumexp(log_q[0, 1:], 0))
+    assert_close(loss.detach(), expected, 1e-6)
+    assert torch.autograd.grad(loss, leaf)[0][0, 0] == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_distillation_keeps_nothing_of_the_logits_size(device, stored):
+    student = torch.randn(64, 500, device=device, requires_grad=True)
+    teacher = torch.log_softmax(torch.randn(64, 500, device=device), -1)
+    values, ids = teacher.topk(4, -1)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        if stored:
+            losses.top_k_distillation_loss(student, ids, values)
+        else:
+            losses.distillation_loss(student, teacher)
+    inputs = {student.data_ptr(), teacher.data_ptr()}
+    assert student.data_ptr() in kept
+    assert all(n <= 64 * 4 for where, n in kept.items() if where not in inputs)
+
+
+@SETTINGS
+@hypothesis.given(
+    st.integers(0, 10_000), st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), min_size=1,
+                                     max_size=6), st.sampled_from(["logits", "hidden"])
+)  # fmt: skip
+def test_micro_batches_equal_the_large_batch(seed, parts, kind):
+    """However many, however long, and however many of each one's tokens are ignored."""
     from llmloss_ext.training import accumulate_gradients
 
-    model = torch.nn.Linear(D, V).double()
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(D, V, bias=False).double()
     other = copy.deepcopy(model)
-    x, y = torch.randn(30, D).double(), torch.randint(0, V, (30,))
-    y[:11] = -100
-    cross_entropy(other(x), y).backward()
-    batches = [((x[a:b], y[a:b]), y[a:b]) for a, b in ((0, 12), (12, 13), (13, 30))]
-    total = accumulate_gradients(
-        lambda batch, items: cross_entropy(model(batch[0]), batch[1], num_items=items), batches
-    )
-    assert_close(total, cross_entropy(other(x), y).detach(), 1e-10)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert_close(p.grad, q.grad, 1e-10)
+    sizes = [size for size, _ in parts]
+    x, y = torch.randn(sum(sizes), D).double(), torch.randint(0, V, (sum(sizes),))
+    ignored = torch.cat([torch.rand(size) < share for size, share in parts])
+    y[ignored] = -100
+    micro = [((a, b), b) for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
+
+    def loss(model, x, y, items=None):
+        if kind == "logits":
+            return cross_entropy(model(x), y, num_items=items)
+        return llmloss_ext.linear_cross_entropy(x, model.weight, y, num_items=items)
+
+    total = accumulate_gradients(lambda batch, items: loss(model, *batch, items), micro)
+    if ignored.all():
+        assert total == 0
+        assert (model.weight.grad == 0).all()
+        return
+    whole = loss(other, x, y)
+    whole.backward()
+    assert_close(total, whole.detach(), 1e-10)
+    assert_close(model.weight.grad, other.weight.grad, 1e-10)

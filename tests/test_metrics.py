@@ -16,6 +16,7 @@ def test_perplexity():
     assert metrics.perplexity(1e4) == math.inf
     assert metrics.perplexity(torch.tensor(1e4)) == math.inf
     assert metrics.perplexity(0.0) == 1
+    assert math.isnan(metrics.perplexity(math.nan))
 
 
 def test_corpus_perplexity_weighs_tokens_and_not_batches(device):
@@ -77,6 +78,8 @@ def test_length_normalized_score():
         (log_probs, 0.6, [3, 0]),
         (log_probs, 0.6, [4, 1]),
         (log_probs, 0.6, [3]),
+        (log_probs, 0.6, [2.5, 1.0]),
+        (log_probs, 0.6, torch.tensor([True, True])),
         (log_probs, math.nan),
         (torch.zeros(0), 0.6),
         (torch.zeros(2, 2, 2), 1.0),
@@ -93,6 +96,9 @@ def test_token_f1():
     assert metrics.token_f1([1, 1, 2], [1, 3]) == pytest.approx(0.4)
     assert metrics.token_f1([], []) == 1
     assert metrics.token_f1([], [1]) == 0
+    for texts in (("the cat", "the cat"), ("the", ["the"]), (["the"], "the")):
+        with pytest.raises(ValueError, match="compares tokens"):
+            metrics.token_f1(*texts)
 
 
 def test_bleu_and_rouge():
@@ -113,3 +119,22 @@ def test_generation_metrics_want_as_many_references():
         for arguments in (([], []), (["a"], [])):
             with pytest.raises(ValueError, match="as many references"):
                 function(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "words"),
+    [
+        (["a b"], ["a b"], "list of at least one reference"),
+        (["a b", "c"], [["a b"], []], "list of at least one reference"),
+        ("ab", [["a"], ["b"]], "got one text"),
+        (["a", "b"], "ab", "got one text"),
+    ],
+)
+def test_bleu_wants_lists_of_texts(predictions, references, words):
+    with pytest.raises(ValueError, match=words):
+        metrics.bleu(predictions, references)
+
+
+def test_rouge_wants_lists_of_texts():
+    with pytest.raises(ValueError, match="got one text"):
+        metrics.rouge("ab", "ab")

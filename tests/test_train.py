@@ -190,6 +190,11 @@ def test_heads_that_do_not_divide_the_width(corpus, tmp_path, capsys):
     assert "not divisible" in one_line(capsys)
 
 
+def test_a_contrastive_loss_needs_two_halves(corpus, tmp_path, capsys):
+    assert train(corpus, tmp_path / "run", "--contrastive", "0.1", "--seq-len", "1") == 1
+    assert "--seq-len must be >= 2" in one_line(capsys)
+
+
 def test_full_disk(corpus, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -336,6 +341,77 @@ def test_spikes(corpus, tmp_path, monkeypatch, reaction):
     assert len(applied) == (13 if reaction == "skip" else 14)
     ratio = records[12]["lr"] / records[10]["lr"]
     assert (ratio < 0.51) == (reaction == "lower")
+
+
+@pytest.mark.parametrize("reaction", ["mark", "skip", "lower", "off"])
+@pytest.mark.parametrize("where", ["term", "gradient"])
+def test_a_step_that_is_not_finite_is_always_skipped(
+    corpus, tmp_path, monkeypatch, reaction, where
+):
+    """An auxiliary term, or the gradient alone, is nan in steps 3 to 14: the weights survive."""
+    from llmloss_ext.cli.training import loop
+
+    right, calls = loop.combined_loss, []
+
+    def bad(terms, weights):
+        calls.append(1)
+        combined = right(terms, weights)
+        if not 3 <= len(calls) <= 14:
+            return combined
+        if where == "term":
+            return combined._replace(total=combined.total * float("nan"))
+        combined.total.register_hook(lambda grad: grad * float("nan"))
+        return combined._replace(total=combined.total * 1)
+
+    monkeypatch.setattr(loop, "combined_loss", bad)
+    options = ("--steps", "15", "--on-spike", reaction, "--mlm", "0.1", "--log-every", "100")
+    assert train(corpus, tmp_path, *options) == 0
+    records = [r for r in metrics(tmp_path) if r["kind"] == "train"]
+    assert [r["step"] for r in records if r.get("skipped")] == list(range(3, 15))
+    assert ["spike" in r for r in records].count(True) == (0 if reaction == "off" else 12)
+    state = checkpoint.load(tmp_path)
+    assert all(t.isfinite().all() for t in state["model"].values())
+    assert state["rate_factor"] == (1 / 64 if reaction == "lower" else 1)
+    assert records[-1]["step"] == 15
+    assert not records[-1].get("skipped")
+
+
+def test_the_curve_shows_a_loss_that_is_no_number(monkeypatch):
+    from matplotlib.figure import Figure
+
+    from llmloss_ext.cli.training.report import _mark_spikes
+
+    axes = Figure().subplots()
+    steps = ((1, 2.0, {}), (2, 9.0, {"spike": "mark"}), (3, float("nan"), {"skipped": True}))
+    _mark_spikes(axes, [{"step": s, "loss": x, **more} for s, x, more in steps])
+    crosses, line = axes.get_lines()
+    assert list(crosses.get_xdata()) == [2]
+    assert list(line.get_xdata()) == [3, 3]
+
+
+def test_masked_micro_batches_equal_the_large_batch(monkeypatch):
+    """Unequal numbers of hidden tokens: each micro-batch's sum is divided by that of the step."""
+    from llmloss_ext.cli.training import auxiliary
+    from llmloss_ext.cli.training.model import GPT
+
+    def every_third(ids, mask_token, vocab_size, special_tokens):
+        chosen = ids % 3 == 0
+        return ids.masked_fill(chosen, mask_token), ids.masked_fill(~chosen, -100)
+
+    monkeypatch.setattr(auxiliary, "mask_tokens", every_third)
+    ids = torch.tensor([[3, 6, 9, 12, 3], [1, 2, 4, 5, 9], [1, 2, 1, 2, 1], [3, 1, 1, 3, 1]])
+    gradients = []
+    for micro_batches in ([ids], [ids[:1], ids[1:2], ids[2:3], ids[3:]]):
+        torch.manual_seed(0)
+        model = GPT(20, 5, 8, 1, 2).double()
+        config = TrainConfig(mlm=1.0, accumulate=len(micro_batches))
+        terms = auxiliary.Auxiliary(config, model, separator=0)
+        terms.begin_step(micro_batches)
+        for number, part in enumerate(micro_batches):
+            terms.terms(number, model.hidden(part))["mlm"]().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_the_monitor_and_the_lowered_rate_are_resumed(corpus, tmp_path):

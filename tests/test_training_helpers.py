@@ -53,6 +53,32 @@ def test_a_flat_history_needs_a_real_jump():
     assert monitor.check_spike(3.1)
 
 
+def test_a_flat_history_of_zero_needs_a_real_jump_too():
+    monitor = warmed_up(noise=0.0)
+    monitor.history.clear()
+    monitor.history.extend([0.0] * 20)
+    assert not monitor.check_spike(1e-9)
+    assert monitor.check_spike(0.1)
+
+
+def test_a_history_that_is_not_flat_is_ruled_by_its_deviation():
+    """Its deviation is far above rounding, and far below a thousandth of the mean."""
+    monitor = LossMonitor()
+    monitor.history.extend([3 - 1e-6, 3 + 1e-6] * 10)
+    assert monitor.limit() == pytest.approx(3 + 2e-6, abs=1e-9)
+    assert monitor.check_spike(3 + 1e-4)
+
+
+@pytest.mark.parametrize("size", [1e308, -1e308, 1e-320])
+def test_histories_at_the_ends_of_float64(size):
+    monitor = LossMonitor()
+    for _ in range(12):
+        assert not monitor.check_spike(size)
+    assert monitor.limit() > size or size == 1e-320
+    monitor.history.extend([1e308, -1e308] * 6)
+    assert monitor.limit() == math.inf or monitor.limit() > 1e308
+
+
 def test_the_history_is_limited_and_can_be_resumed():
     monitor = LossMonitor(history_size=20)
     for i in range(50):
@@ -92,3 +118,76 @@ def test_count_items_over_ranks(tmp_path):
         assert count_items([torch.tensor([1, -100])], group=group) == 1
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_count_items_of_shifted_and_weighted_targets(device):
+    """The denominators of the losses that take these options."""
+    from llmloss_ext import linear_cross_entropy
+
+    hidden = torch.randn(2, 5, 4, device=device)
+    head = torch.randn(7, 4, device=device)
+    targets = torch.tensor([[1, 2, -100, 3, 4], [5, -100, -100, -100, 6]], device=device)
+    weights = torch.rand(2, 5, device=device)
+    assert count_items([targets], shift=1) == 4
+    for options in ({}, {"shift": 1}, {"weights": [weights]}, {"weights": [weights], "shift": 1}):
+        arguments = {"shift": options.get("shift", 0)}
+        if "weights" in options:
+            arguments["token_weight"] = weights
+        mean = linear_cross_entropy(hidden, head, targets, **arguments)
+        items = count_items([targets], **options)
+        again = linear_cross_entropy(hidden, head, targets, **arguments, num_items=items)
+        torch.testing.assert_close(again, mean)
+    for wrong in ({"shift": -1}, {"weights": []}, {"weights": [weights[:1]]},
+                  {"weights": [weights[:, 1:]], "shift": 1}):  # fmt: skip
+        with pytest.raises(ValueError):
+            count_items([targets], **wrong)
+
+
+def _rank(rank: int, folder: str, results: object) -> None:
+    """One of two processes: DistributedDataParallel over unequal micro-batches."""
+    from llmloss_ext import cross_entropy
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2
+    )
+    try:
+        model, x, y = _model_and_data()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        mine = ((0, 3), (3, 12)) if rank == 0 else ((12, 13), (13, 20))
+        total = accumulate_gradients(
+            lambda batch, items: cross_entropy(parallel(batch[0]), batch[1], num_items=items),
+            [((x[a:b], y[a:b]), y[a:b]) for a, b in mine],
+            group=torch.distributed.group.WORLD,
+        )
+        results.put((rank, float(total), model.weight.grad.tolist()))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _model_and_data():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 9).double()
+    x, y = torch.randn(20, 4).double(), torch.randint(0, 9, (20,))
+    y[1:9] = -100
+    return model, x, y
+
+
+def test_ranks_with_unequal_tokens_equal_the_large_batch(tmp_path):
+    from llmloss_ext import cross_entropy
+
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    ranks = [context.Process(target=_rank, args=(r, str(tmp_path), results)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    model, x, y = _model_and_data()
+    loss = cross_entropy(model(x), y)
+    loss.backward()
+    for _ in ranks:
+        _, total, grad = results.get()
+        assert total == pytest.approx(loss.item(), rel=1e-12)
+        torch.testing.assert_close(torch.tensor(grad, dtype=torch.float64), model.weight.grad)

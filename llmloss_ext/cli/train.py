@@ -57,7 +57,8 @@ def add_parser(subparsers: Any) -> None:
     add("contrastive", _weight, "weight of a contrastive loss between the halves of sequences")
     add("mlm", _weight, "weight of a masked language modelling loss")
     add("on-spike", str, "what to do about a loss that jumps: mark it, skip the step, or "
-        "lower the rate by half", choices=SPIKES)  # fmt: skip
+        "lower the rate by half; a step that is not finite is always skipped",
+        choices=SPIKES)  # fmt: skip
     add("spike-threshold", _positive_number, "standard deviations that make a spike")
     add("device", str, "cpu or cuda")
     add("threads", _not_negative, "CPU threads, 0: torch's choice")
@@ -192,6 +193,7 @@ def _print_table(training: Run) -> None:
 
     from llmloss_ext.cli.training.comparison import compare
     from llmloss_ext.cli.training.memory import peak_memory
+    from llmloss_ext.metrics import perplexity
 
     totals = training.totals
     table = Table(title=f"llmloss train: {training.config.describe()}", show_header=False)
@@ -201,7 +203,7 @@ def _print_table(training: Run) -> None:
         if losses:
             table.add_row(f"{kind} loss", f"{losses[0]:.4f} before, {losses[-1]:.4f} after")
     if losses:
-        before, after = (f"{math.exp(min(x, 700)):,.0f}" for x in (losses[0], losses[-1]))
+        before, after = (f"{perplexity(x):,.0f}" for x in (losses[0], losses[-1]))
         table.add_row("perplexity", f"{before} before, {after} after")
     table.add_row("tokens/s", f"{totals.tokens / totals.seconds:,.0f}")
     table.add_row("peak memory", f"{peak_memory(training.device) / 2**20:,.0f} MiB")

@@ -131,7 +131,7 @@ def _logits(input: Tensor, linear_weight: Tensor, bias: Tensor | None) -> Tensor
     return logits if bias is None else logits + bias.to(input.dtype)
 
 
-def _needs(inputs: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
+def needs_gradients(inputs: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
     """Which of input, linear_weight, linear_bias and logit_scale get a gradient.
 
     Asked before a Function is entered: inside, ``needs_input_grad`` knows nothing of no_grad.
@@ -142,7 +142,7 @@ def _needs(inputs: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
 
 def loss(*inputs: Any) -> Tensor:
     """The mean or sum over tokens; arguments as `_Loss.forward`, without the last."""
-    needs = _needs(inputs[:4])
+    needs = needs_gradients(inputs[:4])
     if not any(needs):
         value: Tensor = _loss_and_gradients(inputs[:4], inputs[4:8], inputs[8:], list(needs))[0]
         return value

@@ -331,6 +331,7 @@ def linear_kl_div(
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
+    drop_ignored: bool | None = None,
 ) -> Tensor:
     r"""Distillation: the divergence of two projections' distributions, neither in memory whole.
 
@@ -354,9 +355,11 @@ def linear_kl_div(
         reduction: ``"mean"`` over the tokens that take part, or ``"sum"``.
         chunk_tokens: Tokens of a chunk.
         max_chunk_bytes: The most that the student's logits of a chunk may take.
+        drop_ignored: Whether ignored tokens are left out of the matrix products. By default on a
+            CPU; on CUDA it has to wait for the device to know their number.
 
     Returns:
-        The loss, 0-d, in nats.
+        The loss, 0-d, in nats; the mean of no token is nan.
 
     Raises:
         ValueError: Shapes that do not fit, or an option out of range.
@@ -383,7 +386,7 @@ def linear_kl_div(
             f"{tuple(target.shape)}"
         )
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    if any(t is not None and t.requires_grad for t in teacher):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in teacher):
         raise RuntimeError("linear_kl_div: the teacher gets no gradient; pass it detached")
     if ops.in_transform():
         raise RuntimeError("linear_kl_div does not work under torch.func transforms")
@@ -394,8 +397,11 @@ def linear_kl_div(
         chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
     )  # fmt: skip
     valid = None if target is None else (target != ignore_index).reshape(-1)
+    if drop_ignored is None:
+        drop_ignored = hidden.device.type == "cpu"
+    teacher_hidden = as_rows(to_dtype_of_products(teacher_hidden))
     return kl_div(
-        hidden, student_weight, student_bias, as_rows(to_dtype_of_products(teacher_hidden)),
-        teacher_weight, teacher_bias, valid, (direction, beta, temperature), reduction == "mean",
-        planned.chunk_tokens,
+        hidden, student_weight, student_bias, teacher_hidden, teacher_weight,
+        teacher_bias, valid, direction, beta, temperature, reduction == "mean",
+        planned.chunk_tokens, drop_ignored and valid is not None,
     )  # fmt: skip

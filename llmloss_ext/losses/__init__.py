@@ -8,7 +8,12 @@ from llmloss_ext.losses.combined import (
 )
 from llmloss_ext.losses.contrastive import ClipLoss, contrastive_loss
 from llmloss_ext.losses.distillation import distillation_loss, top_k_distillation_loss
-from llmloss_ext.losses.distributions import cross_entropy_between, entropy, kl_divergence
+from llmloss_ext.losses.distributions import (
+    check_probabilities,
+    cross_entropy_between,
+    entropy,
+    kl_divergence,
+)
 from llmloss_ext.losses.language_model import (
     LabelSmoothingCrossEntropy,
     LanguageModelLoss,
@@ -36,6 +41,7 @@ __all__ = [
     "PreferenceLoss",
     "UncertaintyWeights",
     "causal_lm_loss",
+    "check_probabilities",
     "combined_loss",
     "confidence_penalty_loss",
     "contrastive_loss",

@@ -24,11 +24,14 @@ class CombinedLoss(NamedTuple):
 
 
 def combined_loss(terms: Mapping[str, Term], weights: Mapping[str, float]) -> CombinedLoss:
-    """Sum of weight times term, by name. Does not wait for the device.
+    """The sum over names of weight times term. Does not wait for the device.
 
     Args:
         terms: Losses (0-d), or functions that compute them: a term of weight 0 is not computed.
         weights: A finite number for each term.
+
+    Returns:
+        A `CombinedLoss`: the total, 0-d, in the terms' unit, and each term detached.
 
     Raises:
         ValueError: The names differ, a weight is not finite, there is no term of a weight other
@@ -50,13 +53,17 @@ def combined_loss(terms: Mapping[str, Term], weights: Mapping[str, float]) -> Co
         if weight == 0:
             continue
         loss = term if isinstance(term, Tensor) else term()
-        if loss.dim() != 0:
-            raise ValueError(f"the term {name!r} must be a 0-d loss, got shape {tuple(loss.shape)}")
+        _check_term(name, loss)
         computed[name] = loss.detach()
         total = loss * weight if total is None else total + loss * weight
     if total is None:
         raise ValueError("there is no term whose weight is not 0")
     return CombinedLoss(total, computed)
+
+
+def _check_term(name: str, loss: Tensor) -> None:
+    if loss.dim() != 0:
+        raise ValueError(f"the term {name!r} must be a 0-d loss, got shape {tuple(loss.shape)}")
 
 
 class UncertaintyWeights(torch.nn.Module):
@@ -66,7 +73,10 @@ class UncertaintyWeights(torch.nn.Module):
     here.
 
     Args:
-        names: Of the terms.
+        names: Of the terms. The parameter ``log_variances`` holds s in their order, 0 at first.
+
+    Raises:
+        ValueError: There is no name, or one twice.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -77,9 +87,21 @@ class UncertaintyWeights(torch.nn.Module):
         self.log_variances = torch.nn.Parameter(torch.zeros(len(self.names)))
 
     def forward(self, terms: Mapping[str, Tensor]) -> CombinedLoss:
-        """The weighted sum of the terms, each of which must be there."""
+        """The weighted sum of the terms.
+
+        Args:
+            terms: A 0-d loss for each name.
+
+        Returns:
+            A `CombinedLoss`: the total, 0-d, and each term detached.
+
+        Raises:
+            ValueError: The names differ, or a term is not 0-d.
+        """
         if set(terms) != set(self.names):
             raise ValueError(f"expected the terms {sorted(self.names)}, got {sorted(terms)}")
+        for name, loss in terms.items():
+            _check_term(name, loss)
         losses = torch.stack([terms[name] for name in self.names])
         s = self.log_variances.to(losses.dtype)
         total = (torch.exp(-s) * losses + s / 2).sum()
@@ -88,6 +110,16 @@ class UncertaintyWeights(torch.nn.Module):
 
 def linear_schedule(step: int, begin: int, end: int, first: float, last: float) -> float:
     """A weight that moves from ``first`` to ``last`` between two steps, and stays.
+
+    Args:
+        step: Now.
+        begin: Up to this step it is ``first``.
+        end: From this step on it is ``last``; in between it changes linearly.
+        first: A weight.
+        last: A weight.
+
+    Returns:
+        first + (last - first) (step - begin) / (end - begin), kept between both.
 
     Raises:
         ValueError: ``end`` lies before ``begin``.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from llmloss_ext import functional
-from llmloss_ext.linear.distillation import check_divergence, row_divergence
-from llmloss_ext.losses.shapes import classes_last
+from llmloss_ext import composite
+from llmloss_ext.composite import real_of
+from llmloss_ext.linear.distillation import check_divergence, divergence, divergence_of
+from llmloss_ext.linear.rowwise import by_rows
 
 __all__ = ["distillation_loss", "top_k_distillation_loss"]
 
@@ -27,52 +31,62 @@ def distillation_loss(
 
     ``"forward"``: KL(P || Q) = sum P (log P - log Q), P the teacher; ``"reverse"``: KL(Q || P);
     ``"jsd"``: beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q
-    (Hinton et al. 2015; Agarwal et al. 2024).
+    (Hinton et al. 2015; Agarwal et al. 2024). Beside the gradient, nothing of the size of the
+    logits is kept: float32 copies exist for a chunk of tokens at a time.
 
     Args:
-        student_logits: (..., V).
+        student_logits: (..., V). Rows of any stride are read in place.
         teacher_logits: (..., V), without a gradient.
         direction: ``"forward"``, ``"reverse"`` or ``"jsd"``.
         beta: Share of the teacher in M, in (0, 1).
         temperature: T > 0.
-        target: (...): tokens whose label is ``ignore_index`` take no part.
+        target: (...): tokens whose label is ``ignore_index`` take no part, whatever their logits
+            hold; their gradient is exactly zero.
         ignore_index: See ``target``.
         reduction: ``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.
 
     Returns:
-        0-d, or (...) for ``"none"``.
+        0-d, or (...) for ``"none"``; float32 for 16-bit logits. The mean of no token is nan.
 
     Raises:
         ValueError: The shapes do not fit, or an option is out of range.
     """
     check_divergence(direction, beta, temperature)
+    _check_reduction(reduction)
+    if student_logits.shape != teacher_logits.shape or not student_logits.dim():
+        raise ValueError(
+            f"student and teacher must have one shape (..., V), got {tuple(student_logits.shape)} "
+            f"and {tuple(teacher_logits.shape)}"
+        )
+    valid = _valid(target, student_logits, ignore_index)
+    rows = partial(divergence, direction=direction, beta=beta, temperature=temperature)
+    return _reduced(by_rows(rows, student_logits, (teacher_logits,), valid), valid, reduction)
+
+
+def _check_reduction(reduction: str) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if student_logits.shape != teacher_logits.shape:
+
+
+def _valid(target: Tensor | None, logits: Tensor, ignore_index: int) -> Tensor | None:
+    if target is None:
+        return None
+    if target.shape != logits.shape[:-1]:
         raise ValueError(
-            f"student and teacher must have one shape, got {tuple(student_logits.shape)} and "
-            f"{tuple(teacher_logits.shape)}"
+            f"target must have one label per token, {tuple(logits.shape[:-1])}, got "
+            f"{tuple(target.shape)}"
         )
-    vocab_size = student_logits.shape[-1]
-    student, teacher = (x.reshape(-1, vocab_size) for x in (student_logits, teacher_logits))
-    rows = row_divergence(student, teacher.detach(), (direction, beta, temperature))
-    rows = rows.reshape(student_logits.shape[:-1])
-    return _reduced(rows, target, ignore_index, reduction)
+    return target != ignore_index
 
 
-def _reduced(rows: Tensor, target: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
-    valid = torch.ones_like(rows, dtype=torch.bool)
-    if target is not None:
-        if target.shape != rows.shape:
-            raise ValueError(
-                f"target must have one label per token, {tuple(rows.shape)}, got "
-                f"{tuple(target.shape)}"
-            )
-        valid = target != ignore_index
-    rows = torch.where(valid, rows, 0.0)
+def _reduced(rows: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
+    """Of rows that are 0 where not valid."""
     if reduction == "none":
         return rows
-    return rows.sum() / valid.sum() if reduction == "mean" else rows.sum()
+    total = composite.total(rows)
+    if reduction == "sum":
+        return total
+    return total / (rows.numel() if valid is None else valid.sum())
 
 
 def top_k_distillation_loss(
@@ -80,52 +94,80 @@ def top_k_distillation_loss(
     teacher_ids: Tensor,
     teacher_log_probs: Tensor,
     *,
+    direction: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
     target: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """KL(P || Q) against a teacher whose k largest log-probabilities were stored, in nats.
+    """A divergence from a teacher whose k largest log-probabilities were stored, times T^2.
 
     What the teacher's k tokens leave of its probability counts as one more outcome, whose student
-    probability is what the student leaves: the divergence of the two coarser distributions, a
-    lower bound of the whole one that is exact for k = V.
+    probability is what the student leaves: `distillation_loss` of the two coarser distributions,
+    a lower bound of the whole one that is exact for k = V.
 
     Args:
-        student_logits: (..., V).
+        student_logits: (..., V). Rows of any stride are read in place.
         teacher_ids: (..., k) int64: different tokens.
-        teacher_log_probs: (..., k), in nats.
-        target: (...): tokens whose label is ``ignore_index`` take no part.
+        teacher_log_probs: (..., k), in nats: of the teacher's distribution at ``temperature``, that
+            is of ``log_softmax(teacher_logits / temperature)``.
+        direction: As in `distillation_loss`.
+        beta: As in `distillation_loss`.
+        temperature: T > 0, by which the student's logits are divided.
+        target: (...): tokens whose label is ``ignore_index`` take no part, whatever the other
+            arguments hold there; their gradient is exactly zero.
         ignore_index: See ``target``.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.
+
+    Returns:
+        0-d, or (...) for ``"none"``, in nats; float32 for 16-bit logits. The mean of no token is
+        nan.
 
     Raises:
         ValueError: The shapes do not fit, or an option is out of range.
+        RuntimeError: A token outside [0, V).
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if teacher_ids.shape != teacher_log_probs.shape or (
-        teacher_ids.shape[:-1] != student_logits.shape[:-1]
+    check_divergence(direction, beta, temperature)
+    _check_reduction(reduction)
+    if (
+        teacher_ids.shape != teacher_log_probs.shape
+        or teacher_ids.shape[:-1] != student_logits.shape[:-1]
+        or not student_logits.dim()
     ):
         raise ValueError(
             "expected student_logits (..., V), teacher_ids (..., k) and teacher_log_probs (..., k);"
             f" got {tuple(student_logits.shape)}, {tuple(teacher_ids.shape)} and "
             f"{tuple(teacher_log_probs.shape)}"
         )
-    real = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    # lse from the statistics: one read of the logits, and no second tensor of their size.
-    labels = teacher_ids[..., 0]
-    rows, flat = classes_last(student_logits, labels)
-    lse = functional.token_stats(rows, flat).lse.reshape(labels.shape)
-    log_q = student_logits.gather(-1, teacher_ids).to(real) - lse.unsqueeze(-1)
-    log_p = teacher_log_probs.to(real)
-    p = log_p.exp()
-    kept = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-    rest_p = (1 - p.sum(-1)).clamp_min(0.0)
-    tiny = torch.finfo(real).tiny
-    rest_q = (1 - log_q.exp().sum(-1)).clamp_min(torch.finfo(real).eps)
-    rest = torch.where(
-        rest_p > torch.finfo(real).eps * teacher_ids.shape[-1],
-        rest_p * (rest_p.clamp_min(tiny).log() - rest_q.log()),
-        0.0,
-    )
-    return _reduced(kept + rest, target, ignore_index, reduction)
+    valid = _valid(target, student_logits, ignore_index)
+    rows = partial(_coarse_divergence, direction=direction, beta=beta, temperature=temperature)
+    others = (teacher_ids, teacher_log_probs)
+    return _reduced(by_rows(rows, student_logits, others, valid), valid, reduction)
+
+
+def _coarse_divergence(
+    student: Tensor, ids: Tensor, log_p: Tensor, direction: str, beta: float, temperature: float
+) -> Tensor:
+    """Of the k tokens and the rest, from logits (..., V), ids (..., k) and log-probs (..., k)."""
+    real = real_of(student)
+    log_q = torch.log_softmax(student.to(real) / temperature, -1)
+    kept, log_p = log_q.gather(-1, ids), log_p.to(real)
+    if ids.shape[-1] < student.shape[-1]:
+        # From the other columns themselves: 1 - sum q would cancel.
+        least = torch.finfo(real).min / 4  # -inf alone would have no gradient
+        others = log_q.scatter(-1, ids, -math.inf).clamp_min(least)
+        rest = torch.logsumexp(others, -1, keepdim=True)
+        kept = torch.cat([kept, torch.where(rest < least / 2, -math.inf, rest)], -1)
+        log_p = torch.cat([log_p, _log_rest(log_p, direction)], -1)
+    return divergence_of(log_p, kept, direction, beta) * temperature**2
+
+
+def _log_rest(log_p: Tensor, direction: str) -> Tensor:
+    """Log(1 - sum p), where that is more than the sum's rounding."""
+    eps = torch.finfo(log_p.dtype).eps
+    rest = 1 - log_p.exp().sum(-1, keepdim=True)
+    # "reverse" divides by it: as much as may be lost in rounding, rather than nothing.
+    least = math.log(eps) if direction == "reverse" else -math.inf
+    is_rounding = rest <= eps * log_p.shape[-1]
+    return torch.where(is_rounding, least, torch.log(torch.where(is_rounding, 1.0, rest)))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["cross_entropy_between", "entropy", "kl_divergence"]
+__all__ = ["check_probabilities", "cross_entropy_between", "entropy", "kl_divergence"]
 
 
 def entropy(p: Tensor, base: float = math.e, *, check: bool = False) -> Tensor:
@@ -31,7 +31,7 @@ def entropy(p: Tensor, base: float = math.e, *, check: bool = False) -> Tensor:
         tensor(1.)
     """
     _check(base, p=p if check else None)
-    return -torch.xlogy(p, p).sum(-1) / math.log(base)
+    return -(p * _log(p, p)).sum(-1) / math.log(base)
 
 
 def cross_entropy_between(
@@ -53,7 +53,7 @@ def cross_entropy_between(
     """
     _check(base, **({"p": p, "q": q} if check else {}))
     _same_columns(p, q)
-    return -torch.xlogy(p, q).sum(-1) / math.log(base)
+    return -(p * _log(q, p)).sum(-1) / math.log(base)
 
 
 def kl_divergence(p: Tensor, q: Tensor, base: float = math.e, *, check: bool = False) -> Tensor:
@@ -74,8 +74,12 @@ def kl_divergence(p: Tensor, q: Tensor, base: float = math.e, *, check: bool = F
     _check(base, **({"p": p, "q": q} if check else {}))
     _same_columns(p, q)
     # Term by term: the difference of two large sums would lose the digits of a small divergence.
-    terms = torch.where(p > 0, p * (torch.log(torch.where(p > 0, p, 1.0)) - torch.log(q)), 0.0)
-    return terms.sum(-1) / math.log(base)
+    return (p * (_log(p, p) - _log(q, p))).sum(-1) / math.log(base)
+
+
+def _log(q: Tensor, p: Tensor) -> Tensor:
+    """Log q, but 0 where p and q are 0: 0 log 0 = 0, with a finite gradient. nan stays nan."""
+    return torch.log(torch.where((p == 0) & (q == 0), 1.0, q))
 
 
 def _same_columns(p: Tensor, q: Tensor) -> None:
@@ -90,10 +94,25 @@ def _check(base: float, **distributions: Tensor | None) -> None:
     if not (0.0 < base < math.inf and base != 1.0):
         raise ValueError(f"base must be a number > 0 other than 1, got {base}")
     for name, p in distributions.items():
-        if p is None:
-            continue
-        if bool((p < 0).any()) or bool(p.isnan().any()):
-            raise ValueError(f"{name} holds a negative probability, or nan")
-        off = float((p.sum(-1) - 1).abs().max()) if p.numel() else 0.0
-        if off > 1e-3:
-            raise ValueError(f"{name} must sum to 1 in each row; the worst row is off by {off:.3g}")
+        if p is not None:
+            check_probabilities(p, name)
+
+
+def check_probabilities(p: Tensor, name: str = "p") -> None:
+    """Checks that each row is a distribution. Costs a pass, and waits for the device.
+
+    No loss does so unasked: call it for probability targets that may be wrong.
+
+    Args:
+        p: (..., V).
+        name: What messages call it.
+
+    Raises:
+        ValueError: A probability is negative or nan, or a row's sum differs from 1 by more than
+            0.001 or the rounding of p's dtype.
+    """
+    if bool((p < 0).any()) or bool(p.isnan().any()):
+        raise ValueError(f"{name} holds a negative probability, or nan")
+    off = float((p.sum(-1, dtype=torch.float64) - 1).abs().max()) if p.numel() else 0.0
+    if off > max(1e-3, torch.finfo(p.dtype).eps):
+        raise ValueError(f"{name} must sum to 1 in each row; the worst row is off by {off:.3g}")

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmloss_ext import composite, functional
+from llmloss_ext.linear import linear_cross_entropy
+from llmloss_ext.losses.objective import Objective, check_projection, statistics
 from llmloss_ext.losses.shapes import classes_last
 
 __all__ = [
@@ -37,10 +39,12 @@ def next_token_targets(
         (..., S), of the ids' dtype.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not fit, or S is 0.
     """
-    if input_ids.dim() == 0:
-        raise ValueError("input_ids must have a dimension of positions")
+    if input_ids.dim() == 0 or input_ids.shape[-1] == 0:
+        raise ValueError(
+            f"input_ids must be (..., S) with at least one position, got {tuple(input_ids.shape)}"
+        )
     if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -69,10 +73,11 @@ def causal_lm_loss(
         input_ids: (..., S).
         attention_mask: (..., S); tokens that are masked are no targets.
         ignore_index: Tokens that are no targets.
-        **options: Of `llmloss_ext.cross_entropy`.
+        **options: Of `llmloss_ext.cross_entropy`. A ``token_weight`` (..., S) at position i is that
+            of the prediction made there, of token i + 1.
 
     Returns:
-        The loss in nats; see `llmloss_ext.cross_entropy`.
+        The mean loss in nats, 0-d, or what ``reduction`` says: (..., S) for ``"none"``.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -83,9 +88,8 @@ def causal_lm_loss(
             f"expected logits (..., S, V) for input_ids (..., S), got {tuple(logits.shape)} and "
             f"{tuple(input_ids.shape)}"
         )
-    rows, flat = classes_last(logits, targets)
-    loss = functional.cross_entropy(rows, flat, ignore_index=ignore_index, **options)
-    return loss.reshape(targets.shape) if loss.dim() else loss
+    rows = classes_last(logits, targets)
+    return functional.cross_entropy(rows, targets, ignore_index=ignore_index, **options)
 
 
 def create_causal_mask(
@@ -128,10 +132,10 @@ class LanguageModelLoss(torch.nn.Module):
     """Next-token loss, with the statistics of the same pass on request.
 
     Args:
-        vocab_size: V, the logits' last dimension.
+        vocab_size: V. Logits may have more columns (padded heads), which take no part.
         pad_token_id: Of padding.
-        ignore_index: Tokens that are no targets; None: ``pad_token_id``. A pad id that doubles as a
-            real token needs the ``attention_mask`` of the calls and another ``ignore_index``.
+        ignore_index: Tokens that are no targets. None: ``pad_token_id``; but where a call has an
+            ``attention_mask``, that alone, so that a pad id may double as a real token.
         label_smoothing: In [0, 1].
         z_loss: Factor of lse^2.
         confidence_penalty: beta of -beta entropy (Pereyra et al. 2017).
@@ -155,69 +159,145 @@ class LanguageModelLoss(torch.nn.Module):
         super().__init__()
         if vocab_size < 1 or top_k < 1:
             raise ValueError(f"vocab_size and top_k must be at least 1, got {vocab_size, top_k}")
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-        if not 0.0 <= z_loss < math.inf or not 0.0 <= confidence_penalty < math.inf:
-            raise ValueError("z_loss and confidence_penalty must be finite numbers >= 0")
+        Objective(label_smoothing, z_loss, confidence_penalty).check()
         self.vocab_size = vocab_size
         self.pad_token_id = pad_token_id
         self.ignore_index = pad_token_id if ignore_index is None else ignore_index
+        self.ignore_index_is_pad = ignore_index is None
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.confidence_penalty = confidence_penalty
         self.top_k = top_k
 
     def forward(
-        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        input: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        linear_weight: Tensor | None = None,
+        linear_bias: Tensor | None = None,
     ) -> Tensor:
         """The same as `compute_loss`."""
-        return self.compute_loss(logits, input_ids, attention_mask)
+        return self.compute_loss(input, input_ids, attention_mask, linear_weight, linear_bias)
 
     def compute_loss(
-        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        input: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        linear_weight: Tensor | None = None,
+        linear_bias: Tensor | None = None,
     ) -> Tensor:
-        """The mean loss of ``logits[:, i]`` (B, S, V) for ``input_ids[:, i + 1]`` (B, S), nats.
+        """The mean loss of what position i predicts, for ``input_ids[..., i + 1]``.
 
-        nan where no token has a target, as torch's.
+        Args:
+            input: Logits (..., S, V); hidden states (..., S, D) if ``linear_weight`` is given,
+                whose logits are then never in memory whole.
+            input_ids: (..., S), int64 or int32.
+            attention_mask: (..., S); tokens where it is 0 are no targets.
+            linear_weight: The projection (V, D).
+            linear_bias: (V), with ``linear_weight``.
+
+        Returns:
+            0-d, in nats; nan where no token has a target, as torch's.
+
+        Raises:
+            ValueError: The shapes do not fit.
         """
         if self.confidence_penalty:
-            return self.compute_loss_with_stats(logits, input_ids, attention_mask).loss
-        self._check(logits)
-        return causal_lm_loss(
-            logits,
-            input_ids,
-            attention_mask=attention_mask,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
+            return self._from_statistics(
+                input, input_ids, attention_mask, linear_weight, linear_bias, with_rank=False
+            )[0]
+        targets, ignore_index = self._targets(input, input_ids, attention_mask, linear_weight)
+        check_projection(linear_weight, linear_bias=linear_bias)
+        options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "vocab_size": self.vocab_size,
+        }
+        if linear_weight is None:
+            return functional.cross_entropy(classes_last(input, targets), targets, **options)
+        return linear_cross_entropy(
+            input, linear_weight, targets, linear_bias=linear_bias, **options
         )
 
     def compute_loss_with_stats(
-        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        input: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        linear_weight: Tensor | None = None,
+        linear_bias: Tensor | None = None,
     ) -> LossStats:
-        """Loss, perplexity and accuracies, from one pass over the logits and without a sync."""
-        self._check(logits)
-        targets = next_token_targets(input_ids, self.ignore_index, attention_mask)
-        rows, flat = classes_last(logits, targets)
-        stats = functional.token_stats(rows, flat, ignore_index=self.ignore_index, with_rank=True)
-        valid = flat != self.ignore_index
-        tokens = valid.sum()
-        options = composite.LossOptions(self.label_smoothing, self.z_loss, 0)
-        losses = composite.losses_of(stats[:4], flat, None, None, self.ignore_index, options)
-        if self.confidence_penalty:
-            losses = losses - self.confidence_penalty * stats.entropy
-        assert stats.rank is not None  # with_rank
-        with torch.no_grad():
-            perplexity = torch.exp(-stats.log_prob.double().sum() / tokens)
-            hits = ((stats.rank < k) & valid for k in (1, self.top_k))
-            accuracy, top_k = (hit.sum() / tokens for hit in hits)
-        return LossStats(losses.sum() / tokens, perplexity, accuracy, top_k, tokens)
+        """Loss, perplexity and accuracies, from one pass over the logits and without a sync.
 
-    def _check(self, logits: Tensor) -> None:
-        if logits.dim() < 2 or logits.shape[-1] != self.vocab_size:
+        Args: as in `compute_loss`.
+
+        Returns:
+            A `LossStats`: its ``loss`` is that of `compute_loss`, the rest is detached.
+
+        Raises:
+            ValueError: The shapes do not fit.
+        """
+        loss, stats, valid = self._from_statistics(
+            input, input_ids, attention_mask, linear_weight, linear_bias, with_rank=True
+        )
+        tokens = valid.sum()
+        rank = stats.rank
+        assert rank is not None  # with_rank
+        with torch.no_grad():
+            perplexity = torch.exp(-composite.total(stats.log_prob.double()) / tokens)
+            hits = ((rank < k) & valid for k in (1, self.top_k))
+            accuracy, top_k = (hit.sum() / tokens for hit in hits)
+        return LossStats(loss, perplexity, accuracy, top_k, tokens)
+
+    def _from_statistics(
+        self,
+        input: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        linear_weight: Tensor | None,
+        linear_bias: Tensor | None,
+        *,
+        with_rank: bool,
+    ) -> tuple[Tensor, functional.TokenStats, Tensor]:
+        """The mean loss, the statistics, and which tokens have a target."""
+        targets, ignore_index = self._targets(input, input_ids, attention_mask, linear_weight)
+        stats = statistics(
+            input, targets, linear_weight, linear_bias, ignore_index=ignore_index,
+            vocab_size=self.vocab_size, with_rank=with_rank,
+        )  # fmt: skip
+        objective = Objective(self.label_smoothing, self.z_loss, self.confidence_penalty)
+        valid = targets != ignore_index
+        rows = objective.rows(stats, targets, ignore_index)
+        return composite.total(rows) / valid.sum(), stats, valid
+
+    def _targets(
+        self,
+        input: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        linear_weight: Tensor | None,
+    ) -> tuple[Tensor, int]:
+        """The target of each position, and what stands where there is none."""
+        columns = input.shape[-1:] if linear_weight is None else linear_weight.shape[:1]
+        if input.dim() < 2 or columns[0] < self.vocab_size:
             raise ValueError(
-                f"expected logits (..., S, {self.vocab_size}), got {tuple(logits.shape)}"
+                f"expected logits (..., S, V) of at least {self.vocab_size} columns, or hidden "
+                f"states and a weight of as many rows; got {tuple(input.shape)}"
+                + ("" if linear_weight is None else f" and {tuple(linear_weight.shape)}")
             )
+        # No token has the id -100.
+        by_mask = attention_mask is not None and self.ignore_index_is_pad
+        ignore_index = -100 if by_mask else self.ignore_index
+        targets = next_token_targets(input_ids, ignore_index, attention_mask)
+        if targets.shape != input.shape[:-1]:
+            raise ValueError(
+                f"expected input_ids {tuple(input.shape[:-1])} for logits or hidden states "
+                f"{tuple(input.shape)}, got {tuple(input_ids.shape)}"
+            )
+        return targets, ignore_index
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -232,6 +312,9 @@ class LabelSmoothingCrossEntropy(torch.nn.Module):
         epsilon: In [0, 1].
         ignore_index: Tokens that take no part; any integer, negative or a class.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: epsilon is out of range.
     """
 
     def __init__(
@@ -243,9 +326,20 @@ class LabelSmoothingCrossEntropy(torch.nn.Module):
         self.epsilon, self.ignore_index, self.reduction = epsilon, ignore_index, reduction
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits (N, V) or (..., V) for classes (N) or (...), in nats."""
+        """The loss of logits (..., V) for classes (...).
+
+        Args:
+            logits: (..., V): the classes are the last dimension, whatever the sizes.
+            target: (...), int64 or int32.
+
+        Returns:
+            0-d in nats, or (...) for ``"none"``; the mean of no token is nan.
+
+        Raises:
+            ValueError: The shapes do not fit.
+        """
         return functional.cross_entropy(
-            logits,
+            classes_last(logits, target),
             target,
             ignore_index=self.ignore_index,
             label_smoothing=self.epsilon,
@@ -254,22 +348,34 @@ class LabelSmoothingCrossEntropy(torch.nn.Module):
 
 
 def confidence_penalty_loss(
-    logits: Tensor, target: Tensor, beta: float = 0.1, *, ignore_index: int = -100
+    input: Tensor,
+    target: Tensor,
+    beta: float = 0.1,
+    *,
+    linear_weight: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """Cross entropy - beta entropy, the mean over tokens in nats (Pereyra et al. 2017).
+    """Cross entropy - beta entropy, the mean over tokens (Pereyra et al. 2017).
 
     Args:
-        logits: (..., V).
+        input: Logits (..., V); hidden states (..., D) if ``linear_weight`` is given, whose logits
+            are then never in memory whole.
         target: (...).
         beta: >= 0.
+        linear_weight: The projection (V, D).
+        linear_bias: (V), with ``linear_weight``.
         ignore_index: Tokens that take no part.
+
+    Returns:
+        0-d, in nats; nan if no token takes part.
 
     Raises:
         ValueError: beta is negative or not finite, or the shapes do not fit.
     """
+    objective = Objective(confidence_penalty=beta)
     if not 0.0 <= beta < math.inf:
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
-    rows, flat = classes_last(logits, target)
-    stats = functional.token_stats(rows, flat, ignore_index=ignore_index)
-    tokens = (flat != ignore_index).sum()
-    return (-stats.log_prob - beta * stats.entropy).sum() / tokens
+    stats = statistics(input, target, linear_weight, linear_bias, ignore_index=ignore_index)
+    tokens = (target != ignore_index).sum()
+    return composite.total(objective.rows(stats, target, ignore_index)) / tokens

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from llmloss_ext import functional
 from llmloss_ext.linear import linear_cross_entropy
+from llmloss_ext.losses.objective import check_projection
+from llmloss_ext.losses.shapes import classes_last
 
 __all__ = ["mask_tokens", "mlm_loss"]
 
@@ -26,14 +28,14 @@ def mask_tokens(
     ignore_index: int = -100,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Chooses tokens to predict, and hides them.
+    """Chooses tokens to predict, and hides them (Devlin et al. 2019).
 
     Each maskable position is chosen with ``probability``. Of the chosen, ``mask_share`` become the
     mask token, ``random_share`` a random token, and the others stay.
 
     Args:
         input_ids: Any shape, int64 or int32. Not modified.
-        mask_token_id: What hides a token.
+        mask_token_id: What hides a token, in [0, vocab_size).
         vocab_size: Random tokens are drawn from [0, vocab_size).
         special_tokens: Ids that are never chosen (padding, separators ...).
         maskable: bool, of the same shape: positions that may be chosen besides.
@@ -44,10 +46,12 @@ def mask_tokens(
         generator: Makes the choice repeatable; on the ids' device.
 
     Returns:
-        The new ids, and the labels: the old id where chosen, else ``ignore_index``.
+        The new ids, and the labels: the old id where chosen, else ``ignore_index``; both of the
+        ids' shape and dtype.
 
     Raises:
-        ValueError: A share or size is out of range, or the shapes do not fit.
+        ValueError: A share or size is out of range, the shapes do not fit, or the ids are not of
+            int64 or int32.
     """
     for name, share in (("probability", probability), ("mask_share", mask_share),
                         ("random_share", random_share)):  # fmt: skip
@@ -58,8 +62,12 @@ def mask_tokens(
             f"mask_share and random_share must not exceed 1 together, got "
             f"{mask_share} + {random_share}"
         )
-    if vocab_size < 1 or not mask_token_id >= 0:
-        raise ValueError(f"expected ids >= 0 and vocab_size >= 1, got {mask_token_id, vocab_size}")
+    if not 0 <= mask_token_id < vocab_size:
+        raise ValueError(
+            f"mask_token_id must be in [0, vocab_size), got {mask_token_id} and {vocab_size}"
+        )
+    if input_ids.dtype not in (torch.int64, torch.int32):  # others cannot hold the labels
+        raise ValueError(f"input_ids must be of int64 or int32, got {input_ids.dtype}")
     allowed = torch.ones_like(input_ids, dtype=torch.bool) if maskable is None else maskable.bool()
     if allowed.shape != input_ids.shape:
         raise ValueError(
@@ -92,30 +100,41 @@ def mlm_loss(
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    num_items: int | Tensor | None = None,
+    drop_ignored: bool | None = None,
 ) -> Tensor:
-    """Mean cross entropy of the chosen positions, in nats; 0 with a graph where none is chosen.
+    """Mean cross entropy of the chosen positions (Devlin et al. 2019).
 
     Args:
         input: Hidden states (..., D) if ``linear_weight`` is given, else logits (..., V). From
-            hidden states, logits are computed at the chosen positions only.
+            hidden states, logits are computed at the chosen positions only (see
+            ``drop_ignored``), and never in memory whole.
         labels: (...), ``ignore_index`` where not chosen.
         linear_weight: The projection (V, D).
-        linear_bias: (V).
+        linear_bias: (V), with ``linear_weight``.
         ignore_index: Label of positions that are not chosen.
         label_smoothing: In [0, 1].
+        num_items: What the sum over positions is divided by in place of their number: the chosen
+            positions of all micro-batches of a step.
+        drop_ignored: With ``linear_weight``: as in `llmloss_ext.linear_cross_entropy`. By default
+            on a CPU; on CUDA it has to wait for the device to know the number of positions.
+
+    Returns:
+        0-d, in nats; 0 with a graph where no position is chosen.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not fit, or an option of the projection has none.
     """
-    # Over at least one token: no chosen position is 0, not 0 / 0.
-    items = (labels != ignore_index).sum().clamp_min(1)
+    check_projection(linear_weight, linear_bias=linear_bias, drop_ignored=drop_ignored)
+    if num_items is None:
+        # Over at least one token: no chosen position is 0, not 0 / 0.
+        num_items = (labels != ignore_index).sum().clamp_min(1)
     if linear_weight is None:
-        rows = input.reshape(-1, input.shape[-1])
         return functional.cross_entropy(
-            rows, labels.reshape(-1), ignore_index=ignore_index, num_items=items,
+            classes_last(input, labels), labels, ignore_index=ignore_index, num_items=num_items,
             label_smoothing=label_smoothing,
         )  # fmt: skip
     return linear_cross_entropy(
         input, linear_weight, labels, linear_bias=linear_bias, ignore_index=ignore_index,
-        num_items=items, label_smoothing=label_smoothing,
+        num_items=num_items, label_smoothing=label_smoothing, drop_ignored=drop_ignored,
     )  # fmt: skip

@@ -13,21 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmloss_ext import composite
+
 __all__ = ["PreferenceLoss", "dpo_loss", "grpo_loss", "ppo_clip_loss", "sequence_log_probs"]
 
 
 def sequence_log_probs(
     log_probs: Tensor, mask: Tensor | None = None, *, average: bool = False
 ) -> Tensor:
-    """The log-probability of each sequence: the sum (or mean) over its tokens.
+    """The log-probability of each sequence: the sum (or mean) over its tokens of log p.
 
     Args:
-        log_probs: (..., S), 0 where a token takes no part.
+        log_probs: (..., S), in nats, 0 where a token takes no part.
         mask: (..., S): which tokens count; None: all (ignored ones are 0 already).
         average: Whether to divide by the number of tokens, which then needs the mask.
 
     Returns:
-        (...). nan for the mean of no token.
+        (...), in nats; nan for the mean of no token. What masked tokens hold does not matter.
 
     Raises:
         ValueError: The shapes do not fit, or ``average`` has no mask.
@@ -41,12 +43,23 @@ def sequence_log_probs(
 
 
 def _mask(mask: Tensor, like: Tensor) -> Tensor:
-    if mask.shape != like.shape:
-        raise ValueError(
-            f"the mask must have the shape of the log-probabilities, {tuple(like.shape)}, got "
-            f"{tuple(mask.shape)}"
-        )
+    _same_shape(like, mask=mask)
     return mask.bool()
+
+
+def _same_shape(log_probs: Tensor, **others: Tensor | None) -> None:
+    """No broadcasting: a tensor of another shape is a mistake."""
+    for name, other in others.items():
+        if other is not None and other.shape != log_probs.shape:
+            raise ValueError(
+                f"{name} must have the shape of the log-probabilities, {tuple(log_probs.shape)}, "
+                f"got {tuple(other.shape)}"
+            )
+
+
+def _where(valid: Tensor, x: Tensor) -> Tensor:
+    """0 at tokens that do not count: a padding's -inf or nan gets into no exp, and no gradient."""
+    return torch.where(valid, x, 0.0)
 
 
 class PreferenceLoss(NamedTuple):
@@ -82,6 +95,9 @@ def dpo_loss(
         beta: > 0.
         label_smoothing: eps in [0, 0.5), of ``"sigmoid"``.
         kind: ``"sigmoid"``, ``"hinge"`` or ``"ipo"``.
+
+    Returns:
+        A `PreferenceLoss`: the loss, 0-d, and the rewards (B) beta (log pi - log ref) in nats.
 
     Raises:
         ValueError: The shapes differ, or an option is out of range.
@@ -130,43 +146,58 @@ def ppo_clip_loss(
     entropy_bonus times the mean entropy.
 
     Args:
-        log_probs: (..., S) of the policy.
+        log_probs: (..., S) of the policy, in nats.
         old_log_probs: (..., S) of the policy that acted, without a gradient.
         advantages: (..., S), or (..., 1) for one a sequence.
-        mask: (..., S): which tokens count.
+        mask: (..., S): which tokens count; others may hold anything.
         clip: > 0.
         clip_high: Another limit above (DAPO, Yu et al. 2025); None: ``clip``.
-        entropy: (..., S), of `llmloss_ext.token_stats`; with ``entropy_bonus``.
+        entropy: (..., S) in nats, of `llmloss_ext.token_stats`; with ``entropy_bonus``.
         entropy_bonus: >= 0.
 
     Returns:
-        0-d; nan where the mask selects nothing.
+        0-d; nan where the mask selects nothing. What masked tokens hold does not matter.
 
     Raises:
         ValueError: The shapes do not fit, or an option is out of range.
     """
     valid = _mask(mask, log_probs)
-    losses = _clipped(log_probs, old_log_probs, advantages, clip, clip_high)
-    losses = losses - _bonus(entropy, entropy_bonus)
-    return torch.where(valid, losses, 0.0).sum() / valid.sum()
+    if advantages.shape not in (log_probs.shape, (*log_probs.shape[:-1], 1)):
+        raise ValueError(
+            "advantages must have the shape of the log-probabilities, or one number per sequence, "
+            f"{(*log_probs.shape[:-1], 1)}; got {tuple(advantages.shape)}"
+        )
+    losses = _clipped(valid, log_probs, old_log_probs, advantages, clip, clip_high)
+    losses = losses - _bonus(valid, log_probs, entropy, entropy_bonus)
+    return composite.total(_where(valid, losses)) / valid.sum()
 
 
 def _clipped(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float, clip_high: float | None
+    valid: Tensor,
+    log_probs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    clip: float,
+    clip_high: float | None,
 ) -> Tensor:
+    _same_shape(log_probs, old_log_probs=old)
     high = clip if clip_high is None else clip_high
     if not (0.0 < clip < math.inf and 0.0 < high < math.inf):
         raise ValueError(f"clip and clip_high must be finite numbers > 0, got {clip, high}")
-    ratio = torch.exp(log_probs - old.detach())
+    advantages = _where(valid, advantages)
+    ratio = torch.exp(_where(valid, log_probs) - _where(valid, old.detach()))
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + high) * advantages)
 
 
-def _bonus(entropy: Tensor | None, weight: float) -> Tensor | float:
+def _bonus(
+    valid: Tensor, log_probs: Tensor, entropy: Tensor | None, weight: float
+) -> Tensor | float:
+    _same_shape(log_probs, entropy=entropy)
     if weight == 0:
         return 0.0
     if entropy is None or not 0.0 < weight < math.inf:
         raise ValueError("entropy_bonus must be a finite number >= 0, and needs the entropy")
-    return weight * entropy
+    return weight * _where(valid, entropy)
 
 
 def grpo_loss(
@@ -189,7 +220,7 @@ def grpo_loss(
     (Schulman 2020), minus entropy_bonus times the entropy.
 
     Args:
-        log_probs: (B, S) of the policy.
+        log_probs: (B, S) of the policy, in nats.
         old_log_probs: (B, S), without a gradient.
         advantages: (B): rewards of a prompt's group, standardised within it.
         mask: (B, S): which tokens count.
@@ -201,7 +232,7 @@ def grpo_loss(
         entropy_bonus: >= 0.
 
     Returns:
-        0-d. A sequence of no token counts as 0.
+        0-d. A sequence of no token counts as 0. What masked tokens hold does not matter.
 
     Raises:
         ValueError: The shapes do not fit, or an option is out of range.
@@ -214,10 +245,11 @@ def grpo_loss(
     if not 0.0 <= kl_weight < math.inf:
         raise ValueError(f"kl_weight must be a finite number >= 0, got {kl_weight}")
     valid = _mask(mask, log_probs)
-    losses = _clipped(log_probs, old_log_probs, advantages.unsqueeze(-1), clip, clip_high)
+    losses = _clipped(valid, log_probs, old_log_probs, advantages.unsqueeze(-1), clip, clip_high)
+    _same_shape(log_probs, reference_log_probs=reference_log_probs)
     if reference_log_probs is not None and kl_weight != 0:
-        d = reference_log_probs.detach() - log_probs
+        d = _where(valid, reference_log_probs.detach()) - _where(valid, log_probs)
         losses = losses + kl_weight * (torch.expm1(d) - d)
-    losses = losses - _bonus(entropy, entropy_bonus)
+    losses = losses - _bonus(valid, log_probs, entropy, entropy_bonus)
     tokens = valid.sum(-1).clamp_min(1)
-    return (torch.where(valid, losses, 0.0).sum(-1) / tokens).mean()
+    return (_where(valid, losses).sum(-1) / tokens).mean()

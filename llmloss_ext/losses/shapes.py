@@ -7,11 +7,11 @@ from torch import Tensor
 __all__ = ["classes_last"]
 
 
-def classes_last(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (..., V) and targets (...) as the functions of `llmloss_ext.functional` want them.
+def classes_last(logits: Tensor, target: Tensor) -> Tensor:
+    """Logits (..., V) as the functions of `llmloss_ext.functional` want them for targets (...).
 
-    They are left as they are (rows of any stride are read in place) unless torch's (N, C, d1, ...)
-    would fit them too.
+    A view: where torch's (N, C, d1, ...) would fit them too, they are brought into that form, which
+    those functions try first. So rows of any stride are read in place.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -22,6 +22,4 @@ def classes_last(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             f"{tuple(target.shape)}"
         )
     is_ambiguous = logits.dim() > 2 and target.shape == logits.shape[:1] + logits.shape[2:]
-    if is_ambiguous or logits.dim() > 3:
-        return logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    return logits, target
+    return logits.movedim(-1, 1) if is_ambiguous else logits

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from llmloss_ext.cli.training.config import TrainConfig
 from llmloss_ext.cli.training.model import GPT
 from llmloss_ext.losses import contrastive_loss, mask_tokens, mlm_loss
+from llmloss_ext.training import count_items
 
 _MASK_TOKEN = 0
 """Tekken's <unk>, which no text contains."""
 
 
 class Auxiliary:
-    """The auxiliary terms that a run asks for.
+    """The auxiliary terms that a run asks for: their shares in a step, micro-batch by micro-batch.
 
     Attributes:
         weights: Of each term, by name.
@@ -26,23 +28,38 @@ class Auxiliary:
         """Prepares those whose weight is not 0."""
         self._model = model
         self._separator = separator
-        # A micro-batch's share of the step.
-        self.weights = {
-            name: weight / config.accumulate
-            for name, weight in (("contrastive", config.contrastive), ("mlm", config.mlm))
-            if weight
-        }
+        self._micro_batches = config.accumulate
+        self._hidden_tokens: list[tuple[Tensor, Tensor]] = []
+        self._items = torch.ones((), dtype=torch.int64)
+        every = {"contrastive": config.contrastive, "mlm": config.mlm}
+        self.weights = {name: weight for name, weight in every.items() if weight}
 
-    def terms(self, inputs: Tensor, hidden: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """A function for each term.
+    def begin_step(self, inputs: list[Tensor]) -> None:
+        """Hides tokens in each micro-batch: how many in all, every one of their losses must know.
 
         Args:
-            inputs: Token ids (B, S).
-            hidden: Their hidden states (B, S, D).
+            inputs: Token ids (B, S) of each micro-batch.
+        """
+        if "mlm" not in self.weights:
+            return
+        vocab_size = self._model.head.weight.shape[0]
+        # Drawn on the host, whose random state a checkpoint keeps.
+        self._hidden_tokens = [
+            mask_tokens(ids.cpu(), _MASK_TOKEN, vocab_size, special_tokens=[self._separator])
+            for ids in inputs
+        ]
+        self._items = count_items(labels for _, labels in self._hidden_tokens).clamp_min(1)
+
+    def terms(self, micro_batch: int, hidden: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """A function for each term, whose values add up to the step's term.
+
+        Args:
+            micro_batch: Its number in the step.
+            hidden: Its hidden states (B, S, D).
         """
         every = {
             "contrastive": partial(self._contrastive, hidden),
-            "mlm": partial(self._masked, inputs),
+            "mlm": partial(self._masked, micro_batch, hidden.device),
         }
         return {name: every[name] for name in self.weights}
 
@@ -50,16 +67,11 @@ class Auxiliary:
         """The two halves of a sequence belong together; those of others do not."""
         middle = hidden.shape[1] // 2
         first, second = hidden[:, :middle].mean(1), hidden[:, middle:].mean(1)
-        return contrastive_loss(first, second, symmetric=True)
+        return contrastive_loss(first, second, symmetric=True) / self._micro_batches
 
-    def _masked(self, inputs: Tensor) -> Tensor:
+    def _masked(self, micro_batch: int, device: torch.device) -> Tensor:
         """Hidden tokens, predicted from both sides: attention is not causal here."""
-        # Drawn on the host, whose random state a checkpoint keeps.
-        masked, labels = mask_tokens(
-            inputs.cpu(),
-            _MASK_TOKEN,
-            self._model.head.weight.shape[0],
-            special_tokens=[self._separator],
-        )
-        hidden = self._model.hidden(masked.to(inputs.device), causal=False)
-        return mlm_loss(hidden, labels.to(inputs.device), self._model.head.weight)
+        masked, labels = (t.to(device) for t in self._hidden_tokens[micro_batch])
+        hidden = self._model.hidden(masked, causal=False)
+        weight = self._model.head.weight
+        return mlm_loss(hidden, labels, weight, num_items=self._items.to(device))

@@ -54,10 +54,14 @@ class TrainConfig:
         """Checks what no single option can know.
 
         Raises:
-            UserError: If the heads do not divide the width.
+            UserError: If the heads do not divide the width, or a sequence has no halves.
         """
         if self.dim % self.heads:
             raise UserError(f"--dim {self.dim} is not divisible by --heads {self.heads}")
+        if self.contrastive and self.seq_len < 2:
+            raise UserError(
+                "--contrastive compares the halves of sequences: --seq-len must be >= 2"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the checkpoint."""

@@ -17,18 +17,21 @@ from torch import Tensor
 from llmloss_ext.cli.training import checkpoint
 from llmloss_ext.cli.training.auxiliary import Auxiliary
 from llmloss_ext.cli.training.config import TrainConfig
-from llmloss_ext.cli.training.losses import Objective, TokenScores, create_loss
+from llmloss_ext.cli.training.losses import TokenScores, create_loss
 from llmloss_ext.cli.training.model import GPT
-from llmloss_ext.cli.training.report import Metrics, perplexity
+from llmloss_ext.cli.training.report import Metrics
 from llmloss_ext.cli.training.tokens import TokenText
 from llmloss_ext.cli.training.windows import IGNORED, Order, split
 from llmloss_ext.losses import combined_loss
+from llmloss_ext.losses.objective import Objective
+from llmloss_ext.metrics import perplexity
 from llmloss_ext.training import LossMonitor
 
 _WEIGHT_DECAY = 0.1
 _BETAS = (0.9, 0.95)
 _WARM_UP = 0.1  # share of the steps
 _FINAL_RATE = 0.1  # share of the peak rate
+_LEAST_FACTOR = 1 / 64  # to which spikes may lower the rate
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -181,31 +184,31 @@ class Run:
         items = max(items, 1)  # no valid token in the step: no gradient, rather than 0 / 0
         last = self.step + 1
         logs = last % config.log_every == 0 or last == config.steps
-        total = torch.zeros((), device=self.device)
+        total, watched = torch.zeros(2, device=self.device)
         terms: dict[str, Tensor] = {}
         scores = []
-        for inputs, targets in batches:
+        self.auxiliary.begin_step([inputs for inputs, _ in batches])
+        for number, (inputs, targets) in enumerate(batches):
             with self.autocast():
                 hidden = self.model.hidden(inputs)
                 loss, score = self.loss.train(hidden, self.model.head.weight, targets, items, logs)
                 combined = combined_loss(
-                    {"lm": loss, **self.auxiliary.terms(inputs, hidden)},
+                    {"lm": loss, **self.auxiliary.terms(number, hidden)},
                     {"lm": 1.0, **self.auxiliary.weights},
                 )
             combined.total.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+            watched += combined.total.detach()
             for name in self.auxiliary.weights:
-                terms[name] = terms.get(name, 0) + combined.terms[name] / config.accumulate
+                terms[name] = terms.get(name, 0) + combined.terms[name]
             if score is not None:
                 scores.append((score, targets))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        spike = config.on_spike != "off" and self.monitor.check_spike(total)
-        if spike and config.on_spike == "lower":
-            self.rate_factor /= 2
+        spike, skipped = self._react(float(watched), float(norm))
         rate = self._rate() * self.rate_factor
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        if not (spike and config.on_spike == "skip"):
+        if not skipped:
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
@@ -215,7 +218,7 @@ class Run:
         self.totals.tokens += items
         self.totals.seconds += seconds
         self.totals.loss_seconds += loss_seconds
-        if not (logs or spike):
+        if not (logs or spike or skipped):
             return None
         return {
             "kind": "train",
@@ -228,8 +231,25 @@ class Run:
             "tokens_per_second": items / seconds,
             "loss_seconds": loss_seconds,
             **({"spike": config.on_spike} if spike else {}),
+            **({"skipped": True} if skipped else {}),
             **{name: float(term) for name, term in terms.items()},
         }
+
+    def _react(self, loss: float, norm: float) -> tuple[bool, bool]:
+        """Whether the step is a spike, and whether it is skipped; may lower the rate.
+
+        Args:
+            loss: All terms of the step.
+            norm: Of its gradient.
+        """
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        reaction = self.config.on_spike
+        jumps = reaction != "off" and self.monitor.check_spike(loss)
+        spike = jumps or (reaction != "off" and not finite)
+        if spike and reaction == "lower":
+            self.rate_factor = max(self.rate_factor / 2, _LEAST_FACTOR)
+        # What is not finite would destroy the weights, whatever was asked for.
+        return spike, not finite or (spike and reaction == "skip")
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from llmloss_ext.cli.errors import UserError
 from llmloss_ext.cli.training.windows import IGNORED
-from llmloss_ext.composite import LossOptions, losses_of
-from llmloss_ext.functional import TokenStats
+from llmloss_ext.losses.objective import Objective
 
 
 class TokenScores(NamedTuple):
@@ -27,20 +26,6 @@ class TokenScores(NamedTuple):
     """log p_target in nats."""
     rank: Tensor
     """Logits strictly greater than the target's: 0 is correct, below 5 is a top-5 hit."""
-
-
-class Objective(NamedTuple):
-    """What the loss of a token is made of, besides -log p."""
-
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    confidence_penalty: float = 0.0
-
-    def of(self, stats: TokenStats, targets: Tensor) -> Tensor:
-        """The sum over tokens of what the row statistics say."""
-        options = LossOptions(self.label_smoothing, self.z_loss, 0)
-        rows = losses_of(stats[:4], targets, None, None, IGNORED, options)
-        return (rows - self.confidence_penalty * stats.entropy).sum()
 
 
 class TokenLoss(Protocol):
@@ -176,7 +161,7 @@ class LinearLoss(TokenLoss):
         self.clock.start()
         if self.objective.confidence_penalty:
             stats = self._token_stats(hidden, weight, targets, ignore_index=IGNORED)
-            loss = self.objective.of(stats, targets) / num_items
+            loss = self.objective.rows(stats, targets, IGNORED).sum() / num_items
         else:
             loss = self._cross_entropy(
                 hidden,
@@ -230,7 +215,7 @@ class LogitsLoss(_LossOfLogits):
     def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor:
         if self.objective.confidence_penalty:
             stats = self._token_stats(logits, targets, ignore_index=IGNORED)
-            return self.objective.of(stats, targets) / num_items
+            return self.objective.rows(stats, targets, IGNORED).sum() / num_items
         return self._cross_entropy(
             logits,
             targets,

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from llmloss_ext.cli.training.config import TrainConfig
 from llmloss_ext.cli.training.files import replace_file, writing
+from llmloss_ext.metrics import perplexity
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -64,9 +65,16 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def perplexity(loss: float) -> float:
-    """exp(loss); inf where that overflows."""
-    return math.exp(loss) if loss < 709 else math.inf
+def _mark_spikes(axes: Any, records: list[dict[str, Any]]) -> None:
+    """A cross on the curve; a line over the whole height where the loss is no number."""
+    spikes = [(r["step"], r["loss"]) for r in records if r.get("spike") or r.get("skipped")]
+    finite = [(step, loss) for step, loss in spikes if math.isfinite(loss)]
+    if finite:
+        axes.plot(*zip(*finite, strict=True), "rx", label="spike")
+    others = [step for step, loss in spikes if not math.isfinite(loss)]
+    for i, step in enumerate(others):
+        label = None if i else "loss not finite"
+        axes.axvline(step, color="red", linestyle=":", linewidth=1, label=label)
 
 
 def save_curve(folder: Path, records: list[dict[str, Any]], config: TrainConfig) -> Path:
@@ -82,9 +90,7 @@ def save_curve(folder: Path, records: list[dict[str, Any]], config: TrainConfig)
         points = [(r["step"], r["loss"]) for r in records if r["kind"] == kind]
         if points:
             axes.plot(*zip(*points, strict=True), label=kind, **style)
-    spikes = [(r["step"], r["loss"]) for r in records if r.get("spike")]
-    if spikes:
-        axes.plot(*zip(*spikes, strict=True), "rx", label="spike")
+    _mark_spikes(axes, records)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
