@@ -32,8 +32,7 @@ def count_items(
         shift: As in `llmloss_ext.linear_cross_entropy`: the first ``shift`` targets (..., S) of
             each sequence are nobody's.
         weights: Token weights of each micro-batch, shaped like its targets, whose sum over the
-            tokens that take part is returned instead of their number. With ``shift``, position i
-            has the weight of what is predicted there, ``targets[..., i + shift]``.
+            tokens that take part is returned instead of their number.
         group: A process group of torch.distributed, whose ranks' tokens are added. Gradients
             that data parallelism averages over its ranks then have to be multiplied by their
             number: divide the returned count by it.
@@ -71,7 +70,7 @@ def _weight_of(target: Tensor, weight: Tensor, ignore_index: int, shift: int) ->
             f"weights must have the shape of the targets, {whole}, got {tuple(weight.shape)}"
         )
     if shift:
-        weight = weight[..., : target.shape[-1]]
+        weight = weight[..., shift:]
     return torch.where(target != ignore_index, weight.detach().double(), 0.0).sum()
 
 

@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         needed = ", ".join(missing)
         raise UserError(f"llmloss train needs {needed}: pip install 'llmloss_ext[train]'")
+    from llmloss_ext.cli.training.comparison import summarise
     from llmloss_ext.cli.training.loop import Interrupted
-    from llmloss_ext.cli.training.report import save_curve
+    from llmloss_ext.cli.training.report import save_curve, save_summary
 
     training = _prepare(args)
     try:
@@ -95,7 +96,10 @@ def run(args: argparse.Namespace) -> int:
         return INTERRUPTED
     checkpoint = training.save()
     curve = save_curve(args.out, training.metrics.records, training.config)
-    _print_table(training)
+    print("timing the other losses on the same micro-batch", flush=True)
+    summary = summarise(training)
+    _print_table(summary)
+    print(f"summary     {save_summary(args.out, summary)}")
     print(f"metrics     {args.out / 'metrics.jsonl'}")
     print(f"loss curve  {curve}")
     print(f"checkpoint  {checkpoint}")
@@ -187,38 +191,33 @@ class _progress:  # noqa: N801
             )
 
 
-def _print_table(training: Run) -> None:
+def _print_table(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmloss_ext.cli.training.comparison import compare
-    from llmloss_ext.cli.training.memory import peak_memory
     from llmloss_ext.metrics import perplexity
 
-    totals = training.totals
-    table = Table(title=f"llmloss train: {training.config.describe()}", show_header=False)
-    table.add_row("steps", str(training.step))
+    table = Table(title=f"llmloss train: {summary['run']}", show_header=False)
+    table.add_row("steps", str(summary["steps"]))
     for kind in ("train", "validation"):
-        losses = [r["loss"] for r in training.metrics.records if r["kind"] == kind]
-        if losses:
-            table.add_row(f"{kind} loss", f"{losses[0]:.4f} before, {losses[-1]:.4f} after")
-    if losses:
-        before, after = (f"{perplexity(x):,.0f}" for x in (losses[0], losses[-1]))
-        table.add_row("perplexity", f"{before} before, {after} after")
-    table.add_row("tokens/s", f"{totals.tokens / totals.seconds:,.0f}")
-    table.add_row("peak memory", f"{peak_memory(training.device) / 2**20:,.0f} MiB")
-    share = totals.loss_seconds / totals.seconds
-    table.add_row("head and loss", f"{totals.loss_seconds:.1f} s, {share:.1%} of training")
+        if f"{kind}_loss" in summary:
+            before, after = summary[f"{kind}_loss"]
+            table.add_row(f"{kind} loss", f"{before:.4f} before, {after:.4f} after")
+    before, after = (f"{perplexity(x):,.0f}" for x in (before, after))
+    table.add_row("perplexity", f"{before} before, {after} after")
+    table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
+    table.add_row("peak memory", f"{summary['peak_bytes'] / 2**20:,.0f} MiB")
+    share = summary["loss_seconds"] / summary["seconds"]
+    table.add_row("head and loss", f"{summary['loss_seconds']:.1f} s, {share:.1%} of training")
     console = Console()
     console.print(table)
-
-    console.print("timing the other losses on the same micro-batch", highlight=False)
     beside = Table(title="one micro-batch, forward and backward, the same weights")
     for column in ("--loss", "loss", "time in head and loss", "peak memory of the step"):
         beside.add_column(column, justify="left" if column == "--loss" else "right")
-    for one in compare(training):
-        peak = "?" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:,.0f} MiB"
-        beside.add_row(one.kind, f"{one.loss:.5f}", f"{one.seconds * 1e3:,.0f} ms", peak)
+    for one in summary["losses"]:
+        peak = "?" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 2**20:,.0f} MiB"
+        time = f"{one['seconds'] * 1e3:,.0f} ms"
+        beside.add_row(one["kind"], f"{one['loss']:.5f}", time, peak)
     console.print(beside)
 
 

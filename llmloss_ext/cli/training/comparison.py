@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from llmloss_ext.cli.training.config import LOSSES
 from llmloss_ext.cli.training.losses import create_loss
-from llmloss_ext.cli.training.memory import PeakMeter
+from llmloss_ext.cli.training.memory import PeakMeter, peak_memory
 from llmloss_ext.cli.training.windows import IGNORED
 
 if TYPE_CHECKING:
@@ -59,3 +59,21 @@ def compare(run: Run) -> list[Measurement]:
             Measurement(kind, float(value.detach()), statistics.median(seconds[1:]), peak)
         )
     return measured
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """The run in figures: losses before and after, speed, memory, and the kinds side by side."""
+    totals = run.totals
+    summary: dict[str, Any] = {"run": run.config.describe(), "steps": run.step}
+    for kind in ("train", "validation"):
+        losses = [r["loss"] for r in run.metrics.records if r["kind"] == kind]
+        if losses:
+            summary[f"{kind}_loss"] = [losses[0], losses[-1]]
+    return summary | {
+        "seconds": totals.seconds,
+        "loss_seconds": totals.loss_seconds,
+        "tokens_per_second": totals.tokens / totals.seconds,
+        "peak_bytes": peak_memory(run.device),
+        "micro_batch_tokens": run.config.batch_size * run.config.seq_len,
+        "losses": [asdict(one) for one in compare(run)],
+    }

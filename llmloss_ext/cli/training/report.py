@@ -13,6 +13,7 @@ from llmloss_ext.metrics import perplexity
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
+SUMMARY = "summary.json"
 
 
 class Metrics:
@@ -75,6 +76,14 @@ def _mark_spikes(axes: Any, records: list[dict[str, Any]]) -> None:
     for i, step in enumerate(others):
         label = None if i else "loss not finite"
         axes.axvline(step, color="red", linestyle=":", linewidth=1, label=label)
+
+
+def save_summary(folder: Path, summary: dict[str, Any]) -> Path:
+    """Writes what the closing table shows, for programs."""
+    path = folder / SUMMARY
+    with writing(path):
+        replace_file(path, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
+    return path
 
 
 def save_curve(folder: Path, records: list[dict[str, Any]], config: TrainConfig) -> Path:
