@@ -14,7 +14,7 @@ import llmloss_ext
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "losses.md"
-LIST = ROOT.parent / "shared" / "losses.md"
+LIST = ROOT / "tests" / "losses_list.txt"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -35,9 +35,9 @@ def attribute(name: str) -> object:
     return found
 
 
-@pytest.mark.skipif(not LIST.exists(), reason="the project's list lies beside the repository")
 def test_every_row_of_the_list_is_there():
-    wanted = [row[0].replace("\\|", "|") for row in table_rows(LIST)]
+    """What the project set out to have: a row that is lost, or renamed, is noticed."""
+    wanted = LIST.read_text().splitlines()
     assert len(wanted) > 30
     assert [row[0] for row in ROWS] == wanted
 
@@ -57,7 +57,8 @@ def test_a_row_names_what_exists(row):
     known = [name.split(".")[-1].removeprefix("clip_").rstrip("_") for name in names]
     assert any(name in sources for name in known)
     for file in re.findall(r"`(\w+\.py)`", example):
-        assert (ROOT / "examples" / file).exists()
+        shown = (ROOT / "examples" / file).read_text()
+        assert any(name.split(".")[-1] in shown for name in names)
 
 
 def test_every_public_function_is_in_the_table():
@@ -85,6 +86,8 @@ def test_an_example_runs(path):
         "drop_in": r"step  59  loss [01]\.",
         "evaluate_text": r"top-10 accuracy",
         "gradient_accumulation": r"error with num_items +\d\.\de-1\d",
+        "options": r"F1 of two texts +0\.8571",
+        "pretraining": r"step  90 .* is a spike: skipped\n.*\nstep 119  next 0\.",
     }
     assert re.search(wanted[path.stem], done.stdout), done.stdout
 

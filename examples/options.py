@@ -1,0 +1,82 @@
+"""What the options do to one batch of logits, in a line each.
+
+python examples/options.py
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from llmloss_ext import cross_entropy, token_stats
+from llmloss_ext.losses import (
+    LabelSmoothingCrossEntropy,
+    UncertaintyWeights,
+    check_probabilities,
+    confidence_penalty_loss,
+    create_causal_mask,
+    entropy,
+)
+from llmloss_ext.metrics import token_f1
+
+torch.manual_seed(0)
+VOCAB = 50
+logits = torch.randn(8, VOCAB + 6)  # a head padded by 6 columns
+target = torch.randint(0, VOCAB, (8,))
+target[6:] = -100  # padding
+rows = logits[:, :VOCAB]
+
+
+def show(what: str, value: torch.Tensor, expected: torch.Tensor) -> None:
+    """A line, and what it must be."""
+    torch.testing.assert_close(value, expected)
+    print(f"{what:<34}{value.item():8.4f}")
+
+
+plain = F.cross_entropy(rows, target)
+show("vocab_size", cross_entropy(logits, target, vocab_size=VOCAB), plain)
+smooth = F.cross_entropy(rows, target, label_smoothing=0.1)
+show("label smoothing", cross_entropy(rows, target, label_smoothing=0.1), smooth)
+show("  as a module", LabelSmoothingCrossEntropy(0.1)(rows, target), smooth)
+weight = torch.rand(VOCAB)
+show(
+    "class weights",
+    cross_entropy(rows, target, weight=weight),
+    F.cross_entropy(rows, target, weight),
+)
+
+each = F.cross_entropy(rows, target, reduction="none")
+importance = torch.rand(8)
+weighted = (each * importance).sum() / importance[:6].sum()
+show("token weights", cross_entropy(rows, target, token_weight=importance), weighted)
+
+stats = token_stats(rows, target)
+show(
+    "z-loss", cross_entropy(rows, target, z_loss=1e-2), plain + 1e-2 * stats.lse[:6].square().mean()
+)
+soft = torch.softmax(torch.randn(8, VOCAB), -1)
+check_probabilities(soft)  # costs a pass: only on request
+show("probability targets", cross_entropy(rows, soft), F.cross_entropy(rows, soft))
+
+of_p = entropy(torch.softmax(rows, -1))
+show("entropy of a token", stats.entropy[0], of_p[0])
+penalised = plain - 0.1 * of_p[:6].mean()
+show("confidence penalty", confidence_penalty_loss(rows, target, beta=0.1), penalised)
+
+nothing = torch.full_like(target, -100)
+print(f"{'all ignored: mean':<34}{cross_entropy(rows, nothing).item():8.4f}")
+show("all ignored: with num_items", cross_entropy(rows, nothing, num_items=6), torch.tensor(0.0))
+
+mask = create_causal_mask(4)
+q, k, v = torch.randn(3, 1, 4, 8)
+attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+show("attention with a causal mask", attended.mean(), causal.mean())
+
+learned = UncertaintyWeights(["next", "masked"])  # of two losses, 1 each at first
+show("learned weights", learned({"next": plain, "masked": smooth}).total, plain + smooth)
+
+prediction, reference = "the cat sat", "the cat sat down"
+f1 = token_f1(prediction.split(), reference.split())
+assert math.isclose(f1, 6 / 7)
+print(f"{'F1 of two texts':<34}{f1:8.4f}")
