@@ -45,7 +45,7 @@ def test_every_row_of_the_list_is_there():
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
 def test_a_row_names_what_exists(row):
     _, functions, tests, example = row
-    names = re.findall(r"`([a-z_.A-Z]+)`", functions)
+    names = re.findall(r"`([\w.]+)`", functions)
     assert names
     for name in names:
         if name != "clip_grad_norm_":  # torch's
