@@ -410,7 +410,7 @@ def test_another_machine_is_refused_unless_asked_for():
 
 
 def test_a_slowed_kernel_is_flagged(tmp_path, monkeypatch, capsys):
-    """Measured, not made up: the loss is computed ten times. (Whoever runs tests beside is noise.)"""
+    """Measured, not made up: the loss is computed ten times."""
     case = replace(DENSE, rows=64, columns=8000)
     measured(tmp_path / "before", [case], rounds=21)
 
