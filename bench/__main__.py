@@ -7,10 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table as RichTable
-
 from llmloss_ext.cli.errors import UserError
 
 ROUNDS = {"quick": 5, "cpu": 9, "gpu": 7, "full": 5}
@@ -71,10 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from bench.report.page import write_report
     from bench.report.tables import missing, tables
     from bench.run import Runner
     from bench.suites import suite
+    from bench.terminal import progress, show
 
     try:
         cases = suite(args.suite, torch.cuda.is_available())
@@ -90,34 +86,33 @@ def _run(args: argparse.Namespace) -> int:
     wanted = None if args.peers is None else set(args.peers.split(",")) - {"", "none"}
     rounds = args.rounds or ROUNDS[args.suite]
     runner = Runner(args.suite, rounds, args.out, wanted, not args.no_memory, args.overwrite)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    columns = (BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.description}"))  # fmt: skip
     try:
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("", total=len(cases))
-            runner.run(cases, lambda line, share: bar.update(task, description=line, advance=share))
+        with progress(len(cases)) as say:
+            runner.run(cases, say)
     finally:
         # Also of a run that was interrupted: what it has measured counts.
-        page = write_report(runner.path, args.out)[0]
+        report = _try_report(runner.path)
     results = runner.results
-    for table in (tables(results)[0], tables(results)[-1]):
-        shown = RichTable(title=table.title)
-        for k, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if k else "left")
-        for cells in table.rows:
-            shown.add_row(*cells)
-        console.print(shown)
+    made = tables(results)
+    show([made[0], made[-1]])
     for line in missing(results):
-        console.print(line, highlight=False)
-    for name, path in (("results", runner.path), ("report", page)):
-        console.print(f"{name:<8} {path}", highlight=False, soft_wrap=True)
+        print(line)
+    print(f"results  {runner.path}\nreport   {report}")
     bad = [f"{row.case.label}, {name}: {m.reason}" for row in results.rows
            for name, m in row.contenders.items()
            if name.startswith("llmloss") and m.status in ("wrong", "failed")]  # fmt: skip
     for line in bad:
         print(f"bench: llmloss is wrong or failed: {line}", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _try_report(results: Path) -> str:
+    """The page's path, or what it lacks: results are worth keeping also where it cannot be made."""
+    try:
+        from bench.report.page import write_report
+    except ImportError as error:
+        return f"not made: {error}; elsewhere: python -m bench report {results}"
+    return str(write_report(results, results.parent)[0])
 
 
 def _report(args: argparse.Namespace) -> int:

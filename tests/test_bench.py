@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 from bench import compare as comparison
 from bench import contenders as table
-from bench import inputs, memory, peers
+from bench import inputs, memory, peers, terminal
 from bench.__main__ import main
 from bench.cases import OPTIONS, Case
 from bench.contenders import Contender, Step, contenders, eager, make_inputs
@@ -466,6 +467,21 @@ def test_a_child_that_dies_is_no_figure(monkeypatch):
 
 
 # The command.
+
+
+def test_without_rich_and_matplotlib_there_are_results_all_the_same(tmp_path, monkeypatch, capsys):
+    """As on a machine that has torch and little else."""
+    monkeypatch.setattr(terminal, "_HAS_RICH", False)
+    for name in ("rich", "matplotlib", "matplotlib.pyplot", "bench.report.page",
+                 "bench.report.plots"):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, None)
+    command = ["run", "--only", "forward, 8 x 1000", "--rounds", "1", "--no-memory"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "[1/1] forward, 8 x 1000, float32, warm" in printed
+    assert "| forward, 8 x 1000, float32, warm |" in printed
+    assert "report   not made: " in printed
+    assert Results.load(tmp_path).complete
 
 
 def test_the_whole_command(tmp_path, capsys):
