@@ -17,6 +17,7 @@
 
 #include "../core/loss_rows.h"
 #include "../core/params.h"
+#include "torch_compat.h"
 
 namespace llmloss::ops {
 
@@ -80,9 +81,9 @@ inline Tensor new_tensor(const Tensor& like, std::span<const int64_t> sizes, Sca
     stride *= std::max<int64_t>(sizes[i], 1);
   }
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  LLMLOSS_TORCH_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  LLMLOSS_TORCH_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
       like.get_device_index(), &handle));

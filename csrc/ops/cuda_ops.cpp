@@ -32,24 +32,13 @@ cuda::DeviceLimits limits_of(int32_t device) {
   return found->second;
 }
 
-// The current stream as a cudaStream_t.
-void* current_stream(int32_t device) {
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
-  return torch::stable::accelerator::getCurrentStream(device).nativeHandle();
-#else
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-#endif
-}
-
 class CudaBackend {
  public:
   explicit CudaBackend(const Tensor& input)
       : input_(input),
         guard_(input.get_device_index()),
         limits_(limits_of(input.get_device_index())),
-        stream_(current_stream(input.get_device_index())) {}
+        stream_(current_cuda_stream(input.get_device_index())) {}
 
   template <typename T>
   void check_targets(const Problem<T>& problem) const {
