@@ -72,7 +72,7 @@ def extension() -> CppExtension:
         shutil.copy(ROOT / "build" / "cuda" / cuda.REPORT, ROOT / "llmloss_ext")
         libraries = cuda.link_flags()
         if minor < 13 and torch.version.cuda:
-            # Holds the current stream; nothing else of it is used, so that the linker would drop it.
+            # For the current stream alone, which is not enough for the linker to keep it.
             libraries += ["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"]
     return CppExtension(
         "llmloss_ext._C",

@@ -33,6 +33,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/dtypes.h"
 #include "fiber.h"
 
 #define __global__
@@ -655,6 +656,23 @@ inline void copy_async(void* shared, const void* global) {
 
 inline void wait_for_copies(emulator::Place place = emulator::Place::current()) {
   emulator::Cluster::active()->finish_copies(place);
+}
+
+template <typename T>
+uint32_t max_pairs(uint32_t a, uint32_t b, T) {
+  const auto larger = [](uint32_t a, uint32_t b) {
+    const float x = to_real(T{uint16_t(a)}), y = to_real(T{uint16_t(b)});
+    return x >= y || y != y ? a & 0xffffu : b & 0xffffu;
+  };
+  return larger(a, b) | larger(a >> 16, b >> 16) << 16;
+}
+
+template <typename T>
+uint32_t pack_pair(float low, float high, T) {
+  T pair[2];
+  from_real(low, pair[0]);
+  from_real(high, pair[1]);
+  return uint32_t{pair[0].bits} | uint32_t{pair[1].bits} << 16;
 }
 
 // As far from e^x as the hardware may be: two bits of the result are gone, and so is what is not

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../../core/dtypes.h"
+
 #if defined(LLMLOSS_SIMT)
 #include "simt_emulator.h"
 #else
@@ -85,6 +87,22 @@ __device__ __forceinline__ float fast_exp(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
   return result;
+}
+
+// The larger of each of two pairs of 16-bit numbers; a nan gives way to a number.
+__device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b, BFloat16) {
+  return bit_cast<uint32_t>(__hmax2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
+}
+__device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b, Half) {
+  return bit_cast<uint32_t>(__hmax2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+}
+
+// Two numbers as 16-bit numbers, rounded to nearest even.
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, BFloat16) {
+  return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+}
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, Half) {
+  return bit_cast<uint32_t>(__floats2half2_rn(low, high));
 }
 
 }  // namespace llmloss::simt

@@ -16,21 +16,18 @@ __global__ void __launch_bounds__(block_size)
   if (row >= rows) return;
   const int thread = share.thread();
   const int threads = share.threads();
-  const auto scaled = [by](T x) {
-    from_real(to_real(x) * by, x);
-    return x;
-  };
   T* const at = data + layout.offset(row);
   Peeled<T>(at, int(columns))
       .each(
           thread, threads,
           [&](int i) {
-            Vector<T> vector = load_aligned(at + i);
+            const Words words = simt::load_words(at + i);
+            real_t<T> x[Vector<T>::size];
 #pragma unroll
-            for (int e = 0; e < Vector<T>::size; ++e) vector.at[e] = scaled(vector.at[e]);
-            store_aligned(at + i, vector);
+            for (int e = 0; e < Vector<T>::size; ++e) x[e] = element<T>(words, e) * by;
+            simt::store_words(at + i, packed<T>(x));
           },
-          [&](int i) { at[i] = scaled(at[i]); });
+          [&](int i) { from_real(to_real(at[i]) * by, at[i]); });
 }
 
 }  // namespace llmloss::cuda
