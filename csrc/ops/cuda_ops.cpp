@@ -54,6 +54,7 @@ class CudaBackend {
   template <typename T>
   void row_stats(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out) const {
     using Kernels = cuda::RowKernels<T>;
+    cuda::check_columns(in.columns);
     const auto plan =
         cuda::plan_stats(in.rows, in.vocab_size, sizeof(T), Kernels::state_bytes, limits_);
     const Tensor workspace = new_tensor(input_, std::array{plan.workspace_bytes}, ScalarType::Byte);
@@ -72,6 +73,7 @@ class CudaBackend {
   void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
              const GradSource<real_t<T>>& source, const GradOutputs<T>& grad) const {
     using Kernels = cuda::RowKernels<T>;
+    cuda::check_columns(in.columns);
     const auto plan = cuda::plan_fused(in.rows, in.vocab_size, sizeof(T), Kernels::state_bytes,
                                        grad.grad_scale != nullptr, limits_);
     if (plan.is_fused) {

@@ -25,6 +25,11 @@ inline constexpr int64_t shortest_fused = 1024;   // bytes of a row
 inline constexpr int64_t max_blocks = 0x7fffffff;
 inline constexpr int64_t max_columns = int64_t{1} << 30;  // kernels count columns in 32 bits
 
+// Of a row as it lies in memory, padding included.
+inline void check_columns(int64_t columns) {
+  if (columns > max_columns) throw std::invalid_argument("rows have too many columns");
+}
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a row is cut into chunks. Only the row's length and type decide, since the cut decides the
@@ -35,7 +40,7 @@ struct ChunkPlan {
 };
 
 inline ChunkPlan plan_chunks(int64_t vocab_size, int64_t element_bytes) {
-  if (vocab_size > max_columns) throw std::invalid_argument("rows have too many columns");
+  check_columns(vocab_size);
   int columns = int(tile_bytes / element_bytes);
   while (ceil_div(vocab_size, columns) > max_chunks) columns *= 2;
   return {columns, int(ceil_div(vocab_size, columns))};
@@ -91,7 +96,7 @@ struct GradPlan {
 // with_scale: the scale's gradient is summed over a row by one block.
 inline GradPlan plan_grad(int64_t rows, int64_t columns, int64_t element_bytes, bool with_scale,
                           const DeviceLimits& device) {
-  if (columns > max_columns) throw std::invalid_argument("rows have too many columns");
+  check_columns(columns);
   const int64_t tiles = ceil_div(columns * element_bytes, tile_bytes);
   const SharePlan share = plan_share(rows, tiles, device, !with_scale);
   return {share, with_scale ? share.warps_per_row * int64_t{sizeof(double)} : 0};
