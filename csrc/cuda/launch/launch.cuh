@@ -63,8 +63,8 @@ int RowKernels<T>::fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
                          const FusedPlan& plan, void* stream) {
   const bool plain = is_plain(in, out) && is_plain(in, source, grad);
   const auto kernel = plain ? fused_kernel<T, true> : fused_kernel<T, false>;
-  return launch(kernel, {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster}, stream, in,
-                out, source, grad, chunks_of(plan.chunks), plan.slice_chunks, plan.is_staged);
+  return launch(kernel, {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster, true}, stream,
+                in, out, source, grad, chunks_of(plan.chunks), plan.slice_chunks, plan.is_staged);
 }
 
 template <typename T>

@@ -36,7 +36,7 @@ struct LossKernels {
   static int sum(const Real* values, int64_t count, Real* sum, void* stream);
 };
 
-// The limits of a device of this process. Returns a cudaError_t.
+// The limits of the current device, whose index is `device`. Returns a cudaError_t.
 int device_limits(int device, DeviceLimits& limits);
 
 const char* error_string(int error);
