@@ -19,6 +19,7 @@ REGISTERS = 65536  # of a multiprocessor
 OPERATORS = (
     "token_stats",
     "token_stats_backward",
+    "token_stats_backward_",
     "cross_entropy",
     "cross_entropy_backward",
     "cross_entropy_backward_",
@@ -69,8 +70,26 @@ def test_no_kernel_spills_and_each_has_its_occupancy() -> None:
         assert -(-kernel["registers"] // 8) * 8 * planned_threads(kernel["kernel"]) <= REGISTERS, (
             kernel
         )
-    # Eight for each of four types of logits, three for each type of statistics.
-    assert per_architecture == dict.fromkeys(build.ARCHITECTURES, 8 * 4 + 3 * 2)
+    # Eight for each of four types of logits, three for each type of statistics, and one that asks
+    # how large a cluster may be.
+    assert per_architecture == dict.fromkeys(build.ARCHITECTURES, 8 * 4 + 3 * 2 + 1)
+
+
+def test_an_older_compiler_leaves_newer_devices_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(build, "find_nvcc", lambda: str(nvcc))
+    monkeypatch.delenv("LLMLOSS_CUDA_ARCHS", raising=False)
+    command = build._command()
+    assert "arch=compute_90,code=compute_90" in command
+    assert not any("100" in word for word in command)
+    assert "sm_100 is left out" in capsys.readouterr().out
+    monkeypatch.setenv("LLMLOSS_CUDA_ARCHS", "75")
+    with pytest.raises(SystemExit, match="for none of 75"):
+        build._command()
 
 
 def test_the_report_is_read_as_ptxas_writes_it() -> None:
