@@ -130,6 +130,10 @@ def test_plans_of_common_sizes() -> None:
     assert large["fused"].startswith("a cluster of 4 blocks")
     assert "kept there" in large["fused"]
     assert "a cluster of 16" in plan(8192, 262144, 4)["fused"]
+    assert large["vectors"].startswith("16 bytes, 8 columns")
+    assert all("dynamic shared memory" in large[k] for k in ("row_stats", "row_grad", "fused"))
+    # A factor of 1 need not start a block for each row.
+    assert "528 blocks of 256 threads" in large["scale"]
     assert plan(100_000, 300, 2)["row_stats"].startswith("a warp for each row")
 
 
@@ -139,7 +143,10 @@ def test_few_rows_do_not_run_on_one_multiprocessor() -> None:
         assert not few["row_stats"].startswith("1 block")
         assert "second kernel" in few["row_stats"]
         assert not few["row_grad"].startswith("1 block")
+    assert plan(1, 128256, 2)["fused"].startswith("a cluster of 16 blocks")
+    assert plan(4, 32000, 2)["fused"].startswith("a cluster of 8 blocks")
     no_clusters = (108, 163 << 10, 164 << 10, 1)
+    assert plan(1, 32000, 2, no_clusters)["fused"] == "row_stats, then row_grad in place"
     assert plan(1, 262144, 2, no_clusters)["fused"] == "row_stats, then row_grad in place"
 
 

@@ -290,7 +290,8 @@ CLUSTERS = {
     "four blocks": ((1, 64 << 10, 16), 4, True),
     "sixteen blocks": ((1, 16 << 10, 16), 16, True),
     "read again": ((1, 64 << 10, 1), 1, False),
-    "more for few rows": ((160, 227 << 10, 16), 4, True),
+    "more for few rows": ((16, 227 << 10, 16), 4, True),
+    "most for few rows": ((160, 227 << 10, 16), 16, True),
 }
 
 

@@ -103,7 +103,7 @@ class CudaBackend {
   template <typename T>
   void scale(T* x, const RowLayout& layout, int64_t rows, int64_t columns,
              const real_t<T>* factor) const {
-    const auto plan = cuda::plan_grad(rows, columns, sizeof(T), false, limits_);
+    const auto plan = cuda::plan_scale(rows, columns, sizeof(T), limits_);
     check(cuda::RowKernels<T>::scale(x, layout, rows, columns, factor, plan, stream_));
   }
 

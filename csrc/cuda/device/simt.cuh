@@ -15,6 +15,7 @@ namespace llmloss::simt {
 __device__ __forceinline__ unsigned thread_index() { return threadIdx.x; }
 __device__ __forceinline__ unsigned block_threads() { return blockDim.x; }
 __device__ __forceinline__ unsigned block_index_x() { return blockIdx.x; }
+__device__ __forceinline__ unsigned grid_x() { return gridDim.x; }
 __device__ __forceinline__ unsigned lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ unsigned warp_index() { return threadIdx.x / 32; }
 

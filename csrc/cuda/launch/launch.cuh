@@ -69,9 +69,9 @@ int RowKernels<T>::fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
 
 template <typename T>
 int RowKernels<T>::scale(T* data, const RowLayout& layout, int64_t rows, int64_t columns,
-                         const Real* factor, const GradPlan& plan, void* stream) {
-  return launch(scale_kernel<T>, {plan.share.blocks, plan.share.threads}, stream, data, layout,
-                rows, columns, factor, share_of(plan.share));
+                         const Real* factor, const SharePlan& plan, void* stream) {
+  return launch(scale_kernel<T>, {plan.blocks, plan.threads}, stream, data, layout, rows, columns,
+                factor, share_of(plan));
 }
 
 // One block for a sum over the rows.

@@ -25,7 +25,7 @@ struct RowKernels {
                    const GradSource<Real>& source, const GradOutputs<T>& grad,
                    const FusedPlan& plan, void* stream);
   static int scale(T* data, const RowLayout& layout, int64_t rows, int64_t columns,
-                   const Real* factor, const GradPlan& plan, void* stream);
+                   const Real* factor, const SharePlan& plan, void* stream);
 };
 
 template <typename Real>
