@@ -57,8 +57,8 @@ MUTANTS = {
     ),
     "sums not moved to a new maximum": (
         "kernels/chunks.cuh",
-        "state.sum_exp *= factor;",
-        "",
+        "return factor;",
+        "return Real(1);",
     ),
     "the target's column with another thread": (
         "device/vector.cuh",
@@ -118,7 +118,8 @@ def test_every_barrier_and_shuffle_is_needed_and_tested(kernels: Any) -> None:
     assert find_fault(kernels, DTYPE) is None
     sites = kernels.sites()
     kinds = {kind for kind, *_ in sites}
-    assert kinds == {"block_sync", "cluster_sync", "shuffle_xor", "wait_for_copies"}
+    assert kinds == {"block_sync", "cluster_sync", "cluster_arrive", "cluster_wait", "shuffle_xor",
+                     "wait_for_copies"}  # fmt: skip
     not_caught = []
     for kind, *place in sites:
         kernels.set_mutation(*place)

@@ -66,6 +66,8 @@ enum class Wait : unsigned char {
   block_sync,
   warp_sync,
   cluster_sync,
+  cluster_arrive,
+  cluster_wait,
   shuffle_xor,
   shuffle_down,
   shuffle,
@@ -74,6 +76,7 @@ enum class Wait : unsigned char {
 
 inline const char* name_of(Wait wait) {
   static constexpr const char* names[] = {"block_sync",     "warp_sync",    "cluster_sync",
+                                          "cluster_arrive", "cluster_wait",
                                           "shuffle_xor",    "shuffle_down", "shuffle",
                                           "wait_for_copies"};
   return names[int(wait)];
@@ -133,6 +136,7 @@ struct Thread {
   const void* give = nullptr;  // the lane's value, on its stack
   void* take = nullptr;
   std::vector<PendingCopy> copies;
+  size_t arrivals = 0;  // by cluster_arrive
 };
 
 // The threads that wait for each other: those of a warp, a block or a cluster, next to each other.
@@ -210,7 +214,7 @@ class Cluster {
     body_ = body;
     argument_ = argument;
     error_.clear();
-    ended_ = 0;
+    ended_ = arrivals_ = 0;
     // Each schedule has its own poison, so that what reads it differs from schedule to schedule:
     // nan in every float, a large finite float, a tiny one.
     static constexpr unsigned char poisons[] = {0xff, 0x7f, 0x2a};
@@ -223,6 +227,7 @@ class Cluster {
     for (unsigned t = 0; t < threads_.size(); ++t) {
       threads_[t].state = Thread::State::fresh;
       threads_[t].copies.clear();
+      threads_[t].arrivals = 0;
       threads_[t].context.prepare(stacks()[t], entry);
       set_ready(t);
     }
@@ -283,6 +288,31 @@ class Cluster {
       if (is_shuffle) exchange(group, bytes);
       for (unsigned t = group.first; t < group.first + group.size; ++t) set_ready(t);
     }
+    Context::switch_to(thread.context, host_);
+  }
+
+  // The halves of a cluster's barrier. A cluster of one block has none.
+  void arrive(const Place& place) {
+    record(Wait::cluster_arrive, place, 0);
+    if (blocks_ == 1) return;
+    ++threads_[current_].arrivals;
+    if (is_mutated(place, 0)) return;
+    if (++arrivals_ % threads_.size() != 0) return;
+    for (unsigned t = 0; t < threads_.size(); ++t) {
+      const Thread& thread = threads_[t];
+      if (thread.state == Thread::State::waiting && thread.wait == Wait::cluster_wait) set_ready(t);
+    }
+  }
+
+  void wait_for_arrivals(const Place& place) {
+    record(Wait::cluster_wait, place, 0);
+    if (blocks_ == 1 || is_mutated(place, 0)) return;
+    Thread& thread = threads_[current_];
+    if (thread.arrivals == 0) stop("cluster_wait without cluster_arrive");
+    if (arrivals_ >= thread.arrivals * threads_.size()) return;
+    thread.state = Thread::State::waiting;
+    thread.wait = Wait::cluster_wait;
+    thread.place = place;
     Context::switch_to(thread.context, host_);
   }
 
@@ -452,6 +482,7 @@ class Cluster {
   unsigned y_ = 0;
   unsigned current_ = 0;
   size_t ended_ = 0;
+  size_t arrivals_ = 0;  // of all threads
   unsigned char poison_ = 0xff;
   void (*body_)(const void*) = nullptr;
   const void* argument_ = nullptr;
@@ -594,6 +625,13 @@ inline void warp_sync(emulator::Place place = emulator::Place::current()) {
 }
 inline void cluster_sync(emulator::Place place = emulator::Place::current()) {
   emulator::Cluster::active()->wait(emulator::Wait::cluster_sync, place);
+}
+
+inline void cluster_arrive(emulator::Place place = emulator::Place::current()) {
+  emulator::Cluster::active()->arrive(place);
+}
+inline void cluster_wait(emulator::Place place = emulator::Place::current()) {
+  emulator::Cluster::active()->wait_for_arrivals(place);
 }
 
 template <typename T>

@@ -45,6 +45,14 @@ __device__ __forceinline__ void cluster_sync() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 }
+// The same in two halves, for work in between: all threads of the cluster have begun. What they
+// wrote before need not be seen after.
+__device__ __forceinline__ void cluster_arrive() {
+  if (cluster_blocks() > 1) __cluster_barrier_arrive_relaxed();
+}
+__device__ __forceinline__ void cluster_wait() {
+  if (cluster_blocks() > 1) __cluster_barrier_wait();
+}
 // Where the block of that rank has what this block has at `mine`.
 template <typename T>
 __device__ __forceinline__ T* peer_shared(T* mine, unsigned rank) {
@@ -54,6 +62,8 @@ __device__ __forceinline__ T* peer_shared(T* mine, unsigned rank) {
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ unsigned cluster_blocks() { return 1; }
 __device__ __forceinline__ void cluster_sync() { block_sync(); }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 template <typename T>
 __device__ __forceinline__ T* peer_shared(T* mine, unsigned) {
   return mine;

@@ -96,8 +96,9 @@ struct ColumnReducer {
   static constexpr int stride = int(warp_size) * width;
 
   // Moves the sums to a batch's maximum, without a branch: as a warp's lanes find their maxima in
-  // different batches, some lane nearly always needs it.
-  __device__ __forceinline__ void rebase(State& state, Real max) const {
+  // different batches, some lane nearly always needs it. Returns what sum_exp is to be multiplied
+  // by.
+  __device__ __forceinline__ Real rebase(State& state, Real max) const {
     const Real before = state.max, reference_before = state.reference();
     state.max = larger(before, max);
     const Real shift = before - state.reference();  // -inf for the identity, whose sums are 0
@@ -107,16 +108,16 @@ struct ColumnReducer {
       state.sum_x_exp =
           factor == Real(0) ? Real(0) : factor * (state.sum_x_exp + shift * state.sum_exp);
     }
-    state.sum_exp *= factor;
     if (!plain && wanted.mean && state.sum_weights != Real(0)) {
       state.sum_weighted += state.sum_weights * (reference_before - state.reference());
     }
+    return factor;
   }
 
   // The columns behind the last count nothing: they are -inf.
   __device__ __forceinline__ void add_plain(State& state,
                                             const Words (&vectors)[batch_vectors]) const {
-    rebase(state, largest<T>(vectors));
+    const Real factor = rebase(state, largest<T>(vectors));
     const Real reference = state.reference();
     Real sums[batch_vectors];
 #pragma unroll
@@ -127,7 +128,7 @@ struct ColumnReducer {
         sums[v] += exp_for<T>(element<T>(vectors[v], i) - reference);
       }
     }
-    state.sum_exp += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    state.sum_exp = fma_of(state.sum_exp, factor, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 
   // The same with all that can be asked for, and the same sum_exp.
@@ -157,7 +158,7 @@ struct ColumnReducer {
       }
       max = larger(max, largest);
     }
-    rebase(state, max);
+    const Real factor = rebase(state, max);
     const Real reference = state.reference();
     Real sums[batch_vectors];
 #pragma unroll
@@ -189,7 +190,7 @@ struct ColumnReducer {
         state.sum_weights += in.weights.beta * Real(count);
       }
     }
-    state.sum_exp += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    state.sum_exp = fma_of(state.sum_exp, factor, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 };
 

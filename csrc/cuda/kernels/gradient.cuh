@@ -96,7 +96,7 @@ struct ColumnGradient {
   __device__ __forceinline__ Real other(Real z, int column, double& sum) const {
     if constexpr (plain) {
       const Real exp = exp_for<T>(z - grad.reference);
-      return exp * (grad.c.p * grad.inverse_sum) + grad.constant;
+      return fma_of(exp, grad.c.p * grad.inverse_sum, grad.constant);
     } else {
       const Real x = transform.apply(z);
       const Real p = exp_for<T>(x - grad.reference) * grad.inverse_sum;
