@@ -76,9 +76,8 @@ enum class Wait : unsigned char {
 
 inline const char* name_of(Wait wait) {
   static constexpr const char* names[] = {"block_sync",     "warp_sync",    "cluster_sync",
-                                          "cluster_arrive", "cluster_wait",
-                                          "shuffle_xor",    "shuffle_down", "shuffle",
-                                          "wait_for_copies"};
+                                          "cluster_arrive", "cluster_wait", "shuffle_xor",
+                                          "shuffle_down",   "shuffle",      "wait_for_copies"};
   return names[int(wait)];
 }
 
