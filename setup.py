@@ -71,6 +71,9 @@ def extension() -> CppExtension:
         objects = [str(path) for path in cuda.compile_cuda(ROOT / "build" / "cuda")]
         shutil.copy(ROOT / "build" / "cuda" / cuda.REPORT, ROOT / "llmloss_ext")
         libraries = cuda.link_flags()
+        if minor < 13 and torch.version.cuda:
+            # For the current stream alone, which is not enough for the linker to keep it.
+            libraries += ["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"]
     return CppExtension(
         "llmloss_ext._C",
         sorted(map(str, sources)),

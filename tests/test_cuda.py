@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -31,7 +32,8 @@ def step(logits: Tensor, target: Tensor, inplace: bool = False, **options) -> tu
     return loss.detach(), leaf.grad
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+# ids: bench/gpu.sh chooses by them.
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
     ("rows", "columns"),
@@ -113,9 +115,15 @@ def test_another_stream() -> None:
 
 @pytest.fixture
 def _no_waiting() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of being a prototype, after the mode is set
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("_no_waiting")

@@ -19,6 +19,7 @@ REGISTERS = 65536  # of a multiprocessor
 OPERATORS = (
     "token_stats",
     "token_stats_backward",
+    "token_stats_backward_",
     "cross_entropy",
     "cross_entropy_backward",
     "cross_entropy_backward_",
@@ -50,10 +51,10 @@ def planned_threads(kernel: str) -> int:
     """Threads of a multiprocessor that a kernel must leave registers for: chunks.cuh has them."""
     if kernel.startswith(("reduce_loss", "denominator", "sum_")):
         return 1024
-    name, _, parameters = kernel.partition("<")
+    name, *parameters = kernel.replace(">", "").replace("<", ", ").split(", ")
     if name in ("scale_kernel", "merge_rows_kernel"):
         return 4 * 256
-    plain, wide = "true" in parameters, "double" in parameters
+    plain, wide = parameters[1:2] == ["true"], "double" in parameters
     return (3 if plain and not wide else 2) * 256
 
 
@@ -69,8 +70,26 @@ def test_no_kernel_spills_and_each_has_its_occupancy() -> None:
         assert -(-kernel["registers"] // 8) * 8 * planned_threads(kernel["kernel"]) <= REGISTERS, (
             kernel
         )
-    # Eight for each of four types of logits, three for each type of statistics.
-    assert per_architecture == dict.fromkeys(build.ARCHITECTURES, 8 * 4 + 3 * 2)
+    # Twelve for each of four types of logits, three for each type of statistics, and one that asks
+    # how large a cluster may be.
+    assert per_architecture == dict.fromkeys(build.ARCHITECTURES, 12 * 4 + 3 * 2 + 1)
+
+
+def test_an_older_compiler_leaves_newer_devices_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(build, "find_nvcc", lambda: str(nvcc))
+    monkeypatch.delenv("LLMLOSS_CUDA_ARCHS", raising=False)
+    command = build._command()
+    assert "arch=compute_90,code=compute_90" in command
+    assert not any("100" in word for word in command)
+    assert "sm_100 is left out" in capsys.readouterr().out
+    monkeypatch.setenv("LLMLOSS_CUDA_ARCHS", "75")
+    with pytest.raises(SystemExit, match="for none of 75"):
+        build._command()
 
 
 def test_the_report_is_read_as_ptxas_writes_it() -> None:
@@ -96,7 +115,7 @@ def test_the_report_is_read_as_ptxas_writes_it() -> None:
 def test_info_lists_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["info"]) == 0
     out = capsys.readouterr().out
-    assert "fused_kernel<BFloat16, true>" in out
+    assert "fused_kernel<BFloat16, true, true, true>" in out
     assert all(f"sm_{arch}" in out for arch in build.ARCHITECTURES)
 
 
@@ -111,6 +130,10 @@ def test_plans_of_common_sizes() -> None:
     assert large["fused"].startswith("a cluster of 4 blocks")
     assert "kept there" in large["fused"]
     assert "a cluster of 16" in plan(8192, 262144, 4)["fused"]
+    assert large["vectors"].startswith("16 bytes, 8 columns")
+    assert all("dynamic shared memory" in large[k] for k in ("row_stats", "row_grad", "fused"))
+    # A factor of 1 need not start a block for each row.
+    assert "528 blocks of 256 threads" in large["scale"]
     assert plan(100_000, 300, 2)["row_stats"].startswith("a warp for each row")
 
 
@@ -120,7 +143,10 @@ def test_few_rows_do_not_run_on_one_multiprocessor() -> None:
         assert not few["row_stats"].startswith("1 block")
         assert "second kernel" in few["row_stats"]
         assert not few["row_grad"].startswith("1 block")
+    assert plan(1, 128256, 2)["fused"].startswith("a cluster of 16 blocks")
+    assert plan(4, 32000, 2)["fused"].startswith("a cluster of 8 blocks")
     no_clusters = (108, 163 << 10, 164 << 10, 1)
+    assert plan(1, 32000, 2, no_clusters)["fused"] == "row_stats, then row_grad in place"
     assert plan(1, 262144, 2, no_clusters)["fused"] == "row_stats, then row_grad in place"
 
 

@@ -100,7 +100,8 @@ def cluster_sums(kernels: Any, name: str, *syncs: bool) -> tuple[list[Any], np.n
 
 
 @pytest.mark.parametrize(
-    ("name", "syncs"), [("cluster_push", (True, True)), ("cluster_pull", (True,))]
+    ("name", "syncs"),
+    [("cluster_push", (True, True)), ("cluster_split", (True, True)), ("cluster_pull", (True,))],
 )
 def test_a_cluster_exchanges_through_shared_memory(kernels: Any, name: str, syncs: Any) -> None:
     results, expected = cluster_sums(kernels, name, *syncs)
@@ -109,8 +110,9 @@ def test_a_cluster_exchanges_through_shared_memory(kernels: Any, name: str, sync
 
 @pytest.mark.parametrize(
     ("name", "syncs"),
-    [("cluster_push", (False, True)), ("cluster_push", (True, False)), ("cluster_pull", (False,))],
-)
+    [("cluster_push", (False, True)), ("cluster_push", (True, False)), ("cluster_pull", (False,)),
+     ("cluster_split", (False, True)), ("cluster_split", (True, False))],
+)  # fmt: skip
 def test_a_missing_cluster_barrier_is_seen(kernels: Any, name: str, syncs: Any) -> None:
     results, expected = cluster_sums(kernels, name, *syncs)
     assert not all(out is not None and np.array_equal(out, expected) for out in results)

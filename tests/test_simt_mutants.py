@@ -35,25 +35,35 @@ MUTANTS = {
         "vectors = (count - head) / Vector<T>::size;",
         "vectors = (count - head) / Vector<T>::size + 1;",
     ),
-    "a tile read beyond the end": (
+    "a batch read beyond the end": (
         "kernels/chunks.cuh",
-        "tile + tile_columns<T> <= end &&",
-        "tile < end &&",
+        "if (batch + batch_columns<T> <= end &&",
+        "if (batch < end &&",
     ),
     "a vector counted beyond the end": (
-        "kernels/chunks.cuh",
-        "if (column + width <= end) {",
-        "if (column < end) {",
+        "device/vector.cuh",
+        "if (column + V::size <= to &&",
+        "if (column < to &&",
     ),
     "the last column not counted": (
+        "device/vector.cuh",
+        "if (column + i < to) elements",
+        "if (column + i < to - 1) elements",
+    ),
+    "a missing column asked for": (
         "kernels/chunks.cuh",
-        "for (; column < end; ++column) {",
-        "for (; column < end - 1; ++column) {",
+        "return column < end;",
+        "return true;",
     ),
     "sums not moved to a new maximum": (
         "kernels/chunks.cuh",
-        "if (max > state.max) state.rebase(max);",
-        "state.max = max_of(max, state.max);",
+        "return factor;",
+        "return Real(1);",
+    ),
+    "the target's column with another thread": (
+        "device/vector.cuh",
+        "return int(unsigned(unit) % unsigned(threads));",
+        "return int(unsigned(unit + 1) % unsigned(threads));",
     ),
     "the last chunk not merged": ("kernels/chunks.cuh", "i < count;", "i < count - 1;"),
     "the last chunk not reduced": (
@@ -68,8 +78,8 @@ MUTANTS = {
     ),
     "the target's column as any other": (
         "kernels/gradient.cuh",
-        "if (pass.has_target) out",
-        "if (false) out",
+        "if (has_target) from_real",
+        "if (false) from_real",
     ),
     "no zeros behind the vocabulary": (
         "kernels/fused.cuh",
@@ -108,7 +118,8 @@ def test_every_barrier_and_shuffle_is_needed_and_tested(kernels: Any) -> None:
     assert find_fault(kernels, DTYPE) is None
     sites = kernels.sites()
     kinds = {kind for kind, *_ in sites}
-    assert kinds == {"block_sync", "cluster_sync", "shuffle_xor", "wait_for_copies"}
+    assert kinds == {"block_sync", "cluster_sync", "cluster_arrive", "cluster_wait", "shuffle_xor",
+                     "wait_for_copies"}  # fmt: skip
     not_caught = []
     for kind, *place in sites:
         kernels.set_mutation(*place)

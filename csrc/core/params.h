@@ -19,6 +19,7 @@ struct RowLayout {
   int64_t inner_stride = 0;
 
   LLMLOSS_HD int64_t offset(int64_t row) const {
+    if (row < inner) return row * inner_stride;  // two dimensions: spares the division
     return (row / inner) * outer_stride + (row % inner) * inner_stride;
   }
 };
@@ -132,10 +133,15 @@ struct GradSource {
               .mean_log_prob = mean_log_prob ? mean_log_prob[row] : Real(0),
               .entropy = entropy ? entropy[row] : Real(0)};
     }
+    return loss_upstream(options, of_loss(row), row_lse, target_weight);
+  }
+
+  // dL/d(loss of the row). Needs nothing of the row's statistics.
+  LLMLOSS_HD Real of_loss(int64_t row) const {
     Real grad = grad_loss ? grad_loss[row * grad_loss_stride] : Real(1);
     if (token_weight) grad *= token_weight[row];
     if (denominator) grad /= denominator[0];
-    return loss_upstream(options, grad, row_lse, target_weight);
+    return grad;
   }
 };
 

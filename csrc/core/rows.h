@@ -74,13 +74,13 @@ struct GradRow {
   Real constant;     // c.weight times the constant column weight
 };
 
-template <typename T>
-LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
-                                       int64_t row, const RowFacts<real_t<T>>& facts) {
+// upstream_of: from the row's lse to the gradients of its statistics.
+template <typename T, typename UpstreamOf>
+LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const RowFacts<real_t<T>>& facts,
+                                       const UpstreamOf& upstream_of) {
   using Real = real_t<T>;
   const Real log_sum = log_of(facts.sum_exp);
-  const RowUpstream<Real> upstream =
-      source.upstream(row, facts.reference + log_sum, facts.target.weight);
+  const RowUpstream<Real> upstream = upstream_of(facts.reference + log_sum);
   GradRow<Real> grad{.c = collapse(upstream, facts.entropy, facts.sum_weights),
                      .reference = facts.reference,
                      .log_sum = log_sum,
@@ -88,6 +88,13 @@ LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const GradSource<
                      .constant = 0};
   if (grad.c.weight != Real(0)) grad.constant = grad.c.weight * in.weights.beta;
   return grad;
+}
+
+template <typename T>
+LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
+                                       int64_t row, const RowFacts<real_t<T>>& facts) {
+  return grad_row(in, facts,
+                  [&](real_t<T> lse) { return source.upstream(row, lse, facts.target.weight); });
 }
 
 }  // namespace llmloss

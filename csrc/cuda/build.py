@@ -97,11 +97,24 @@ def _command() -> list[str]:
     nvcc = find_nvcc()
     assert nvcc is not None
     command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-c"]
-    for arch in asked:
+    known = known_architectures(nvcc)
+    chosen = [arch for arch in asked if not known or arch in known]
+    if not chosen:
+        raise SystemExit(f"llmloss_ext: {nvcc} compiles for none of {', '.join(asked)}")
+    if chosen != asked:
+        left_out = ", ".join(f"sm_{arch}" for arch in asked if arch not in chosen)
+        print(f"llmloss_ext: {left_out} is left out: this nvcc is too old for it")
+    for arch in chosen:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    newest = max(asked, key=int)
+    newest = max(chosen, key=int)
     command += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
     return [*command, "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"]
+
+
+def known_architectures(nvcc: str) -> list[str]:
+    """What a compiler can compile for; nothing where it does not say."""
+    done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    return re.findall(r"compute_(\d+)\b", done.stdout)
 
 
 def read_report(text: str) -> list[dict[str, str | int]]:

@@ -17,6 +17,7 @@
 
 #include "../core/loss_rows.h"
 #include "../core/params.h"
+#include "torch_compat.h"
 
 namespace llmloss::ops {
 
@@ -80,9 +81,9 @@ inline Tensor new_tensor(const Tensor& like, std::span<const int64_t> sizes, Sca
     stride *= std::max<int64_t>(sizes[i], 1);
   }
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  LLMLOSS_TORCH_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  LLMLOSS_TORCH_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
       like.get_device_index(), &handle));
@@ -135,6 +136,11 @@ inline bool rows_overlap(const Tensor& t) {
   return false;
 }
 
+inline void check_device(const Tensor& t, const Tensor& input, const char* name) {
+  STD_TORCH_CHECK(t.device() == input.device(), "llmloss: ", name,
+                  " must be on the input's device");
+}
+
 // What every operator is told of the logits besides the tensors themselves.
 struct LogitArguments {
   MaybeTensor weight;       // (columns), class weights
@@ -175,13 +181,13 @@ struct Problem {
     STD_TORCH_CHECK(logits.vocab_size >= 1 && logits.vocab_size <= columns,
                     "llmloss: vocab_size must be in [1, ", columns, "], got ", logits.vocab_size);
     rows.transform = {Real(logits.scale), Real(logits.softcap), pointer<Real>(logit_scale)};
-    check_device(this->target, "target");
+    check_device(this->target, input, "target");
     if (weight.has_value()) {
-      check_device(*weight, "weight");
+      check_device(*weight, input, "weight");
       STD_TORCH_CHECK(weight->numel() == columns, "llmloss: weight must have one number per class");
     }
     if (logit_scale.has_value()) {
-      check_device(*logit_scale, "logit_scale");
+      check_device(*logit_scale, input, "logit_scale");
       STD_TORCH_CHECK(logit_scale->numel() == 1, "llmloss: logit_scale must hold one number");
     }
     rows.weights.class_weight = pointer<Real>(weight);
@@ -217,12 +223,6 @@ struct Problem {
   MaybeTensor weight;
   MaybeTensor logit_scale;
   RowInputs<T> rows;
-
- private:
-  void check_device(const Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(t.device() == input.device(), "llmloss: ", name,
-                    " must be on the input's device");
-  }
 };
 
 // The state that forward leaves to backward: rows of one number per token.
@@ -234,6 +234,15 @@ struct State {
       : reference(data<Real>(state)),
         sum_exp(reference + state.size(1)),
         sum_weights(sum_exp + state.size(1)) {}
+
+  // The state that a caller hands back to backward.
+  static const Tensor& checked(const Tensor& state, const Tensor& input, int64_t rows) {
+    check_device(state, input, "state");
+    STD_TORCH_CHECK(state.scalar_type() == scalar_type_of<Real> && state.dim() == 2 &&
+                        state.size(0) >= size && state.size(1) == rows && state.is_contiguous(),
+                    "llmloss: state must be what forward returned");
+    return state;
+  }
 
   void write_to(RowOutputs<Real>& out) const {
     out.reference = reference;

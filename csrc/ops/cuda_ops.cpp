@@ -32,24 +32,13 @@ cuda::DeviceLimits limits_of(int32_t device) {
   return found->second;
 }
 
-// The current stream as a cudaStream_t.
-void* current_stream(int32_t device) {
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
-  return torch::stable::accelerator::getCurrentStream(device).nativeHandle();
-#else
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-#endif
-}
-
 class CudaBackend {
  public:
   explicit CudaBackend(const Tensor& input)
       : input_(input),
         guard_(input.get_device_index()),
         limits_(limits_of(input.get_device_index())),
-        stream_(current_stream(input.get_device_index())) {}
+        stream_(current_cuda_stream(input.get_device_index())) {}
 
   template <typename T>
   void check_targets(const Problem<T>& problem) const {
@@ -65,6 +54,7 @@ class CudaBackend {
   template <typename T>
   void row_stats(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out) const {
     using Kernels = cuda::RowKernels<T>;
+    cuda::check_columns(in.columns);
     const auto plan =
         cuda::plan_stats(in.rows, in.vocab_size, sizeof(T), Kernels::state_bytes, limits_);
     const Tensor workspace = new_tensor(input_, std::array{plan.workspace_bytes}, ScalarType::Byte);
@@ -83,6 +73,7 @@ class CudaBackend {
   void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
              const GradSource<real_t<T>>& source, const GradOutputs<T>& grad) const {
     using Kernels = cuda::RowKernels<T>;
+    cuda::check_columns(in.columns);
     const auto plan = cuda::plan_fused(in.rows, in.vocab_size, sizeof(T), Kernels::state_bytes,
                                        grad.grad_scale != nullptr, limits_);
     if (plan.is_fused) {
@@ -112,7 +103,7 @@ class CudaBackend {
   template <typename T>
   void scale(T* x, const RowLayout& layout, int64_t rows, int64_t columns,
              const real_t<T>* factor) const {
-    const auto plan = cuda::plan_grad(rows, columns, sizeof(T), false, limits_);
+    const auto plan = cuda::plan_scale(rows, columns, sizeof(T), limits_);
     check(cuda::RowKernels<T>::scale(x, layout, rows, columns, factor, plan, stream_));
   }
 

@@ -225,17 +225,25 @@ struct Operators {
       const MaybeTensor grads[] = {as_real<Real>(upstream[0]), as_real<Real>(upstream[1]),
                                    as_real<Real>(upstream[2]), as_real<Real>(upstream[3])};
       for (const MaybeTensor& grad : grads) {
-        STD_TORCH_CHECK(!grad.has_value() || grad->numel() == problem.rows.rows,
+        if (!grad.has_value()) continue;
+        check_device(*grad, input, "a statistic's gradient");
+        STD_TORCH_CHECK(grad->numel() == problem.rows.rows,
                         "llmloss: a statistic's gradient must have one number per row");
       }
+      check_device(entropy, input, "entropy");
+      STD_TORCH_CHECK(
+          entropy.scalar_type() == scalar_type_of<Real> && entropy.is_contiguous() &&
+              (entropy.numel() == problem.rows.rows || (entropy.numel() == 0 && !grads[2])),
+          "llmloss: entropy must be what forward returned");
       GradSource<Real> source;
       source.log_prob = pointer<Real>(grads[0]);
       source.lse = pointer<Real>(grads[1]);
       source.entropy = pointer<Real>(grads[2]);
       source.mean_log_prob = pointer<Real>(grads[3]);
       Backend backend(input);
-      return write_gradient(backend, problem, State<Real>(state).saved(pointer<Real>(entropy)),
-                            source, grad_input, with_grad_scale);
+      const State<Real> saved(State<Real>::checked(state, input, problem.rows.rows));
+      return write_gradient(backend, problem, saved.saved(pointer<Real>(entropy)), source,
+                            grad_input, with_grad_scale);
     });
   }
 
@@ -251,14 +259,20 @@ struct Operators {
           input, target, {weight, logit_scale, scale, softcap, ignore_index, vocab_size},
           {token_weight, std::nullopt, label_smoothing, z_loss, Reduction::none}, state);
       const Tensor grad = as_real<Real>(grad_loss);
-      STD_TORCH_CHECK(grad.numel() == 1 || grad.numel() == loss.problem.rows.rows,
+      const int64_t rows = loss.problem.rows.rows;
+      check_device(grad, input, "the loss's gradient");
+      STD_TORCH_CHECK(grad.numel() == 1 || grad.numel() == rows,
                       "llmloss: the loss's gradient must have one number, or one per row");
+      check_device(denominator, input, "denominator");
+      STD_TORCH_CHECK(denominator.scalar_type() == scalar_type_of<Real> && denominator.numel() <= 1,
+                      "llmloss: denominator must be what forward returned");
+      const State<Real> saved(State<Real>::checked(state, input, rows));
       GradSource<Real> source = loss.source();
       source.grad_loss = data<Real>(grad);
       source.grad_loss_stride = grad.numel() == 1 ? 0 : 1;
       source.denominator = pointer<Real>(denominator);
       Backend backend(input);
-      return write_gradient(backend, loss.problem, State<Real>(state).saved(), source, grad_input,
+      return write_gradient(backend, loss.problem, saved.saved(), source, grad_input,
                             with_grad_scale);
     });
   }
@@ -278,7 +292,9 @@ struct Operators {
                     ? *saved_state
                     : new_real<Real>(input, {State<Real>::size + 2 + options.needs_mean(),
                                              problem.rows.rows})) {
-      STD_TORCH_CHECK(!token_weight.has_value() || token_weight->numel() == problem.rows.rows,
+      if (!token_weight.has_value()) return;
+      check_device(*token_weight, input, "token_weight");
+      STD_TORCH_CHECK(token_weight->numel() == problem.rows.rows,
                       "llmloss: token_weight must have one number per row");
     }
 

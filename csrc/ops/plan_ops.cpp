@@ -33,15 +33,18 @@ std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
   std::ostringstream out;
   const auto stats = cuda::plan_stats(rows, vocab_size, element_bytes, state_bytes, device);
   out << "chunks: " << stats.chunks.count << " of " << stats.chunks.columns
-      << " columns, each reduced by one warp\nrow_stats: ";
+      << " columns, each reduced by one warp\nvectors: 16 bytes, " << 16 / element_bytes
+      << " columns; " << cuda::tile_bytes / 32 / 16 << " for each lane in a tile\nrow_stats: ";
   tell(out, stats.share);
-  out << "; " << stats.shared_bytes << " bytes of shared memory";
+  out << "; " << stats.shared_bytes << " bytes of dynamic shared memory";
   if (stats.workspace_bytes > 0) {
     out << "; merged by a second kernel from " << stats.workspace_bytes << " bytes";
   }
   const auto grad = cuda::plan_grad(rows, vocab_size, element_bytes, false, device);
   out << "\nrow_grad: ";
   tell(out, grad.share);
+  out << "; " << grad.shared_bytes << " bytes of dynamic shared memory\nscale: ";
+  tell(out, cuda::plan_scale(rows, vocab_size, element_bytes, device));
   const auto fused = cuda::plan_fused(rows, vocab_size, element_bytes, state_bytes, false, device);
   out << "\nfused: ";
   if (!fused.is_fused) {
@@ -50,7 +53,7 @@ std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
     out << (fused.cluster == 1 ? "one block"
                                : "a cluster of " + std::to_string(fused.cluster) + " blocks")
         << " for each row; " << fused.blocks << " blocks of " << fused.threads << " threads; "
-        << fused.shared_bytes << " bytes of shared memory; the row is "
+        << fused.shared_bytes << " bytes of dynamic shared memory; the row is "
         << (fused.is_staged ? "kept there" : "read twice");
   }
   return out.str();

@@ -47,8 +47,9 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
                 case = Case(kernels, dtype, _problem(columns, rows), skew, device=device)
                 yield from ((0, *pair) for pair in _stats(case, wanted))
     # Columns that do not take part, in the last tile.
-    case = Case(kernels, dtype, _problem(4 * tile, vocab_size=4 * tile - 3))
-    yield from ((0, *pair) for pair in _stats(case, STATISTICS))
+    for wanted in (("log_prob", "lse"), STATISTICS):
+        case = Case(kernels, dtype, _problem(4 * tile, vocab_size=4 * tile - 3))
+        yield from ((0, *pair) for pair in _stats(case, wanted))
     for columns, device in ((61, split), (9 * tile + 5, split)):
         for skew, out in ((None, None), (1, None), (0, 1)):
             p = _problem(columns, vocab_size=columns - 3)

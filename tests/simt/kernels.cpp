@@ -158,7 +158,7 @@ py::dict fused(const py::dict& d) {
 
 void scale(const py::dict& d) {
   const RowInputs<T> in = inputs(d);
-  const auto plan = cuda::plan_grad(in.rows, in.columns, sizeof(T), false, limits(d));
+  const auto plan = cuda::plan_scale(in.rows, in.columns, sizeof(T), limits(d));
   Row::scale(const_cast<T*>(in.logits), in.layout, in.rows, in.columns,
              pointer<const Real>(d, "factor"), plan, nullptr);
 }

@@ -57,6 +57,22 @@ __global__ void cluster_push(float* out) {
   if (simt::thread_index() == 0) out[simt::block_index_x()] = total;
 }
 
+// The same with the first barrier in two halves.
+template <bool arrives, bool waits>
+__global__ void cluster_split(float* out) {
+  float* shared = simt::dynamic_shared<float>();
+  if constexpr (arrives) simt::cluster_arrive();
+  if constexpr (waits) simt::cluster_wait();
+  if (simt::thread_index() < simt::cluster_blocks()) {
+    *simt::peer_shared(shared + simt::cluster_rank(), simt::thread_index()) =
+        float(simt::block_index_x() + 1);
+  }
+  simt::cluster_sync();
+  float total = 0;
+  for (unsigned b = 0; b < simt::cluster_blocks(); ++b) total += shared[b];
+  if (simt::thread_index() == 0) out[simt::block_index_x()] = total;
+}
+
 // The same, reading from the peers: they must not end before all have read.
 template <bool last_sync>
 __global__ void cluster_pull(float* out) {
@@ -118,6 +134,11 @@ PYBIND11_MODULE(simt_selftest, m) {
   m.def("cluster_push", [](bool first, bool middle, unsigned cluster, py::array_t<float> out) {
     const auto kernel = first ? (middle ? cluster_push<true, true> : cluster_push<true, false>)
                               : cluster_push<false, true>;
+    simt::launch(kernel, {unsigned(out.size())}, 64, cluster, cluster * sizeof(float), data(out));
+  });
+  m.def("cluster_split", [](bool arrives, bool waits, unsigned cluster, py::array_t<float> out) {
+    const auto kernel = waits ? (arrives ? cluster_split<true, true> : cluster_split<false, true>)
+                              : cluster_split<true, false>;
     simt::launch(kernel, {unsigned(out.size())}, 64, cluster, cluster * sizeof(float), data(out));
   });
   m.def("cluster_pull", [](bool last, unsigned cluster, py::array_t<float> out) {

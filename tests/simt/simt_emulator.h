@@ -33,6 +33,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/dtypes.h"
 #include "fiber.h"
 
 #define __global__
@@ -65,6 +66,8 @@ enum class Wait : unsigned char {
   block_sync,
   warp_sync,
   cluster_sync,
+  cluster_arrive,
+  cluster_wait,
   shuffle_xor,
   shuffle_down,
   shuffle,
@@ -73,8 +76,8 @@ enum class Wait : unsigned char {
 
 inline const char* name_of(Wait wait) {
   static constexpr const char* names[] = {"block_sync",     "warp_sync",    "cluster_sync",
-                                          "shuffle_xor",    "shuffle_down", "shuffle",
-                                          "wait_for_copies"};
+                                          "cluster_arrive", "cluster_wait", "shuffle_xor",
+                                          "shuffle_down",   "shuffle",      "wait_for_copies"};
   return names[int(wait)];
 }
 
@@ -132,6 +135,7 @@ struct Thread {
   const void* give = nullptr;  // the lane's value, on its stack
   void* take = nullptr;
   std::vector<PendingCopy> copies;
+  size_t arrivals = 0;  // by cluster_arrive
 };
 
 // The threads that wait for each other: those of a warp, a block or a cluster, next to each other.
@@ -209,7 +213,7 @@ class Cluster {
     body_ = body;
     argument_ = argument;
     error_.clear();
-    ended_ = 0;
+    ended_ = arrivals_ = 0;
     // Each schedule has its own poison, so that what reads it differs from schedule to schedule:
     // nan in every float, a large finite float, a tiny one.
     static constexpr unsigned char poisons[] = {0xff, 0x7f, 0x2a};
@@ -222,6 +226,7 @@ class Cluster {
     for (unsigned t = 0; t < threads_.size(); ++t) {
       threads_[t].state = Thread::State::fresh;
       threads_[t].copies.clear();
+      threads_[t].arrivals = 0;
       threads_[t].context.prepare(stacks()[t], entry);
       set_ready(t);
     }
@@ -282,6 +287,31 @@ class Cluster {
       if (is_shuffle) exchange(group, bytes);
       for (unsigned t = group.first; t < group.first + group.size; ++t) set_ready(t);
     }
+    Context::switch_to(thread.context, host_);
+  }
+
+  // The halves of a cluster's barrier. A cluster of one block has none.
+  void arrive(const Place& place) {
+    record(Wait::cluster_arrive, place, 0);
+    if (blocks_ == 1) return;
+    ++threads_[current_].arrivals;
+    if (is_mutated(place, 0)) return;
+    if (++arrivals_ % threads_.size() != 0) return;
+    for (unsigned t = 0; t < threads_.size(); ++t) {
+      const Thread& thread = threads_[t];
+      if (thread.state == Thread::State::waiting && thread.wait == Wait::cluster_wait) set_ready(t);
+    }
+  }
+
+  void wait_for_arrivals(const Place& place) {
+    record(Wait::cluster_wait, place, 0);
+    if (blocks_ == 1 || is_mutated(place, 0)) return;
+    Thread& thread = threads_[current_];
+    if (thread.arrivals == 0) stop("cluster_wait without cluster_arrive");
+    if (arrivals_ >= thread.arrivals * threads_.size()) return;
+    thread.state = Thread::State::waiting;
+    thread.wait = Wait::cluster_wait;
+    thread.place = place;
     Context::switch_to(thread.context, host_);
   }
 
@@ -451,6 +481,7 @@ class Cluster {
   unsigned y_ = 0;
   unsigned current_ = 0;
   size_t ended_ = 0;
+  size_t arrivals_ = 0;  // of all threads
   unsigned char poison_ = 0xff;
   void (*body_)(const void*) = nullptr;
   const void* argument_ = nullptr;
@@ -595,6 +626,13 @@ inline void cluster_sync(emulator::Place place = emulator::Place::current()) {
   emulator::Cluster::active()->wait(emulator::Wait::cluster_sync, place);
 }
 
+inline void cluster_arrive(emulator::Place place = emulator::Place::current()) {
+  emulator::Cluster::active()->arrive(place);
+}
+inline void cluster_wait(emulator::Place place = emulator::Place::current()) {
+  emulator::Cluster::active()->wait_for_arrivals(place);
+}
+
 template <typename T>
 T shuffle_xor(T value, unsigned lane_mask, emulator::Place place = emulator::Place::current()) {
   return emulator::shuffled(emulator::Wait::shuffle_xor, value, lane_mask, place);
@@ -657,6 +695,34 @@ inline void wait_for_copies(emulator::Place place = emulator::Place::current()) 
   emulator::Cluster::active()->finish_copies(place);
 }
 
-inline float fast_exp(float x) { return std::exp(x); }
+template <typename T>
+uint32_t max_pairs(uint32_t a, uint32_t b, T) {
+  const auto larger = [](uint32_t a, uint32_t b) {
+    const float x = to_real(T{uint16_t(a)}), y = to_real(T{uint16_t(b)});
+    return x >= y || y != y ? a & 0xffffu : b & 0xffffu;
+  };
+  return larger(a, b) | larger(a >> 16, b >> 16) << 16;
+}
+
+template <typename T>
+uint32_t pack_pair(float low, float high, T) {
+  T pair[2];
+  from_real(low, pair[0]);
+  from_real(high, pair[1]);
+  return uint32_t{pair[0].bits} | uint32_t{pair[1].bits} << 16;
+}
+
+// As far from e^x as the hardware may be: two bits of the result are gone, and so is what is not
+// normal. Exact where the hardware is exact.
+inline float fast_exp(float x) {
+  const float exact = std::exp(x);
+  if (!(exact >= 0x1p-126f)) return exact == exact ? 0 : exact;
+  uint32_t bits;
+  std::memcpy(&bits, &exact, sizeof(bits));
+  bits &= ~uint32_t{3};
+  float result;
+  std::memcpy(&result, &bits, sizeof(bits));
+  return result;
+}
 
 }  // namespace llmloss::simt

@@ -59,7 +59,7 @@ __device__ __forceinline__ PartialState<Real> warp_merge(PartialState<Real> stat
   }
   state.rebase(max);
   state.sum_exp = warp_sum(state.sum_exp);
-  if (wanted.entropy) state.sum_x_exp = warp_sum(state.sum_x_exp);
+  state.sum_x_exp = wanted.entropy ? warp_sum(state.sum_x_exp) : Real(0);
   if (wanted.mean) {
     state.sum_weighted = warp_sum(state.sum_weighted);
     state.sum_weights = warp_sum(state.sum_weights);

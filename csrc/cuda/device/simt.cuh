@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../../core/dtypes.h"
+
 #if defined(LLMLOSS_SIMT)
 #include "simt_emulator.h"
 #else
@@ -13,6 +15,7 @@ namespace llmloss::simt {
 __device__ __forceinline__ unsigned thread_index() { return threadIdx.x; }
 __device__ __forceinline__ unsigned block_threads() { return blockDim.x; }
 __device__ __forceinline__ unsigned block_index_x() { return blockIdx.x; }
+__device__ __forceinline__ unsigned grid_x() { return gridDim.x; }
 __device__ __forceinline__ unsigned lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ unsigned warp_index() { return threadIdx.x / 32; }
 
@@ -42,6 +45,14 @@ __device__ __forceinline__ void cluster_sync() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 }
+// The same in two halves, for work in between: all threads of the cluster have begun. What they
+// wrote before need not be seen after.
+__device__ __forceinline__ void cluster_arrive() {
+  if (cluster_blocks() > 1) __cluster_barrier_arrive_relaxed();
+}
+__device__ __forceinline__ void cluster_wait() {
+  if (cluster_blocks() > 1) __cluster_barrier_wait();
+}
 // Where the block of that rank has what this block has at `mine`.
 template <typename T>
 __device__ __forceinline__ T* peer_shared(T* mine, unsigned rank) {
@@ -51,6 +62,8 @@ __device__ __forceinline__ T* peer_shared(T* mine, unsigned rank) {
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ unsigned cluster_blocks() { return 1; }
 __device__ __forceinline__ void cluster_sync() { block_sync(); }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 template <typename T>
 __device__ __forceinline__ T* peer_shared(T* mine, unsigned) {
   return mine;
@@ -79,8 +92,29 @@ __device__ __forceinline__ void store_words(void* to, const Words& words) {
   *static_cast<uint4*>(to) = make_uint4(words.at[0], words.at[1], words.at[2], words.at[3]);
 }
 
-// e^x to a relative error of about 2^-21 near 0, growing with |x|: plenty for 16-bit types.
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+// e^x to a relative error of about 2^-21 near 0, growing with |x|: plenty for 16-bit types. What is
+// below the smallest normal number is 0; __expf's care for it takes three instructions more.
+__device__ __forceinline__ float fast_exp(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+}
+
+// The larger of each of two pairs of 16-bit numbers; a nan gives way to a number.
+__device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b, BFloat16) {
+  return bit_cast<uint32_t>(__hmax2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
+}
+__device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b, Half) {
+  return bit_cast<uint32_t>(__hmax2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+}
+
+// Two numbers as 16-bit numbers, rounded to nearest even.
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, BFloat16) {
+  return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+}
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, Half) {
+  return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+}
 
 }  // namespace llmloss::simt
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../core/dtypes.h"
+#include "../../core/math.h"
 #include "simt.cuh"
 
 namespace llmloss::cuda {
@@ -10,20 +11,66 @@ inline constexpr int vector_bytes = 16;
 
 __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 
+// Sixteen bytes as they lie in memory: 32-bit words, so that nothing is taken apart before its
+// turn.
+using simt::Words;
+
 template <typename T>
 struct Vector {
   static constexpr int size = vector_bytes / int(sizeof(T));
-  T at[size];
 };
 
+// Element i, as a number.
 template <typename T>
-__device__ __forceinline__ Vector<T> load_aligned(const T* at) {
-  return bit_cast<Vector<T>>(simt::load_words(at));
+__device__ __forceinline__ real_t<T> element(const Words& words, int i) {
+  if constexpr (sizeof(T) == 2) {
+    return to_real(T{uint16_t(i % 2 == 0 ? words.at[i / 2] : words.at[i / 2] >> 16)});
+  } else if constexpr (sizeof(T) == 4) {
+    return bit_cast<float>(words.at[i]);
+  } else {
+    return bit_cast<double>(uint64_t{words.at[2 * i]} | uint64_t{words.at[2 * i + 1]} << 32);
+  }
 }
 
+// The vector of these numbers, rounded to the type.
 template <typename T>
-__device__ __forceinline__ void store_aligned(T* at, const Vector<T>& vector) {
-  simt::store_words(at, bit_cast<simt::Words>(vector));
+__device__ __forceinline__ Words packed(const real_t<T> (&x)[Vector<T>::size]) {
+  if constexpr (sizeof(T) == 2) {
+    Words words;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words.at[i] = simt::pack_pair(x[2 * i], x[2 * i + 1], T{});
+    return words;
+  } else {
+    struct Numbers {
+      T at[Vector<T>::size];
+    } numbers;
+#pragma unroll
+    for (int i = 0; i < Vector<T>::size; ++i) numbers.at[i] = x[i];
+    return bit_cast<Words>(numbers);
+  }
+}
+
+// The larger of two numbers; a nan gives way to a number.
+__device__ __forceinline__ float larger(float a, float b) { return ::fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return ::fmax(a, b); }
+
+// The largest element of some vectors.
+template <typename T, int n>
+__device__ __forceinline__ real_t<T> largest(const Words (&vectors)[n]) {
+  if constexpr (sizeof(T) == 2) {
+    uint32_t pair = vectors[0].at[0];
+#pragma unroll
+    for (int i = 1; i < 4 * n; ++i) pair = simt::max_pairs(pair, vectors[i / 4].at[i % 4], T{});
+    const Words both{{pair, 0, 0, 0}};
+    return larger(element<T>(both, 0), element<T>(both, 1));
+  } else {
+    real_t<T> max = element<T>(vectors[0], 0);
+#pragma unroll
+    for (int i = 1; i < n * Vector<T>::size; ++i) {
+      max = larger(max, element<T>(vectors[i / Vector<T>::size], i % Vector<T>::size));
+    }
+    return max;
+  }
 }
 
 // Bytes from the multiple of 16 before.
@@ -34,10 +81,10 @@ __device__ __forceinline__ unsigned skew_of(const void* at) {
 // The vector at an address with that skew, not 0, cut out of the two aligned ones that hold it.
 // (Neighbours read the same ones: the second load finds them in L1.)
 template <typename T>
-__device__ __forceinline__ Vector<T> load_skewed(const T* at, unsigned skew) {
+__device__ __forceinline__ Words load_skewed(const T* at, unsigned skew) {
   const char* aligned = reinterpret_cast<const char*>(at) - skew;
-  const simt::Words low = simt::load_words(aligned);
-  const simt::Words high = simt::load_words(aligned + vector_bytes);
+  const Words low = simt::load_words(aligned);
+  const Words high = simt::load_words(aligned + vector_bytes);
   uint32_t words[8];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -59,7 +106,7 @@ __device__ __forceinline__ Vector<T> load_skewed(const T* at, unsigned skew) {
       for (int i = 0; i < 4; ++i) words[i] = words[i] >> 16 | words[i + 1] << 16;
     }
   }
-  return bit_cast<Vector<T>>(simt::Words{{words[0], words[1], words[2], words[3]}});
+  return {{words[0], words[1], words[2], words[3]}};
 }
 
 // `count` elements in memory as whole aligned vectors, with single elements before and behind.
@@ -79,6 +126,13 @@ struct Peeled {
   }
   __device__ __forceinline__ int vector(int v) const { return head + v * Vector<T>::size; }
   __device__ __forceinline__ int single(int i) const { return i < head ? i : tail + (i - head); }
+
+  // Which thread has element i in its share.
+  __device__ __forceinline__ int owner(int i, int threads) const {
+    int unit = i;
+    if (i >= head) unit = i < tail ? (i - head) / Vector<T>::size : i - tail + head;
+    return int(unsigned(unit) % unsigned(threads));
+  }
 
   // Calls on_vector and on_single with where they begin, this thread's share of all of them.
   template <typename OnVector, typename OnSingle>
@@ -109,16 +163,21 @@ struct Columns {
     return from - margin >= first && to + margin <= end();
   }
 
-  // The vector at a column; nothing but its own elements is read where others may not be.
-  __device__ __forceinline__ V load(int column) const {
-    if (is_inside(column, column + V::size)) {
-      return skew_of(at(column)) == 0 ? load_aligned(at(column))
+  // The vector at a column, with -inf from column `to` on; no column is read where none may be.
+  __device__ __forceinline__ Words load(int column, int to) const {
+    if (column + V::size <= to && is_inside(column, column + V::size)) {
+      return skew_of(at(column)) == 0 ? simt::load_words(at(column))
                                       : load_skewed(at(column), skew_of(at(column)));
     }
-    V vector;
+    struct Elements {
+      T at[V::size];
+    } elements;
 #pragma unroll
-    for (int i = 0; i < V::size; ++i) vector.at[i] = *at(column + i);
-    return vector;
+    for (int i = 0; i < V::size; ++i) {
+      from_real(-infinity<real_t<T>>(), elements.at[i]);
+      if (column + i < to) elements.at[i] = *at(column + i);
+    }
+    return bit_cast<Words>(elements);
   }
 };
 

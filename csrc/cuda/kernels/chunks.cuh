@@ -7,16 +7,21 @@
 // in whatever batch it stands, and wherever in memory it begins.
 #pragma once
 
+#include "../../core/row_grad.h"
 #include "../../core/rows.h"
 #include "../device/merge.cuh"
 #include "../device/vector.cuh"
 
 namespace llmloss::cuda {
 
-inline constexpr int tile_vectors = 8;  // for each lane
+inline constexpr int tile_vectors = 8;   // for each lane
+inline constexpr int batch_vectors = 4;  // that a lane loads, and adds to its state, at once
 
 template <typename T>
 inline constexpr int tile_columns = int{warp_size} * tile_vectors * Vector<T>::size;
+
+template <typename T>
+inline constexpr int batch_columns = int{warp_size} * batch_vectors * Vector<T>::size;
 
 // Threads of a block at most, and how many such blocks a multiprocessor holds: what bounds a
 // kernel's registers. tests/test_cuda_build.py reads the compiler's report for them.
@@ -48,6 +53,8 @@ struct ColumnReducer {
   using State = PartialState<Real>;
   static constexpr int width = Vector<T>::size;
 
+  static_assert(tile_columns<T> % batch_columns<T> == 0);
+
   const RowInputs<T>& in;
   LogitTransform<Real> transform;  // resolved
   int64_t row;
@@ -57,124 +64,133 @@ struct ColumnReducer {
   // The state of the columns [begin, end), the same in every lane.
   __device__ __forceinline__ State chunk(const Columns<T>& columns, int begin, int end) const {
     State state;
-    for (int tile = begin; tile < end; tile += tile_columns<T>) {
-      const int first = tile + int(simt::lane()) * width;
-      if (tile + tile_columns<T> <= end && columns.is_inside(tile, tile + tile_columns<T>)) {
-        whole_tile(state, columns, first);
-      } else {
-        for (int column = first; column < end; column += stride) {
-          if (column + width <= end) {
-            full_vector(state, columns.load(column), column);
-          } else {
-            single_columns(state, columns, column, end);
-          }
+    const unsigned skew = columns.skew();
+#pragma unroll 1
+    for (int batch = begin; batch < end; batch += batch_columns<T>) {
+      const int first = batch + int(simt::lane()) * width;
+      Words vectors[batch_vectors];
+      if (batch + batch_columns<T> <= end && columns.is_inside(batch, batch + batch_columns<T>)) {
+        // All loads come before the arithmetic, so that they are under way together.
+        const T* const at = columns.at(first);
+        if (skew == 0) {
+#pragma unroll
+          for (int v = 0; v < batch_vectors; ++v) vectors[v] = simt::load_words(at + v * stride);
+        } else {
+#pragma unroll
+          for (int v = 0; v < batch_vectors; ++v) vectors[v] = load_skewed(at + v * stride, skew);
         }
-        break;
+      } else {
+#pragma unroll
+        for (int v = 0; v < batch_vectors; ++v) vectors[v] = columns.load(first + v * stride, end);
+      }
+      if constexpr (plain) {
+        add_plain(state, vectors);
+      } else {
+        add(state, vectors, first, end);
       }
     }
     return warp_merge(state, wanted);
   }
 
  private:
-  __device__ __forceinline__ void whole_tile(State& state, const Columns<T>& columns,
-                                             int first) const {
-    const unsigned skew = columns.skew();
-    // A batch's loads come before its arithmetic, so that they are under way together.
-#pragma unroll 1
-    for (int done = 0; done < tile_vectors; done += batch, first += batch * stride) {
-      Vector<T> vectors[batch];
-      const T* const at = columns.at(first);
-      if (skew == 0) {
-#pragma unroll
-        for (int i = 0; i < batch; ++i) vectors[i] = load_aligned(at + i * stride);
-      } else {
-#pragma unroll
-        for (int i = 0; i < batch; ++i) vectors[i] = load_skewed(at + i * stride, skew);
-      }
-#pragma unroll
-      for (int i = 0; i < batch; ++i) full_vector(state, vectors[i], first + i * stride);
-    }
-  }
-
-  static constexpr int batch = 4;
   static constexpr int stride = int(warp_size) * width;
 
-  // The last columns of a row, fewer than a vector.
-  __device__ __forceinline__ void single_columns(State& state, const Columns<T>& columns,
-                                                 int column, int end) const {
-    for (; column < end; ++column) {
-      const Real x[1] = {logit(*columns.at(column))};
-      const Real a[1] = {has_weights() ? in.weights.at(row, column) : Real(0)};
-      accumulate(state, x, a, column);
+  // Moves the sums to a batch's maximum, without a branch: as a warp's lanes find their maxima in
+  // different batches, some lane nearly always needs it. Returns what sum_exp is to be multiplied
+  // by.
+  __device__ __forceinline__ Real rebase(State& state, Real max) const {
+    const Real before = state.max, reference_before = state.reference();
+    state.max = larger(before, max);
+    const Real shift = before - state.reference();  // -inf for the identity, whose sums are 0
+    const Real factor = exp_for<T>(shift);
+    if (!plain && wanted.entropy) {
+      // A part that underflows is gone; 0 * inf must not make it nan.
+      state.sum_x_exp =
+          factor == Real(0) ? Real(0) : factor * (state.sum_x_exp + shift * state.sum_exp);
     }
-  }
-
-  __device__ __forceinline__ void full_vector(State& state, const Vector<T>& raw,
-                                              int column) const {
-    Real x[width], a[width] = {};
-#pragma unroll
-    for (int i = 0; i < width; ++i) x[i] = logit(raw.at[i]);
-    if (has_weights()) {
-#pragma unroll
-      for (int i = 0; i < width; ++i) a[i] = in.weights.at(row, column + i);
+    if (!plain && wanted.mean && state.sum_weights != Real(0)) {
+      state.sum_weighted += state.sum_weights * (reference_before - state.reference());
     }
-    accumulate(state, x, a, column);
+    return factor;
   }
 
-  __device__ __forceinline__ Real logit(T raw) const {
-    return plain ? to_real(raw) : transform.apply(to_real(raw));
-  }
-
-  __device__ __forceinline__ bool has_weights() const {
-    return !plain && wanted.mean && !in.weights.is_constant();
-  }
-
-  // Adds n neighbouring columns to the state.
-  template <int n>
-  __device__ __forceinline__ void accumulate(State& state, const Real (&x)[n], const Real (&a)[n],
-                                             int column) const {
-    Real max = x[0];
-#pragma unroll
-    for (int i = 1; i < n; ++i) max = max_of(max, x[i]);
-    if (!plain && wanted.rank) {
-      if (max > state.max || state.argmax < 0) {
-        int first = 0;
-#pragma unroll
-        for (int i = n - 1; i >= 0; --i) first = x[i] == max ? i : first;
-        state.argmax = column + first;
-      }
-#pragma unroll
-      for (int i = 0; i < n; ++i) state.rank += x[i] > target_logit;
-    }
-    if (max > state.max) state.rebase(max);
+  // The columns behind the last count nothing: they are -inf.
+  __device__ __forceinline__ void add_plain(State& state,
+                                            const Words (&vectors)[batch_vectors]) const {
+    const Real factor = rebase(state, largest<T>(vectors));
     const Real reference = state.reference();
-    Real sum_exp = 0, sum_x_exp = 0;
+    Real sums[batch_vectors];
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const Real exp = exp_for<T>(x[i] - reference);
-      sum_exp += exp;
-      if (!plain && wanted.entropy) {
-        sum_x_exp += max_of(lowest_log_prob<Real>(), x[i] - reference) * exp;
+    for (int v = 0; v < batch_vectors; ++v) {
+      sums[v] = exp_for<T>(element<T>(vectors[v], 0) - reference);
+#pragma unroll
+      for (int i = 1; i < width; ++i) {
+        sums[v] += exp_for<T>(element<T>(vectors[v], i) - reference);
       }
     }
-    state.sum_exp += sum_exp;
-    if (plain) return;
-    state.sum_x_exp += sum_x_exp;
-    if (has_weights()) {
+    state.sum_exp = fma_of(state.sum_exp, factor, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+
+  // The same with all that can be asked for, and the same sum_exp.
+  __device__ __forceinline__ void add(State& state, const Words (&vectors)[batch_vectors],
+                                      int first, int end) const {
+    const auto is_there = [end](int column) { return column < end; };
+    Real x[batch_vectors][width], max = -infinity<Real>();
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
-        // A column without weight does not count, even where its logit is -inf.
-        if (a[i] == Real(0)) continue;
-        state.sum_weighted += a[i] * (x[i] - reference);
-        state.sum_weights += a[i];
+    for (int v = 0; v < batch_vectors; ++v) {
+      const int column = first + v * stride;
+      Real largest = -infinity<Real>();
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        x[v][i] =
+            is_there(column + i) ? transform.apply(element<T>(vectors[v], i)) : -infinity<Real>();
+        largest = larger(largest, x[v][i]);
       }
-    } else if (wanted.mean) {
-      Real sum = 0;
+      if (wanted.rank) {
+        if (is_there(column) && (largest > larger(state.max, max) || state.argmax < 0)) {
+          int place = 0;
 #pragma unroll
-      for (int i = 0; i < n; ++i) sum += x[i] - reference;
-      state.sum_weighted += in.weights.beta * sum;
-      state.sum_weights += in.weights.beta * Real(n);
+          for (int i = width - 1; i >= 0; --i) place = x[v][i] == largest ? i : place;
+          state.argmax = column + place;
+        }
+#pragma unroll
+        for (int i = 0; i < width; ++i) state.rank += x[v][i] > target_logit;
+      }
+      max = larger(max, largest);
     }
+    const Real factor = rebase(state, max);
+    const Real reference = state.reference();
+    Real sums[batch_vectors];
+#pragma unroll
+    for (int v = 0; v < batch_vectors; ++v) {
+      const int column = first + v * stride;
+      Real sum_x_exp = 0, sum_shifted = 0;
+      int count = 0;
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        const Real shifted = x[v][i] - reference;
+        const Real exp = exp_for<T>(shifted);
+        sums[v] = i == 0 ? exp : sums[v] + exp;
+        if (wanted.entropy) sum_x_exp += max_of(lowest_log_prob<Real>(), shifted) * exp;
+        if (!wanted.mean || !is_there(column + i)) continue;
+        if (in.weights.is_constant()) {
+          sum_shifted += shifted;
+          ++count;
+        } else {
+          // A column without weight does not count, even where its logit is -inf.
+          const Real a = in.weights.at(row, column + i);
+          if (a == Real(0)) continue;
+          state.sum_weighted += a * shifted;
+          state.sum_weights += a;
+        }
+      }
+      if (wanted.entropy) state.sum_x_exp += sum_x_exp;
+      if (wanted.mean && in.weights.is_constant()) {
+        state.sum_weighted += in.weights.beta * sum_shifted;
+        state.sum_weights += in.weights.beta * Real(count);
+      }
+    }
+    state.sum_exp = fma_of(state.sum_exp, factor, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 };
 

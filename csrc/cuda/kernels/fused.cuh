@@ -11,26 +11,30 @@ namespace llmloss::cuda {
 template <typename T>
 __device__ __forceinline__ Columns<T> stage(const Columns<T>& from, T* room) {
   T* const to = room + from.skew() / sizeof(T);
-  Peeled<T>(from.data, from.count)
-      .each(
-          int(simt::thread_index()), int(simt::block_threads()),
-          [&](int i) { simt::copy_async(to + i, from.data + i); },
-          [&](int i) { to[i] = from.data[i]; });
+  const int thread = int(simt::thread_index()), threads = int(simt::block_threads());
+  const Peeled<T> peeled(from.data, from.count);
+#pragma unroll 4
+  for (int v = thread; v < peeled.vectors; v += threads) {
+    simt::copy_async(to + peeled.vector(v), from.data + peeled.vector(v));
+  }
+  for (int i = thread; i < peeled.singles; i += threads) {
+    to[peeled.single(i)] = from.data[peeled.single(i)];
+  }
   return {to, from.first, from.count};
 }
 
 // A cluster of blocks for each row, each with `slice_chunks` of its chunks. Reads the logits once,
 // keeps them in shared memory, shares the chunks' states among the blocks, writes the gradient over
 // the logits: 2 x rows x columns x sizeof(T) bytes move, half of that for a row that is not active.
-// With staged false (a row longer than the clusters' memory) one block reads its row again instead,
+// Without staged (a row longer than the clusters' memory) one block reads its row again instead,
 // from L2 where the rows under way fit it.
-template <typename T, bool plain>
-__global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
+template <typename T, bool plain_stats, bool plain_grad, bool staged>
+__global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
     fused_kernel(const __grid_constant__ RowInputs<T> in,
                  const __grid_constant__ RowOutputs<real_t<T>> out,
                  const __grid_constant__ GradSource<real_t<T>> source,
                  const __grid_constant__ GradOutputs<T> grads, const Chunks chunks,
-                 const int slice_chunks, const bool staged) {
+                 const int slice_chunks) {
   using Real = real_t<T>;
   using State = PartialState<Real>;
   const unsigned rank = simt::cluster_rank(), blocks = simt::cluster_blocks();
@@ -45,6 +49,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
     return;
   }
 
+  simt::cluster_arrive();
   const int vocab_size = int(in.vocab_size);
   const int first_chunk = min_of(int(rank) * slice_chunks, chunks.count);
   const int last_chunk = min_of(first_chunk + slice_chunks, chunks.count);
@@ -54,16 +59,20 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   // Shared memory: the states of all chunks, then the slice.
   State* const states = simt::dynamic_shared<State>();
   Columns<T> columns{in.logits + in.layout.offset(row) + begin, begin, end - begin};
-  if (staged) {
+  if constexpr (staged) {
     const int room = (chunks.count * int(sizeof(State)) + vector_bytes - 1) / vector_bytes;
     columns = stage(columns, simt::dynamic_shared<T>() + room * Vector<T>::size);
   }
   const LogitTransform<Real> transform = in.transform.resolved();
   const Target<Real> target = target_of(in, transform, row);  // before the gradient is over it
-  const Wanted wanted = plain ? Wanted{} : Wanted::by(out);
-  const ColumnReducer<T, plain> reducer{in, transform, row, target.logit, wanted};
-  simt::wait_for_copies();
-  simt::cluster_sync();  // the slice is here, and so are the other blocks
+  const Wanted wanted = plain_stats ? Wanted{} : Wanted::by(out);
+  const ColumnReducer<T, plain_stats> reducer{in, transform, row, target.logit, wanted};
+  const Real of_loss = source.of_loss(row);
+  if constexpr (staged) {
+    simt::wait_for_copies();
+    simt::block_sync();  // the slice is here
+  }
+  simt::cluster_wait();  // the other blocks have begun: their memory can be written
 
   for (int chunk = first_chunk + int(simt::warp_index()); chunk < last_chunk;
        chunk += threads / int(warp_size)) {
@@ -74,15 +83,18 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   simt::cluster_sync();  // all states are here, and all reads of the row are done
   const State total = merge_chunks(states, chunks.count, wanted);
 
-  const RowStats<double> stats = finalize_row(total, target.logit, in.vocab_size);
-  if (rank == 0 && thread == 0) write_statistics(out, row, stats);
+  if (rank == 0 && thread == 0) write_row(in, out, row, total, target.logit);
+  // What row_grad_kernel would read back. A loss has no gradient through the entropy.
   const RowFacts<Real> facts{.target = target,
-                             .reference = Real(stats.reference),
-                             .sum_exp = Real(stats.sum_exp),
-                             .entropy = Real(stats.entropy),
-                             .sum_weights = Real(stats.sum_weights)};
-  const ColumnGradient<T, plain> gradient{
-      in, transform, row, grad_row(in, source, row, facts), int(target.column), false};
+                             .reference = total.reference(),
+                             .sum_exp = total.sum_exp,
+                             .entropy = 0,
+                             .sum_weights = total.sum_weights};
+  const auto upstream = [&](Real lse) {
+    return loss_upstream(source.options, of_loss, lse, target.weight);
+  };
+  const ColumnGradient<T, plain_grad> gradient{
+      in, transform, row, grad_row(in, facts, upstream), int(target.column), false};
   gradient.write(columns, grad + begin, begin, end, thread, threads);
   if (rank == blocks - 1) write_zeros(grad, vocab_size, int(in.columns), thread, threads);
 }

@@ -24,104 +24,92 @@ struct ColumnGradient {
   // scale's gradient.
   __device__ __forceinline__ double write(const Columns<T>& logits, T* out, int begin, int end,
                                           int thread, int threads) const {
-    Pass pass;
+    const Peeled<T> peeled(out, end - begin);
+    // The target's column is written with the others, and then again by the same thread: nobody
+    // else's write can come between, and the others need not look for the target.
+    const int place = target - begin;
+    const bool has_target = target >= begin && target < end &&
+                            (with_scale ? place % threads : peeled.owner(place, threads)) == thread;
+    const Real at_target = has_target ? to_real(*logits.at(target)) : Real(0);
+    double sum = 0;
     if (with_scale) {
       // A sum, whose order must not depend on where in memory the row begins.
       for (int column = begin + thread; column < end; column += threads) {
-        out[column - begin] = single(*logits.at(column), column, pass);
+        from_real(other(to_real(*logits.at(column)), column, sum), out[column - begin]);
       }
     } else {
-      write_vectors(logits, out, begin, end, thread, threads, pass);
+      write_vectors(logits, out, peeled, begin, thread, threads);
     }
-    // From the column's own logit: another thread's read of it could come after this one's write.
-    if (pass.has_target) out[target - begin] = at_target(pass.target, pass);
-    return pass.sum;
+    if (has_target) from_real(target_column(at_target, sum), out[place]);
+    return sum;
   }
 
  private:
-  // What a thread carries from column to column.
-  struct Pass {
-    double sum = 0;           // of the scale's gradient
-    bool has_target = false;  // whether the target's column is among this thread's
-    T target{};               // the raw logit there
-  };
-
-  __device__ __forceinline__ void write_vectors(const Columns<T>& logits, T* out, int begin,
-                                                int end, int thread, int threads,
-                                                Pass& pass) const {
-    const Peeled<T> peeled(out, end - begin);
-    int v = thread;
+  __device__ __forceinline__ void write_vectors(const Columns<T>& logits, T* out,
+                                                const Peeled<T>& peeled, int begin, int thread,
+                                                int threads) const {
     // Stores are aligned; so are loads where both tensors begin alike.
-    if (skew_of(out) == skew_of(logits.at(begin))) {
-      const T* const from = logits.at(begin);
+    const T* const from = logits.at(begin);
+    int v = thread;
+    if (skew_of(out) == skew_of(from)) {
       for (; v + (unroll - 1) * threads < peeled.vectors; v += unroll * threads) {
-        Vector<T> loaded[unroll];
+        Words loaded[unroll];
 #pragma unroll
         for (int i = 0; i < unroll; ++i) {
-          loaded[i] = load_aligned(from + peeled.vector(v + i * threads));
+          loaded[i] = simt::load_words(from + peeled.vector(v + i * threads));
         }
 #pragma unroll
         for (int i = 0; i < unroll; ++i) {
           const int at = peeled.vector(v + i * threads);
-          store_aligned(out + at, vector(loaded[i], begin + at, pass));
+          simt::store_words(out + at, vector(loaded[i], begin + at));
         }
       }
-    }
-    for (; v < peeled.vectors; v += threads) {
-      const int at = peeled.vector(v);
-      store_aligned(out + at, vector(logits.load(begin + at), begin + at, pass));
-    }
-    for (int i = thread; i < peeled.singles; i += threads) {
-      const int at = peeled.single(i);
-      out[at] = single(*logits.at(begin + at), begin + at, pass);
-    }
-  }
-
-  __device__ __forceinline__ Vector<T> vector(const Vector<T>& raw, int column, Pass& pass) const {
-    const unsigned place = unsigned(target) - unsigned(column);
-    if (place < unsigned(width)) {
-      pass.has_target = true;
-#pragma unroll
-      for (int i = 0; i < width; ++i) {
-        if (place == unsigned(i)) pass.target = raw.at[i];
+#pragma unroll 1
+      for (; v < peeled.vectors; v += threads) {
+        const int at = peeled.vector(v);
+        simt::store_words(out + at, vector(simt::load_words(from + at), begin + at));
+      }
+    } else {
+#pragma unroll 1
+      for (; v < peeled.vectors; v += threads) {
+        const int at = peeled.vector(v), column = begin + at;
+        simt::store_words(out + at, vector(logits.load(column, column + width), column));
       }
     }
-    Vector<T> written;
-#pragma unroll
-    for (int i = 0; i < width; ++i) written.at[i] = other(raw.at[i], column + i, pass);
-    return written;
-  }
-
-  __device__ __forceinline__ T single(T raw, int column, Pass& pass) const {
-    if (column == target) {
-      pass.has_target = true;
-      pass.target = raw;
+#pragma unroll 1
+    for (int i = thread; i < peeled.singles; i += threads) {
+      const int at = peeled.single(i);
+      double unused = 0;
+      from_real(other(to_real(from[at]), begin + at, unused), out[at]);
     }
-    return other(raw, column, pass);
   }
 
-  // A column that is not the target. (What it writes where it is will be written over.)
-  __device__ __forceinline__ T other(T raw, int column, Pass& pass) const {
+  __device__ __forceinline__ Words vector(const Words& raw, int column) const {
+    Real g[width];
+    double unused = 0;
+#pragma unroll
+    for (int i = 0; i < width; ++i) g[i] = other(element<T>(raw, i), column + i, unused);
+    return packed<T>(g);
+  }
+
+  // Of a column that is not the target, from its raw logit; adds to the scale's gradient.
+  __device__ __forceinline__ Real other(Real z, int column, double& sum) const {
     if constexpr (plain) {
-      const Real exp = exp_for<T>(to_real(raw) - grad.reference);
-      return stored(exp * (grad.c.p * grad.inverse_sum) + grad.constant);
+      const Real exp = exp_for<T>(z - grad.reference);
+      return fma_of(exp, grad.c.p * grad.inverse_sum, grad.constant);
     } else {
-      const Real x = transform.apply(to_real(raw));
+      const Real x = transform.apply(z);
       const Real p = exp_for<T>(x - grad.reference) * grad.inverse_sum;
       const Real log_p = (x - grad.reference) - grad.log_sum;
       const Real g = column_gradient(grad.c, p, log_p, weight(column));
-      return chained(g, raw, column != target, pass);
+      return chained(g, z, column != target, sum);
     }
   }
 
-  __device__ __forceinline__ T at_target(T raw, Pass& pass) const {
-    const Real x = plain ? to_real(raw) : transform.apply(to_real(raw));
+  __device__ __forceinline__ Real target_column(Real z, double& sum) const {
+    const Real x = plain ? z : transform.apply(z);
     const Real g = target_gradient(grad.c, (x - grad.reference) - grad.log_sum, weight(target));
-    if constexpr (plain) {
-      return stored(g);
-    } else {
-      return chained(g, raw, true, pass);
-    }
+    return plain ? g : chained(g, z, true, sum);
   }
 
   __device__ __forceinline__ Real weight(int column) const {
@@ -130,19 +118,13 @@ struct ColumnGradient {
   }
 
   // From dL/dx to dL/dz.
-  __device__ __forceinline__ T chained(Real g, T raw, bool counts, Pass& pass) const {
-    if (transform.kind() == TransformKind::identity && !with_scale) return stored(g);
-    const TransformedLogit<Real> logit = transform.with_derivatives(to_real(raw));
-    if (counts && g != Real(0) && logit.dx_dscale != Real(0)) {
-      pass.sum += double(g) * logit.dx_dscale;
+  __device__ __forceinline__ Real chained(Real g, Real z, bool counts, double& sum) const {
+    if (transform.kind() == TransformKind::identity && !with_scale) return g;
+    const TransformedLogit<Real> logit = transform.with_derivatives(z);
+    if (with_scale && counts && g != Real(0) && logit.dx_dscale != Real(0)) {
+      sum += double(g) * logit.dx_dscale;
     }
-    return stored(g * logit.dx_dz);
-  }
-
-  static __device__ __forceinline__ T stored(Real g) {
-    T out;
-    from_real(g, out);
-    return out;
+    return g * logit.dx_dz;
   }
 };
 
@@ -152,7 +134,7 @@ __device__ __forceinline__ void write_zeros(T* row, int begin, int end, int thre
   T* const at = row + begin;
   Peeled<T>(at, end - begin)
       .each(
-          thread, threads, [&](int i) { store_aligned(at + i, Vector<T>{}); },
+          thread, threads, [&](int i) { simt::store_words(at + i, Words{}); },
           [&](int i) { at[i] = T{}; });
 }
 

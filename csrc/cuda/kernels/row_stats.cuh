@@ -18,6 +18,11 @@ struct RowShare {
     return int64_t{simt::block_index_x()} * (simt::block_threads() / warp_size) +
            simt::warp_index();
   }
+  // How many rows the grid works on.
+  __device__ __forceinline__ int64_t rows_at_once() const {
+    return is_warp() ? int64_t{simt::grid_x()} * (simt::block_threads() / warp_size)
+                     : simt::grid_x() / unsigned(blocks_per_row);
+  }
   // This warp among the warps of the row, and how many there are.
   __device__ __forceinline__ int warp() const {
     if (is_warp()) return 0;

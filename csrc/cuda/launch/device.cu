@@ -2,8 +2,27 @@
 #include <cuda_runtime.h>
 
 #include "launch.h"
+#include "launcher.cuh"
 
 namespace llmloss::cuda {
+namespace {
+
+// The largest cluster that the current device can run: a part of a device, or one with units
+// switched off, may have too few multiprocessors together for what its architecture promises.
+__global__ void __launch_bounds__(32 * max_warps_per_block) cluster_probe_kernel() {}
+
+int largest_cluster(int promised, int64_t shared_bytes) {
+  for (int cluster = promised; cluster > 1; cluster /= 2) {
+    int count = 0;
+    const Shape shape{cluster, 32 * max_warps_per_block, shared_bytes, cluster};
+    if (active_clusters(cluster_probe_kernel, shape, count) == cudaSuccess && count > 0)
+      return cluster;
+    cudaGetLastError();  // answered: what follows must not find it
+  }
+  return 1;
+}
+
+}  // namespace
 
 int device_limits(int device, DeviceLimits& limits) {
   int shared_per_block = 0, shared_per_multiprocessor = 0, has_clusters = 0, major = 0;
@@ -23,7 +42,8 @@ int device_limits(int device, DeviceLimits& limits) {
   limits.shared_per_block = shared_per_block;
   limits.shared_per_multiprocessor = shared_per_multiprocessor;
   // Sixteen blocks on the data centre's chips; others promise eight.
-  limits.max_cluster = !has_clusters ? 1 : major == 9 || major == 10 ? 16 : 8;
+  const int promised = !has_clusters ? 1 : major == 9 || major == 10 ? 16 : 8;
+  limits.max_cluster = largest_cluster(promised, shared_per_block);
   return cudaSuccess;
 }
 

@@ -25,8 +25,18 @@ bool is_plain(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out) {
 template <typename T>
 bool is_plain(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
               const GradOutputs<T>& out) {
+  const bool has_mean =
+      source.from_loss ? source.options.needs_mean() : source.mean_log_prob != nullptr;
   return in.transform.kind() == TransformKind::identity && source.entropy == nullptr &&
-         in.weights.is_constant() && out.grad_scale == nullptr;
+         (!has_mean || in.weights.is_constant()) && out.grad_scale == nullptr;
+}
+
+// The fused kernel whose halves are those that row_stats and row_grad would be: the bits are
+// theirs.
+template <typename T, bool staged>
+auto fused_of(bool plain_stats, bool plain_grad) {
+  if (plain_stats && plain_grad) return fused_kernel<T, true, true, staged>;
+  return plain_grad ? fused_kernel<T, false, true, staged> : fused_kernel<T, false, false, staged>;
 }
 
 inline RowShare share_of(const SharePlan& plan) {
@@ -61,17 +71,18 @@ template <typename T>
 int RowKernels<T>::fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
                          const GradSource<Real>& source, const GradOutputs<T>& grad,
                          const FusedPlan& plan, void* stream) {
-  const bool plain = is_plain(in, out) && is_plain(in, source, grad);
-  const auto kernel = plain ? fused_kernel<T, true> : fused_kernel<T, false>;
-  return launch(kernel, {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster}, stream, in,
-                out, source, grad, chunks_of(plan.chunks), plan.slice_chunks, plan.is_staged);
+  const auto kernel = plan.is_staged
+                          ? fused_of<T, true>(is_plain(in, out), is_plain(in, source, grad))
+                          : fused_of<T, false>(is_plain(in, out), is_plain(in, source, grad));
+  return launch(kernel, {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster, true}, stream,
+                in, out, source, grad, chunks_of(plan.chunks), plan.slice_chunks);
 }
 
 template <typename T>
 int RowKernels<T>::scale(T* data, const RowLayout& layout, int64_t rows, int64_t columns,
-                         const Real* factor, const GradPlan& plan, void* stream) {
-  return launch(scale_kernel<T>, {plan.share.blocks, plan.share.threads}, stream, data, layout,
-                rows, columns, factor, share_of(plan.share));
+                         const Real* factor, const SharePlan& plan, void* stream) {
+  return launch(scale_kernel<T>, {plan.blocks, plan.threads}, stream, data, layout, rows, columns,
+                factor, share_of(plan));
 }
 
 // One block for a sum over the rows.

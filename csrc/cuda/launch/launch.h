@@ -25,7 +25,7 @@ struct RowKernels {
                    const GradSource<Real>& source, const GradOutputs<T>& grad,
                    const FusedPlan& plan, void* stream);
   static int scale(T* data, const RowLayout& layout, int64_t rows, int64_t columns,
-                   const Real* factor, const GradPlan& plan, void* stream);
+                   const Real* factor, const SharePlan& plan, void* stream);
 };
 
 template <typename Real>
@@ -36,7 +36,7 @@ struct LossKernels {
   static int sum(const Real* values, int64_t count, Real* sum, void* stream);
 };
 
-// The limits of a device of this process. Returns a cudaError_t.
+// The limits of the current device, whose index is `device`. Returns a cudaError_t.
 int device_limits(int device, DeviceLimits& limits);
 
 const char* error_string(int error);

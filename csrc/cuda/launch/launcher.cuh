@@ -10,6 +10,7 @@ struct Shape {
   int threads;
   int64_t shared_bytes = 0;
   int cluster = 1;
+  bool prefers_shared = false;  // to L1, where the two share their memory
 };
 
 #if defined(LLMLOSS_SIMT)
@@ -45,8 +46,19 @@ int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream,
   };
   constexpr int always_allowed = 48 << 10, portable_cluster = 8;
   if (shape.shared_bytes > always_allowed) {
+    // The device's most, whatever this launch needs: another thread's launch of the same kernel may
+    // need more, and these settings are the kernel's, not the launch's.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) error = allow(cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error != cudaSuccess) return error;
+  }
+  if (shape.prefers_shared) {
     const cudaError_t error =
-        allow(cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+        allow(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;
   }
   if (shape.cluster > portable_cluster) {
@@ -54,6 +66,29 @@ int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream,
     if (error != cudaSuccess) return error;
   }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// How many clusters of that shape the current device can run at once. Returns a cudaError_t.
+template <typename... Parameters>
+int active_clusters(void (*kernel)(Parameters...), const Shape& shape, int& count) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  const cudaError_t errors[] = {
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           int(shape.shared_bytes)),
+      cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)};
+  for (const cudaError_t error : errors) {
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(shape.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(shape.cluster));
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = size_t(shape.shared_bytes);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaOccupancyMaxActiveClusters(&count, function, &config);
 }
 
 #endif

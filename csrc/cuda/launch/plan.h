@@ -20,10 +20,17 @@ inline constexpr int64_t tile_bytes = 32 * 8 * 16;  // lanes, vectors for each, 
 inline constexpr int max_chunks = 256;
 // Statistics and gradient of different rows overlap where several blocks share a multiprocessor.
 inline constexpr int fused_blocks_per_multiprocessor = 3;
+inline constexpr int scale_threads = 1024;        // of a multiprocessor
 inline constexpr int64_t reserved_shared = 1024;  // bytes, for each block, by the system
-inline constexpr int64_t shortest_fused = 1024;   // bytes of a row
+inline constexpr int fewest_chunks = 2;  // of a block, where few rows are spread over clusters
+inline constexpr int64_t shortest_fused = 1024;  // bytes of a row
 inline constexpr int64_t max_blocks = 0x7fffffff;
 inline constexpr int64_t max_columns = int64_t{1} << 30;  // kernels count columns in 32 bits
+
+// Of a row as it lies in memory, padding included.
+inline void check_columns(int64_t columns) {
+  if (columns > max_columns) throw std::invalid_argument("rows have too many columns");
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -35,7 +42,7 @@ struct ChunkPlan {
 };
 
 inline ChunkPlan plan_chunks(int64_t vocab_size, int64_t element_bytes) {
-  if (vocab_size > max_columns) throw std::invalid_argument("rows have too many columns");
+  check_columns(vocab_size);
   int columns = int(tile_bytes / element_bytes);
   while (ceil_div(vocab_size, columns) > max_chunks) columns *= 2;
   return {columns, int(ceil_div(vocab_size, columns))};
@@ -56,6 +63,8 @@ inline SharePlan plan_share(int64_t rows, int64_t units, const DeviceLimits& dev
   while (warps < max_warps_per_block && units >= 4 * warps) warps *= 2;
   int64_t blocks_per_row = 1;
   if (may_split && warps > 1 && rows < device.multiprocessors) {
+    // Smaller blocks, if that is what it takes to reach all multiprocessors.
+    while (warps > 2 && rows * ceil_div(units, warps) < device.multiprocessors) warps /= 2;
     // Two blocks for each multiprocessor, as far as every warp has work.
     const int64_t wanted =
         ceil_div(2 * int64_t{device.multiprocessors}, std::max<int64_t>(rows, 1));
@@ -91,10 +100,22 @@ struct GradPlan {
 // with_scale: the scale's gradient is summed over a row by one block.
 inline GradPlan plan_grad(int64_t rows, int64_t columns, int64_t element_bytes, bool with_scale,
                           const DeviceLimits& device) {
-  if (columns > max_columns) throw std::invalid_argument("rows have too many columns");
+  check_columns(columns);
   const int64_t tiles = ceil_div(columns * element_bytes, tile_bytes);
   const SharePlan share = plan_share(rows, tiles, device, !with_scale);
   return {share, with_scale ? share.warps_per_row * int64_t{sizeof(double)} : 0};
+}
+
+// A factor of 1, the common case, costs the start of the blocks alone: no more than the device
+// holds at once, which then walk over the rows.
+inline SharePlan plan_scale(int64_t rows, int64_t columns, int64_t element_bytes,
+                            const DeviceLimits& device) {
+  SharePlan share = plan_grad(rows, columns, element_bytes, false, device).share;
+  if (share.blocks_per_row == 1) {
+    const int64_t resident = int64_t{device.multiprocessors} * scale_threads / share.threads;
+    share.blocks = std::min(share.blocks, std::max<int64_t>(resident, 1));
+  }
+  return share;
 }
 
 struct FusedPlan {
@@ -124,22 +145,25 @@ inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_by
       device.shared_per_multiprocessor / fused_blocks_per_multiprocessor - reserved_shared);
   int cluster = 1;
   while (cluster < device.max_cluster && shared_bytes(cluster) > comfortable) cluster *= 2;
-  // Few rows: more blocks for each, while every warp has a chunk.
+  // Few rows: more blocks for each, while a block has a few chunks. Its own memory bounds what a
+  // multiprocessor takes in, not the number of its warps.
   while (cluster < device.max_cluster && rows * cluster * 2 <= device.multiprocessors &&
-         plan.chunks.count >= 2 * cluster * max_warps_per_block) {
+         plan.chunks.count >= 2 * cluster * fewest_chunks) {
     cluster *= 2;
   }
   plan.is_staged = shared_bytes(cluster) <= device.shared_per_block;
   plan.cluster = plan.is_staged ? cluster : 1;
   plan.slice_chunks = slice_chunks(plan.cluster);
   plan.shared_bytes = plan.is_staged ? shared_bytes(cluster) : states;
-  const int warps = int(std::clamp<int64_t>(plan.slice_chunks, 1, max_warps_per_block));
+  // A warp for each chunk, and for the gradient, which is not bound to chunks, at least four.
+  const int64_t busy = plan.chunks.count < 4 ? 1 : 4;
+  const int warps = int(std::clamp<int64_t>(plan.slice_chunks, busy, max_warps_per_block));
   plan.threads = 32 * warps;
   plan.blocks = rows * plan.cluster;
   // The shortest rows are better off with a warp each, and few long ones with the whole device.
   const bool is_short = vocab_size * element_bytes < shortest_fused;
   const bool is_idle =
-      2 * plan.blocks < device.multiprocessors && plan.slice_chunks > 2 * max_warps_per_block;
+      2 * plan.blocks < device.multiprocessors && plan.slice_chunks > max_warps_per_block;
   plan.is_fused = !with_scale && !is_short && !is_idle && plan.blocks <= max_blocks;
   return plan;
 }
