@@ -171,18 +171,18 @@ class LanguageModelLoss(torch.nn.Module):
 
     def forward(
         self,
-        input: Tensor,
+        logits: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         linear_weight: Tensor | None = None,
         linear_bias: Tensor | None = None,
     ) -> Tensor:
         """The same as `compute_loss`."""
-        return self.compute_loss(input, input_ids, attention_mask, linear_weight, linear_bias)
+        return self.compute_loss(logits, input_ids, attention_mask, linear_weight, linear_bias)
 
     def compute_loss(
         self,
-        input: Tensor,
+        logits: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         linear_weight: Tensor | None = None,
@@ -191,7 +191,7 @@ class LanguageModelLoss(torch.nn.Module):
         """The mean loss of what position i predicts, for ``input_ids[..., i + 1]``.
 
         Args:
-            input: Logits (..., S, V); hidden states (..., S, D) if ``linear_weight`` is given,
+            logits: Logits (..., S, V); hidden states (..., S, D) if ``linear_weight`` is given,
                 whose logits are then never in memory whole.
             input_ids: (..., S), int64 or int32.
             attention_mask: (..., S); tokens where it is 0 are no targets.
@@ -206,9 +206,9 @@ class LanguageModelLoss(torch.nn.Module):
         """
         if self.confidence_penalty:
             return self._from_statistics(
-                input, input_ids, attention_mask, linear_weight, linear_bias, with_rank=False
+                logits, input_ids, attention_mask, linear_weight, linear_bias, with_rank=False
             )[0]
-        targets, ignore_index = self._targets(input, input_ids, attention_mask, linear_weight)
+        targets, ignore_index = self._targets(logits, input_ids, attention_mask, linear_weight)
         check_projection(linear_weight, linear_bias=linear_bias)
         options: dict[str, Any] = {
             "ignore_index": ignore_index,
@@ -217,14 +217,14 @@ class LanguageModelLoss(torch.nn.Module):
             "vocab_size": self.vocab_size,
         }
         if linear_weight is None:
-            return functional.cross_entropy(classes_last(input, targets), targets, **options)
+            return functional.cross_entropy(classes_last(logits, targets), targets, **options)
         return linear_cross_entropy(
-            input, linear_weight, targets, linear_bias=linear_bias, **options
+            logits, linear_weight, targets, linear_bias=linear_bias, **options
         )
 
     def compute_loss_with_stats(
         self,
-        input: Tensor,
+        logits: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         linear_weight: Tensor | None = None,
@@ -241,7 +241,7 @@ class LanguageModelLoss(torch.nn.Module):
             ValueError: The shapes do not fit.
         """
         loss, stats, valid = self._from_statistics(
-            input, input_ids, attention_mask, linear_weight, linear_bias, with_rank=True
+            logits, input_ids, attention_mask, linear_weight, linear_bias, with_rank=True
         )
         tokens = valid.sum()
         rank = stats.rank
@@ -254,7 +254,7 @@ class LanguageModelLoss(torch.nn.Module):
 
     def _from_statistics(
         self,
-        input: Tensor,
+        logits: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         linear_weight: Tensor | None,
@@ -263,9 +263,9 @@ class LanguageModelLoss(torch.nn.Module):
         with_rank: bool,
     ) -> tuple[Tensor, functional.TokenStats, Tensor]:
         """The mean loss, the statistics, and which tokens have a target."""
-        targets, ignore_index = self._targets(input, input_ids, attention_mask, linear_weight)
+        targets, ignore_index = self._targets(logits, input_ids, attention_mask, linear_weight)
         stats = statistics(
-            input, targets, linear_weight, linear_bias, ignore_index=ignore_index,
+            logits, targets, linear_weight, linear_bias, ignore_index=ignore_index,
             vocab_size=self.vocab_size, with_rank=with_rank,
         )  # fmt: skip
         objective = Objective(self.label_smoothing, self.z_loss, self.confidence_penalty)
@@ -275,27 +275,27 @@ class LanguageModelLoss(torch.nn.Module):
 
     def _targets(
         self,
-        input: Tensor,
+        logits: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         linear_weight: Tensor | None,
     ) -> tuple[Tensor, int]:
         """The target of each position, and what stands where there is none."""
-        columns = input.shape[-1:] if linear_weight is None else linear_weight.shape[:1]
-        if input.dim() < 2 or columns[0] < self.vocab_size:
+        columns = logits.shape[-1:] if linear_weight is None else linear_weight.shape[:1]
+        if logits.dim() < 2 or columns[0] < self.vocab_size:
             raise ValueError(
                 f"expected logits (..., S, V) of at least {self.vocab_size} columns, or hidden "
-                f"states and a weight of as many rows; got {tuple(input.shape)}"
+                f"states and a weight of as many rows; got {tuple(logits.shape)}"
                 + ("" if linear_weight is None else f" and {tuple(linear_weight.shape)}")
             )
         # No token has the id -100.
         by_mask = attention_mask is not None and self.ignore_index_is_pad
         ignore_index = -100 if by_mask else self.ignore_index
         targets = next_token_targets(input_ids, ignore_index, attention_mask)
-        if targets.shape != input.shape[:-1]:
+        if targets.shape != logits.shape[:-1]:
             raise ValueError(
-                f"expected input_ids {tuple(input.shape[:-1])} for logits or hidden states "
-                f"{tuple(input.shape)}, got {tuple(input_ids.shape)}"
+                f"expected input_ids {tuple(logits.shape[:-1])} for logits or hidden states "
+                f"{tuple(logits.shape)}, got {tuple(input_ids.shape)}"
             )
         return targets, ignore_index
 
@@ -348,7 +348,7 @@ class LabelSmoothingCrossEntropy(torch.nn.Module):
 
 
 def confidence_penalty_loss(
-    input: Tensor,
+    logits: Tensor,
     target: Tensor,
     beta: float = 0.1,
     *,
@@ -359,7 +359,7 @@ def confidence_penalty_loss(
     """Cross entropy - beta entropy, the mean over tokens (Pereyra et al. 2017).
 
     Args:
-        input: Logits (..., V); hidden states (..., D) if ``linear_weight`` is given, whose logits
+        logits: Logits (..., V); hidden states (..., D) if ``linear_weight`` is given, whose logits
             are then never in memory whole.
         target: (...).
         beta: >= 0.
@@ -376,6 +376,6 @@ def confidence_penalty_loss(
     objective = Objective(confidence_penalty=beta)
     if not 0.0 <= beta < math.inf:
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
-    stats = statistics(input, target, linear_weight, linear_bias, ignore_index=ignore_index)
+    stats = statistics(logits, target, linear_weight, linear_bias, ignore_index=ignore_index)
     tokens = (target != ignore_index).sum()
     return composite.total(objective.rows(stats, target, ignore_index)) / tokens
