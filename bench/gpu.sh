@@ -44,7 +44,7 @@ test_() {
 sanitize() {
   local tool
   for tool in memcheck racecheck; do
-    step "$tool" 70 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    step "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$python" -m pytest -q -m cuda -p no:cacheprovider \
       -k "not (test_every_plan and (torch.float16 or torch.float64))" \

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -98,6 +98,49 @@ def test_a_cuda_graph_can_be_replayed() -> None:
         assert torch.equal(static.grad, grad)
 
 
+def replayed(run: Callable[[Tensor, Tensor], tuple[Tensor, ...]], logits: Tensor) -> None:
+    """A captured call gives, for new logits, what the same call gives at once."""
+    target = torch.randint(0, logits.shape[1], logits.shape[:1], device="cuda")
+    static = logits.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(static.clone(), target)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(static * 1, target)
+    for _ in range(2):
+        fresh = torch.randn_like(logits)
+        static.copy_(fresh)
+        graph.replay()
+        for result, expected in zip(results, run(fresh.clone(), target), strict=True):
+            assert torch.equal(result, expected)
+
+
+# Clusters of four and of sixteen blocks, and a row that the whole device splits.
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128256), (1, 262144), (1, 3_000_000)])
+def test_in_place_in_a_cuda_graph(rows: int, columns: int) -> None:
+    def run(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        anchor = torch.zeros((), device="cuda", requires_grad=True)
+        loss = cross_entropy(Passed.apply(logits, anchor), target, inplace=True)
+        loss.backward()
+        return loss.detach(), logits
+
+    replayed(run, torch.randn(rows, columns, device="cuda").bfloat16())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 32000), (1, 262144)])
+def test_statistics_in_a_cuda_graph(rows: int, columns: int) -> None:
+    def run(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        leaf = logits.requires_grad_()
+        stats = token_stats(leaf, target, with_rank=True)
+        (grad,) = torch.autograd.grad((stats.log_prob + stats.entropy).sum(), leaf)
+        return stats.log_prob.detach(), stats.entropy.detach(), stats.rank, grad
+
+    replayed(run, torch.randn(rows, columns, device="cuda"))
+
+
 def test_another_stream() -> None:
     logits, target = make(256, 32000)
     expected, expected_grad = step(logits, target)
@@ -172,7 +215,7 @@ def test_compiled_with_cuda_graphs() -> None:
 
 def test_more_than_32_bits_of_elements() -> None:
     rows, columns = 33_000, 131_072
-    need = 2 * rows * columns + (2 << 30)
+    need = 2 * 2 * rows * columns + (2 << 30)
     if torch.cuda.mem_get_info()[0] < need:
         pytest.skip(f"needs {need >> 30} GiB of free device memory")
     logits = torch.zeros(rows, columns, device="cuda", dtype=torch.bfloat16)
@@ -183,6 +226,11 @@ def test_more_than_32_bits_of_elements() -> None:
     expected = token_stats(last, target)
     assert torch.equal(token_stats(logits, targets).log_prob[-8:], expected.log_prob)
     _, expected_grad = step(last, target, reduction="sum")
+    leaf = logits.requires_grad_()
+    (grad,) = torch.autograd.grad(cross_entropy(leaf, targets, reduction="sum"), leaf)
+    assert torch.equal(grad[-8:], expected_grad)
+    del leaf, grad
+    logits = logits.detach()
     anchor = torch.zeros((), device="cuda", requires_grad=True)
     cross_entropy(Passed.apply(logits, anchor), targets, inplace=True, reduction="sum").backward()
     assert torch.equal(logits[-8:], expected_grad)

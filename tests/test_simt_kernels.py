@@ -144,10 +144,7 @@ def test_statistics_at_every_kind_of_size(kernels: Any, dtype: str, columns: int
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("columns", [61, 6200])
-def test_statistics_with_options(
-    kernels: Any, dtype: str, option: str, columns: int, schedule: Any
-) -> None:
-    kernels.set_schedule(*schedule)
+def test_statistics_with_options(kernels: Any, dtype: str, option: str, columns: int) -> None:
     if option == "large offset" and dtype == "float16":
         pytest.skip("10,000 leaves float16 a step of 8")
     for extra in ({}, {"vocab_size": columns - 5}):
@@ -247,10 +244,7 @@ def test_gradients_at_every_kind_of_size(kernels: Any, dtype: str, columns: int)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("columns", [61, 6200])
-def test_gradients_with_options(
-    kernels: Any, dtype: str, option: str, columns: int, schedule: Any
-) -> None:
-    kernels.set_schedule(*schedule)
+def test_gradients_with_options(kernels: Any, dtype: str, option: str, columns: int) -> None:
     if option == "large offset" and dtype == "float16":
         pytest.skip("10,000 leaves float16 a step of 8")
     rng = np.random.default_rng(1)

@@ -1,7 +1,8 @@
-"""Runs the emulated kernels' tests under AddressSanitizer and UBSan, for two types of logits.
+"""Runs the emulated kernels' tests under AddressSanitizer and UBSan.
 
-Between them these have every kind of misalignment, and both types of arithmetic. The sanitizers'
-run-time must be in the process before anything else: this starts pytest with it.
+bfloat16 and float64 have every kind of misalignment between them, and both types of arithmetic; the
+other two types of logits run two families that reach every kernel. The sanitizers' run-time must be
+in the process before anything else: this starts pytest with it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main() -> int:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [str(TESTS / "test_simt_kernels.py"), "-k"]
     # The other schedules run the same code in another order.
-    command += ["(bfloat16 or float64) and not reverse and not random"]
+    command += [
+        "(bfloat16 or float64 or fused_with_options or int32) and not reverse and not random"
+    ]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
