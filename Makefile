@@ -127,8 +127,7 @@ sanitize: $(SETUP)  ## The same under AddressSanitizer and UBSan
 bench: build  ## Times the losses beside torch and the machine's limits, and writes a report (two minutes)
 	@$(PY) -m bench run --suite quick --out runs/bench --overwrite
 
-bench-readme: demo  ## Measures what README quotes (about twenty minutes), and writes it there
-	@mkdir -p bench/results/demo && cp runs/demo/summary.json bench/results/demo/
+bench-readme: build  ## Measures what README quotes (about twenty minutes), and writes it there
 	@$(PY) -m bench run --suite cpu --out bench/results/cpu --overwrite
 	@$(PY) -m bench readme
 

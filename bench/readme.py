@@ -5,8 +5,6 @@ Between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` stands what ``BLOCK
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +19,6 @@ from llmloss_ext.cli.training.files import replace_file, writing
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CPU_RESULTS = ROOT / "bench" / "results" / "cpu"
-DEMO = ROOT / "bench" / "results" / "demo" / "summary.json"
-"""Written by `llmloss train`, as `make demo` runs it."""
 
 _BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 
@@ -172,31 +168,9 @@ def _times_faster(few: Row | None, whole: Row) -> str:
     return f"{times[1] / times[0]:.1f} times faster" if times[0] and times[1] else "not measured"
 
 
-def _demo(_: Results) -> str:
-    try:
-        run = json.loads(DEMO.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {DEMO}: {error}") from error
-    before, after = run["validation_loss"]
-    rows = [
-        [f"`{one['kind']}`", f"{one['loss']:.5f}", f"{milliseconds(one['seconds'])} ms",
-         f"{mebibytes(one['peak_bytes'])} MiB"]
-        for one in run["losses"]
-    ]  # fmt: skip
-    table = Table("", ["`--loss`", "loss", "time in head and loss", "peak of the step"], rows)
-    return (
-        f"`make demo`, {run['run']}: {run['steps']} steps in {run['seconds']:.0f} s, validation "
-        f"loss from {before:.2f} to {after:.2f}\n(perplexity {math.exp(before):,.0f} to "
-        f"{math.exp(after):,.0f}), {mebibytes(run['peak_bytes'])} MiB at the peak. One "
-        f"micro-batch of {run['micro_batch_tokens']:,} tokens, forward and backward with the same "
-        f"weights:\n\n{table.markdown()}"
-    )
-
-
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "machine": _machine,
     "speed": _speed,
     "linear": _linear,
     "options": _options,
-    "demo": _demo,
 }
