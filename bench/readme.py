@@ -131,11 +131,13 @@ def _options(results: Results) -> str:
         for row in results.of_figure("small")
         if (ratio := row.times_faster("torch"))
     ]
-    return (
+    text = (
         f"What an option costs, forward and backward, over plain cross entropy: {', '.join(costs)}."
-        f"\nWith half of the rows ignored: {', '.join(ignored)}. A small call (8 x 1000) takes "
-        f"{', '.join(small)} of eager torch's time."
+        f"\nWith half of the rows ignored: {', '.join(ignored)}."
     )
+    if small:
+        text += f" A small call (8 x 1000) takes {', '.join(small)} of eager torch's time."
+    return text
 
 
 def _duration(row: Row, name: str) -> str:
