@@ -830,6 +830,9 @@ def rank_of_two(rank: int, folder: str) -> None:
         results.append([(p.grad, q.grad) for p, q in
                         zip(model.parameters(), alone.parameters(), strict=True)])  # fmt: skip
     torch.save(results, f"{folder}/{rank}.pt")
+    # Before the group, whose threads its hooks may wait for; and none before the other is done.
+    del parallel
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -161,6 +161,9 @@ def _rank(rank: int, folder: str, results: object) -> None:
             group=torch.distributed.group.WORLD,
         )
         results.put((rank, float(total), model.weight.grad.tolist()))
+        # Before the group, whose threads its hooks may wait for; and none before the other is done.
+        del parallel
+        torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
