@@ -35,7 +35,7 @@ def _gradient(input: Tensor) -> Tensor:
 @torch.library.register_fake("llmloss::token_stats")
 def _token_stats_fake(
     input, target, weight, logit_scale, scale, softcap, ignore_index, vocab_size,
-    with_entropy, with_mean_log_prob, with_rank,
+    with_entropy, with_mean_log_prob, with_rank, of_shard=False,
 ):  # fmt: skip
     def one(asked: bool, dtype: torch.dtype) -> Tensor:
         return input.new_empty(_row_shape(input) if asked else (0,), dtype=dtype)
@@ -55,7 +55,7 @@ def _token_stats_fake(
 @torch.library.register_fake("llmloss::token_stats_backward")
 def _token_stats_backward_fake(
     grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob, input, target, weight, logit_scale,
-    scale, softcap, ignore_index, vocab_size, entropy, state, with_grad_scale,
+    scale, softcap, ignore_index, vocab_size, entropy, state, with_grad_scale, of_shard=False,
 ):  # fmt: skip
     return _gradient(input), _scalar(input, with_grad_scale)
 
@@ -63,7 +63,7 @@ def _token_stats_backward_fake(
 @torch.library.register_fake("llmloss::token_stats_backward_")
 def _token_stats_backward_inplace_fake(
     grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob, input, target, weight, logit_scale,
-    scale, softcap, ignore_index, vocab_size, entropy, state, with_grad_scale,
+    scale, softcap, ignore_index, vocab_size, entropy, state, with_grad_scale, of_shard=False,
 ):  # fmt: skip
     return _scalar(input, with_grad_scale)
 

@@ -27,7 +27,8 @@ class Problem:
 
     ``target`` holds class indices (rows) or probabilities (rows, columns). ``label_smoothing``
     belongs to the loss, but it also mixes probability targets with the uniform distribution, and so
-    takes part in their weighted mean.
+    takes part in their weighted mean. Of a shard, the columns are a part of the classes, and a
+    target of -1 is in another part.
     """
 
     logits: Floats
@@ -40,6 +41,7 @@ class Problem:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     token_weight: Floats | None = None
+    of_shard: bool = False
 
     @property
     def rows(self) -> int:
@@ -67,7 +69,19 @@ class Problem:
     def out_of_range(self) -> Bools:
         if not self.has_indices:
             return np.zeros(self.rows, bool)
-        return np.asarray(~self.ignored & ((self.target < 0) | (self.target >= self.vocab)))
+        outside = (self.target < 0) | (self.target >= self.vocab)
+        return np.asarray(~self.ignored & ~self.elsewhere & outside)
+
+    @property
+    def elsewhere(self) -> Bools:
+        if not self.has_indices or not self.of_shard:
+            return np.zeros(self.rows, bool)
+        return np.asarray(self.target == -1)
+
+    @property
+    def has_column(self) -> Bools:
+        """Whether the target is one of the columns."""
+        return self.valid & ~self.elsewhere & self.has_indices
 
     @property
     def valid(self) -> Bools:
@@ -78,7 +92,7 @@ class Problem:
         """The target's column; 0 where there is none."""
         if not self.has_indices:
             return np.zeros(self.rows, np.int64)
-        return np.where(self.valid, self.target, 0).astype(np.int64)
+        return np.where(self.has_column, self.target, 0).astype(np.int64)
 
     @property
     def class_weight(self) -> Floats:
@@ -91,7 +105,7 @@ class Problem:
         """w_y, which weighs a row's loss; the weights of probabilities are in their mean."""
         if not self.has_indices:
             return np.ones(self.rows)
-        return np.where(self.valid, self.class_weight[self.index], 1.0)
+        return np.where(self.has_column, self.class_weight[self.index], 1.0)
 
     @property
     def tokens(self) -> Floats:
@@ -159,7 +173,7 @@ def row_stats(problem: Problem) -> Stats:
         a = problem.column_weights
         # Without a target column the target's logit counts as 0.
         rows = np.arange(problem.rows)
-        target_logit = x[rows, problem.index] if problem.has_indices else np.zeros(problem.rows)
+        target_logit = np.where(problem.has_column, x[rows, problem.index], 0.0)
         stats = {
             "log_prob": (target_logit - reference) - log_sum,
             "lse": reference + log_sum,
@@ -204,8 +218,7 @@ def stats_gradient(
         log_p = stats.log_p
         p = np.exp(log_p)
         onehot = np.zeros_like(p)
-        if problem.has_indices:
-            onehot[np.arange(problem.rows), problem.index] = 1
+        onehot[np.arange(problem.rows), problem.index] = problem.has_column
         a = problem.column_weights
         h = -_product(p, log_p).sum(1, keepdims=True)
         g = column(log_prob) * (onehot - p) + column(lse) * p

@@ -67,6 +67,8 @@ def problem(columns: int, rows: int = 3, seed: int = 0, **options: Any) -> Probl
     target: Any = rng.integers(0, vocab, rows)
     if rows > 1:
         target[1] = options.get("ignore_index", -100)
+    if options.get("of_shard"):
+        target[0] = -1
     if options.pop("probabilities", False):
         target = rng.dirichlet(np.ones(columns), rows)
     if options.pop("weighted", False):
@@ -129,6 +131,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "columns masked by -inf": {"masked": True},
     "large offset": {"offset": 1e4},
     "z-loss and smoothing": {"z_loss": 1e-2, "label_smoothing": 0.2, "token_weighted": True},
+    "a shard": {"of_shard": True, "softcap": 5.0},
     "another ignore_index": {"ignore_index": 2, "token_weighted": True},
 }
 

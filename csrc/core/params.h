@@ -29,6 +29,7 @@ struct Targets {
   const void* data = nullptr;  // null: probability targets
   bool is_int64 = true;
   int64_t ignore_index = -100;
+  bool of_shard = false;  // the columns are a part of the classes: see is_elsewhere
 
   LLMLOSS_HD int64_t operator[](int64_t row) const {
     return is_int64 ? static_cast<const int64_t*>(data)[row]
@@ -38,8 +39,10 @@ struct Targets {
   LLMLOSS_HD bool ignored(int64_t row) const {
     return are_indices() && (*this)[row] == ignore_index;
   }
+  // Whether the target, -1, is a column of another shard: the row takes part, without a target.
+  LLMLOSS_HD bool is_elsewhere(int64_t row) const { return of_shard && (*this)[row] == -1; }
   LLMLOSS_HD bool in_range(int64_t row, int64_t vocab_size) const {
-    return !are_indices() || ((*this)[row] >= 0 && (*this)[row] < vocab_size);
+    return !are_indices() || is_elsewhere(row) || ((*this)[row] >= 0 && (*this)[row] < vocab_size);
   }
 };
 
@@ -86,6 +89,7 @@ struct RowInputs {
 // Ignored rows: 0, with argmax -1 and rank vocab_size, and their logits are not read.
 // Rows whose target lies outside [0, vocab_size): nan, with argmax -1 and rank vocab_size. (The CPU
 // operators refuse such targets; a GPU cannot without a synchronisation.)
+// Rows whose target is elsewhere: log_prob and rank say nothing.
 template <typename Real>
 struct RowOutputs {
   Real* log_prob = nullptr;

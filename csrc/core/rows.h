@@ -16,10 +16,16 @@ LLMLOSS_HD bool is_active(const RowInputs<T>& in, int64_t row) {
 // The target of a row, read before anything is written: the gradient may lie over the logits.
 template <typename Real>
 struct Target {
-  int64_t column = -1;  // -1: probability targets
+  int64_t column = -1;  // -1: none here, or probability targets
   Real logit = 0;       // transformed
   Real weight = 1;      // of its class
 };
+
+// Whether an active row has a target among its columns.
+template <typename T>
+LLMLOSS_HD bool target_is_here(const RowInputs<T>& in, int64_t row) {
+  return in.targets.are_indices() && !in.targets.is_elsewhere(row);
+}
 
 template <typename Real, typename From>
 LLMLOSS_HD void write_statistics(const RowOutputs<Real>& out, int64_t row,

@@ -136,7 +136,7 @@ RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, Wa
 
 template <typename T>
 Target<real_t<T>> target_of(const RowReader<T>& reader, const RowInputs<T>& in, int64_t row) {
-  if (!is_active(in, row) || !in.targets.are_indices()) return {};
+  if (!is_active(in, row) || !target_is_here(in, row)) return {};
   const int64_t column = in.targets[row];
   return {column, reader.logit(column), in.weights.of_class(column)};
 }

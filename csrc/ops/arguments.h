@@ -149,6 +149,7 @@ struct LogitArguments {
   double softcap;  // 0: none
   int64_t ignore_index;
   int64_t vocab_size;
+  bool of_shard = false;  // see Targets
 };
 
 struct LossArguments {
@@ -196,7 +197,7 @@ struct Problem {
       STD_TORCH_CHECK(this->target.numel() == rows.rows, "llmloss: expected ", rows.rows,
                       " targets, got ", this->target.numel());
       rows.targets = {this->target.data_ptr(), this->target.scalar_type() == ScalarType::Long,
-                      logits.ignore_index};
+                      logits.ignore_index, logits.of_shard};
       // No rows: data_ptr may be null, which would mean probability targets.
       if (rows.targets.data == nullptr) rows.targets.data = this;
     } else {

@@ -20,13 +20,15 @@ struct Operators {
   using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   // log_prob, lse, entropy, mean_log_prob, argmax, rank, state. What is not asked has no elements.
+  // of_shard: the columns are a part of the classes, and a target of -1 is in another part.
   static Stats token_stats(Tensor input, Tensor target, MaybeTensor weight, MaybeTensor logit_scale,
                            double scale, double softcap, int64_t ignore_index, int64_t vocab_size,
-                           bool with_entropy, bool with_mean_log_prob, bool with_rank) {
+                           bool with_entropy, bool with_mean_log_prob, bool with_rank,
+                           bool of_shard) {
     return dispatch(input, [&]<typename T>() -> Stats {
       using Real = real_t<T>;
-      const Problem<T> problem(input, target,
-                               {weight, logit_scale, scale, softcap, ignore_index, vocab_size});
+      const Problem<T> problem(
+          input, target, {weight, logit_scale, scale, softcap, ignore_index, vocab_size, of_shard});
       Backend backend(input);
       backend.check_targets(problem);
       const auto shape = problem.row_shape();
@@ -62,27 +64,25 @@ struct Operators {
       MaybeTensor grad_log_prob, MaybeTensor grad_lse, MaybeTensor grad_entropy,
       MaybeTensor grad_mean_log_prob, Tensor input, Tensor target, MaybeTensor weight,
       MaybeTensor logit_scale, double scale, double softcap, int64_t ignore_index,
-      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale) {
+      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale, bool of_shard) {
     const Tensor grad_input = Backend(input).new_gradient(input);
     const Tensor grad_scale = token_stats_backward_into(
         grad_input, {grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob}, input, target,
-        {weight, logit_scale, scale, softcap, ignore_index, vocab_size}, entropy, state,
+        {weight, logit_scale, scale, softcap, ignore_index, vocab_size, of_shard}, entropy, state,
         with_grad_scale);
     return {grad_input, grad_scale};
   }
 
   // The same, with the input's gradient written over the input.
-  static Tensor token_stats_backward_inplace(MaybeTensor grad_log_prob, MaybeTensor grad_lse,
-                                             MaybeTensor grad_entropy,
-                                             MaybeTensor grad_mean_log_prob, Tensor input,
-                                             Tensor target, MaybeTensor weight,
-                                             MaybeTensor logit_scale, double scale, double softcap,
-                                             int64_t ignore_index, int64_t vocab_size,
-                                             Tensor entropy, Tensor state, bool with_grad_scale) {
+  static Tensor token_stats_backward_inplace(
+      MaybeTensor grad_log_prob, MaybeTensor grad_lse, MaybeTensor grad_entropy,
+      MaybeTensor grad_mean_log_prob, Tensor input, Tensor target, MaybeTensor weight,
+      MaybeTensor logit_scale, double scale, double softcap, int64_t ignore_index,
+      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale, bool of_shard) {
     check_writable(input);
     return token_stats_backward_into(
         input, {grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob}, input, target,
-        {weight, logit_scale, scale, softcap, ignore_index, vocab_size}, entropy, state,
+        {weight, logit_scale, scale, softcap, ignore_index, vocab_size, of_shard}, entropy, state,
         with_grad_scale);
   }
 

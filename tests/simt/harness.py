@@ -159,6 +159,7 @@ class Case:
             "vocab_size": p.vocab,
             "softcap": p.softcap,
             "ignore_index": p.ignore_index,
+            "of_shard": p.of_shard,
             "label_smoothing": p.label_smoothing,
             "z_loss": p.z_loss,
             "beta": 1 / p.vocab,

@@ -43,7 +43,7 @@ RowInputs<T> inputs(const py::dict& d) {
   in.transform = {number<Real>(d, "scale", 1), number<Real>(d, "softcap", 0),
                   pointer<const Real>(d, "scale_at")};
   in.targets = {pointer<const void>(d, "targets"), number<bool>(d, "is_int64", true),
-                number<int64_t>(d, "ignore_index", -100)};
+                number<int64_t>(d, "ignore_index", -100), number<bool>(d, "of_shard", false)};
   in.weights.class_weight = pointer<const Real>(d, "class_weight");
   in.weights.probabilities = pointer<const T>(d, "probabilities");
   if (in.weights.probabilities != nullptr) in.weights.rows = layout(d, "probabilities_layout");

@@ -220,7 +220,7 @@ __device__ __forceinline__ RowStats<double> finalize_row(const PartialState<Real
 // The target of an active row, without its logit.
 template <typename T>
 __device__ __forceinline__ Target<real_t<T>> target_class(const RowInputs<T>& in, int64_t row) {
-  if (!in.targets.are_indices()) return {};
+  if (!target_is_here(in, row)) return {};
   const int64_t column = in.targets[row];
   return {.column = column, .weight = in.weights.of_class(column)};
 }
