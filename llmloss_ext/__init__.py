@@ -1,6 +1,6 @@
 """Losses of large language models as hand-written kernels: one read of the logits, any loss."""
 
-from llmloss_ext import functional, linear, losses, metrics, nn, ops, training
+from llmloss_ext import functional, linear, losses, metrics, nn, ops, parallel, training
 from llmloss_ext.functional import TokenStats, cross_entropy, token_stats
 from llmloss_ext.linear import (
     Plan,
@@ -25,6 +25,7 @@ __all__ = [
     "metrics",
     "nn",
     "ops",
+    "parallel",
     "plan",
     "token_stats",
     "training",

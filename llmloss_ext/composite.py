@@ -146,15 +146,25 @@ def losses_of(
     loss: LossOptions,
 ) -> Tensor:
     """The losses of rows whose `Stats` are known; those that no term reads may be empty."""
-    log_prob, lse, _, mean_log_prob = stats[:4]
-    eps = loss.label_smoothing
+    w_y = None
     if is_indices(target):
-        w_y = target_weights(target, weight, ignore_index, lse.dtype)
-        rows = -(1.0 - eps) * w_y * log_prob
+        w_y = target_weights(target, weight, ignore_index, stats[1].dtype)
+    return weighted_losses(stats, w_y, token_weight, loss)
+
+
+def weighted_losses(
+    stats: Sequence[Tensor], w_y: Tensor | None, token_weight: Tensor | None, loss: LossOptions
+) -> Tensor:
+    """The same, with the class weights of the targets; None: probability targets."""
+    log_prob, lse, _, mean_log_prob = stats[:4]
+    if w_y is None:
+        rows = -mean_log_prob
+    else:
+        eps = loss.label_smoothing
+        # A share of 0 leaves its term out, so that log 0 does not become 0 * inf.
+        rows = -(1.0 - eps) * w_y * log_prob if eps != 1 else torch.zeros_like(lse)
         if eps != 0:
             rows = rows - eps * mean_log_prob
-    else:
-        rows = -mean_log_prob
     if loss.z_loss != 0:
         rows = rows + loss.z_loss * lse.square()
     return rows if token_weight is None else rows * token_weight.to(rows.dtype)

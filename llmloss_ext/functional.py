@@ -224,6 +224,23 @@ def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
     return target.contiguous() if target.stride(-1) != 1 else target
 
 
+def check_range(target: Tensor, ignore_index: int, classes: int, shift: int = 0) -> None:
+    """Raises an IndexError that names the first target that is neither a class nor ignored.
+
+    The first ``shift`` targets of each sequence are nobody's. Waits for the target's device.
+    """
+    used = target[..., shift:] if shift else target
+    bad = (used != ignore_index) & ((used < 0) | (used >= classes))
+    if not bad.any():
+        return
+    *leading, last = bad.nonzero()[0].tolist() or [0]
+    place = (*leading, last + shift)
+    raise IndexError(
+        f"Target {int(used[bad][0])} at position {place if leading else place[0]} is out of "
+        f"bounds: expected a class in [0, {classes}) or ignore_index = {ignore_index}."
+    )
+
+
 def check_weight(weight: Tensor | None, columns: int, input: Tensor) -> None:
     """Raises a RuntimeError if the class weights do not fit logits of so many columns."""
     if weight is None:
@@ -303,6 +320,7 @@ class _Call:
         logit_scale: float | Tensor,
         vocab_size: int | None,
         ignore_index: int,
+        classes_last: bool = False,
     ) -> None:
         if input.dtype not in FLOATS:
             raise RuntimeError(
@@ -323,7 +341,7 @@ class _Call:
                 )
             self.rows, self.targets, self.shape = input, target, target.shape
         else:
-            self._bring_into_shape(input, target)
+            self._bring_into_shape(input, target, classes_last)
         columns = self.rows.shape[-1]
         if self.rows.stride(-1) != 1 and columns != 1:
             self.rows = self.rows.contiguous()
@@ -335,7 +353,7 @@ class _Call:
             logit_scale, softcap, vocab_size, ignore_index, columns, input
         )
 
-    def _bring_into_shape(self, input: Tensor, target: Tensor) -> None:
+    def _bring_into_shape(self, input: Tensor, target: Tensor, classes_last: bool) -> None:
         if input.dim() == 0:
             raise ValueError("input must have at least one dimension: the classes")
         expected = target.shape[:1] + target.shape[2:] if self.has_probabilities else target.shape
@@ -353,7 +371,7 @@ class _Call:
                 )
             input, self.shape = input.unsqueeze(0), torch.Size(())
             target = target.unsqueeze(0)
-        elif expected == input.shape[:1] + input.shape[2:]:  # torch's form: classes first
+        elif not classes_last and expected == input.shape[:1] + input.shape[2:]:  # as torch
             self.shape = expected
             if input.dim() > 2:
                 input = input.movedim(1, -1)
@@ -361,10 +379,11 @@ class _Call:
         elif target.shape == input.shape[:-1]:  # language models' form: classes last
             self.shape = target.shape
         else:
+            torchs = f"{tuple(input.shape[:1] + input.shape[2:])} (classes in dimension 1) or "
             raise ValueError(
                 f"target of shape {tuple(target.shape)} does not fit logits of shape "
-                f"{tuple(input.shape)}: expected {tuple(input.shape[:1] + input.shape[2:])} "
-                f"(classes in dimension 1) or {tuple(input.shape[:-1])} (classes last)"
+                f"{tuple(input.shape)}: expected {'' if classes_last else torchs}"
+                f"{tuple(input.shape[:-1])} (classes last)"
             )
         if input.dim() > 3:
             columns = input.shape[-1]

@@ -16,6 +16,9 @@ from llmloss_ext.tolerances import GRADIENT, VALUE
 # A graph compiled for an earlier build of the operators must not be found again.
 _CACHE = tempfile.TemporaryDirectory(prefix="llmloss-inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
+# Ranks are processes of this machine: they need not look up its name, which can take a minute.
+if os.path.exists("/sys/class/net/lo"):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 __all__ = ["FLOATS", "GRADIENT", "VALUE", "Passed", "assert_close", "gradients"]
 

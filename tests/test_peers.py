@@ -7,6 +7,8 @@ test_cross_entropy; a second backward [quack 209]: test_transforms, test_inplace
 alignment [llm.c]: test_token_stats; all tokens ignored [Liger 177, CCE]: test_cross_entropy;
 targets out of range [apex, quack, flash-attention]: test_errors; mixed precision [Liger 305, 501]:
 test_transforms.
+A vocabulary spread over ranks, padding and label smoothing in it [CCE 59, Megatron 737, 7464]:
+test_parallel.
 From hidden states also: sums of the weight's gradient in 16 bits [Liger 512, OLMo-core 370],
 float16 at many tokens, a second backward, stride-0 gradients, all tokens ignored, targets out of
 range, mixed precision and products of what is frozen: test_linear; chunks too small for the

@@ -7,6 +7,7 @@ gradients gets torch arithmetic over whole logits: slower, never wrong.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from torch.autograd import Function
 
 from llmloss_ext import composite
 from llmloss_ext.composite import LogitOptions, LossOptions
-from llmloss_ext.linear import fake, operators  # noqa: F401  (fake registers itself)
+from llmloss_ext.linear import fake, operators, sharded  # noqa: F401  (fake registers itself)
+from llmloss_ext.linear.chunked import total_items
 from llmloss_ext.ops import _Composite, _needs_differentiable_backward
+from llmloss_ext.shard import Shard, refuse_second_order
 
 __all__ = ["ChunkOptions", "loss", "stats"]
 
@@ -24,11 +27,13 @@ _ops = torch.ops.llmloss
 
 
 class ChunkOptions(NamedTuple):
-    """How the tokens are walked through."""
+    """How the tokens are walked through, and of which classes this process has the weight."""
 
     chunk_tokens: int
     drop_ignored: bool
     weight_grad_dtype: torch.dtype
+    shard: Shard | None = None
+    """None: of all."""
 
 
 class _Loss(Function):
@@ -76,6 +81,7 @@ class _Loss(Function):
             return (*results, *(None,) * 8)
         saved = ctx.saved_tensors
         if _needs_differentiable_backward():
+            refuse_second_order(ctx.options[2].shard)
             by_input = _loss_composite(saved[:4], saved[4:], ctx.options).vjp((grad_loss,))
             return (*(by_input.get(i) for i in range(4)), *(None,) * 8)
         if ctx.gradients is None:  # a second backward
@@ -94,8 +100,11 @@ def _loss_and_gradients(inputs: Any, others: Any, options: Any, needs: list[bool
     input, linear_weight, linear_bias, logit_scale = inputs
     target, weight, token_weight, num_items = others
     logits, loss, chunks = options
-    is_opaque = operators.must_be_opaque(input)
-    run: Any = operators.linear_loss if is_opaque else operators.compute_loss
+    run: Any = operators.compute_loss
+    if chunks.shard is not None:
+        run = partial(sharded.compute_loss, chunks.shard)
+    elif operators.must_be_opaque(input):
+        run = operators.linear_loss
     return run(
         input, linear_weight, target, linear_bias, weight, token_weight, num_items, logit_scale,
         *logits, *loss, chunks.chunk_tokens, chunks.drop_ignored, needs, chunks.weight_grad_dtype,
@@ -120,7 +129,7 @@ def _loss_composite(inputs: Any, others: Any, options: Any) -> _Composite:
             logit_options, loss_options,
         )  # fmt: skip
         items = (weight, token_weight, num_items, logit_options.ignore_index)
-        denominator = operators.total_items(input, target, *items, loss_options.reduction)
+        denominator = total_items(input, target, *items, loss_options.reduction)
         return (composite.reduce(rows, denominator, loss_options.reduction),)
 
     return _Composite(loss, inputs, [0, 1, 2, 3])
@@ -164,8 +173,11 @@ class _Stats(Function):
         wanted: tuple[bool, bool, bool],
         chunks: ChunkOptions,
     ) -> tuple[Tensor, ...]:
-        is_opaque = operators.must_be_opaque(input)
-        run: Any = operators.linear_stats if is_opaque else operators.compute_stats
+        run: Any = operators.compute_stats
+        if chunks.shard is not None:
+            run = partial(sharded.compute_stats, chunks.shard)
+        elif operators.must_be_opaque(input):
+            run = operators.linear_stats
         output = run(
             input, linear_weight, target, linear_bias, weight, logit_scale, *logits, list(wanted),
             chunks.chunk_tokens, chunks.drop_ignored,
@@ -190,6 +202,7 @@ class _Stats(Function):
         *inputs, target, weight, entropy, states = ctx.saved_tensors
         logits, chunks = ctx.options
         if _needs_differentiable_backward():
+            refuse_second_order(chunks.shard)
             if ctx.accumulator is not None:
                 raise RuntimeError("weight_grad_accumulator has no second-order gradient")
             used = [i for i, grad in enumerate(grads) if grad is not None]
@@ -199,16 +212,17 @@ class _Stats(Function):
         input, linear_weight, linear_bias, logit_scale = inputs
         needs = list(ctx.needs_input_grad[:4])
         where = (input, linear_weight, target, linear_bias, weight, logit_scale)
-        if ctx.accumulator is None:
-            results = operators.linear_stats_backward(
-                *grads, *where, *logits, entropy, states, chunks.chunk_tokens, chunks.drop_ignored,
-                needs, chunks.weight_grad_dtype,
-            )  # fmt: skip
+        how = (entropy, states, chunks.chunk_tokens, chunks.drop_ignored, needs,
+               chunks.weight_grad_dtype)  # fmt: skip
+        if chunks.shard is not None:
+            results = sharded.stats_backward(
+                chunks.shard, grads, *where, logits, *how, ctx.accumulator
+            )
+        elif ctx.accumulator is not None:
+            results = operators.stats_backward(grads, *where, logits, *how, ctx.accumulator)
         else:
-            results = operators.stats_backward(
-                grads, *where, logits, entropy, states, chunks.chunk_tokens, chunks.drop_ignored,
-                needs, chunks.weight_grad_dtype, ctx.accumulator,
-            )  # fmt: skip
+            results = operators.linear_stats_backward(*grads, *where, *logits, *how)
+        if ctx.accumulator is not None:
             needs[1] = False
         return (*(r if asked else None for r, asked in zip(results, needs, strict=True)),
                 *(None,) * 6)  # fmt: skip

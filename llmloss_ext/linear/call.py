@@ -15,6 +15,7 @@ from llmloss_ext.composite import real_of
 from llmloss_ext.linear import autograd
 from llmloss_ext.linear.autograd import ChunkOptions
 from llmloss_ext.linear.planning import tokens_of_a_chunk
+from llmloss_ext.shard import Shard
 
 __all__ = ["LinearCall", "as_rows", "check_projection", "to_dtype_of_products"]
 
@@ -152,11 +153,13 @@ class LinearCall:
         drop_ignored: bool | None,
         weight_grad_dtype: torch.dtype | None,
         accumulator: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> ChunkOptions:
-        """How to walk through the tokens, by the plan."""
+        """How to walk through the tokens, by the plan: the same chunks on every rank."""
         hidden, weight = self.hidden, self.linear_weight
+        columns = weight.shape[0] if shard is None else shard.usual_columns
         tokens = tokens_of_a_chunk(
-            hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, chunk_tokens,
+            hidden.shape[0], columns, hidden.dtype, hidden.device.type, chunk_tokens,
             max_chunk_bytes,
         )  # fmt: skip
         if accumulator is not None:
@@ -187,7 +190,7 @@ class LinearCall:
             )
         if drop_ignored is None:
             drop_ignored = hidden.device.type == "cpu"
-        return ChunkOptions(tokens, drop_ignored, weight_grad_dtype or real)
+        return ChunkOptions(tokens, drop_ignored, weight_grad_dtype or real, shard)
 
     def stats(
         self,
@@ -213,18 +216,13 @@ class LinearCall:
         try:
             return run(*arguments)
         except IndexError as error:
-            classes, ignored = self.options.vocab_size, self.options.ignore_index
-            used = self.given[..., self.shift :] if self.shift else self.given
-            bad = (used != ignored) & ((used < 0) | (used >= classes))
-            places = bad.nonzero().tolist()
-            if not places:
-                raise
-            *leading, last = places[0] or [0]
-            place = (*leading, last + self.shift)
-            raise IndexError(
-                f"Target {int(used[bad][0])} at position {place if leading else place[0]} is out "
-                f"of bounds: expected a class in [0, {classes}) or ignore_index = {ignored}."
-            ) from error
+            try:
+                dense.check_range(
+                    self.given, self.options.ignore_index, self.options.vocab_size, self.shift
+                )
+            except IndexError as located:
+                raise located from error
+            raise
 
     def _logits(self) -> Tensor:
         return autograd._logits(self.hidden, self.linear_weight, self.linear_bias)

@@ -12,8 +12,8 @@ from torch.autograd import Function
 from llmloss_ext import fake
 from llmloss_ext.composite import real_of
 from llmloss_ext.linear.autograd import needs_gradients
+from llmloss_ext.linear.chunked import _or_empty, gradient_dtype, gradient_factor
 from llmloss_ext.linear.loop import Gradients, Projection, take
-from llmloss_ext.linear.operators import _or_empty, gradient_dtype, gradient_factor
 from llmloss_ext.linear.rowwise import COPIES
 
 __all__ = ["check_divergence", "divergence", "divergence_of", "kl_div"]

@@ -4,8 +4,8 @@
 import torch
 
 from llmloss_ext.composite import real_of
+from llmloss_ext.linear.chunked import gradient_dtype
 from llmloss_ext.linear.operators import (
-    gradient_dtype,
     linear_loss,
     linear_stats,
     linear_stats_backward,

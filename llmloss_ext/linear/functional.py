@@ -12,13 +12,14 @@ from torch import Tensor
 from llmloss_ext import composite, ops
 from llmloss_ext import functional as dense
 from llmloss_ext.functional import TokenStats
-from llmloss_ext.linear import autograd, operators
+from llmloss_ext.linear import autograd
 from llmloss_ext.linear.call import (
     LinearCall,
     as_rows,
     check_projection,
     to_dtype_of_products,
 )
+from llmloss_ext.linear.chunked import total_items
 from llmloss_ext.linear.distillation import check_divergence, kl_div
 from llmloss_ext.linear.planning import plan
 
@@ -162,7 +163,7 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses.reshape(call.shape)
     items = (weight, token_weight, num_items, call.options.ignore_index, loss.reduction)
-    denominator = operators.total_items(call.hidden, call.targets, *items)
+    denominator = total_items(call.hidden, call.targets, *items)
     return composite.reduce(losses, denominator, loss.reduction)
 
 

@@ -1,0 +1,73 @@
+"""Processes of one group, kept for many tests: each rank runs the function that a test sends."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_WAIT = 90  # seconds for a function; the first also imports torch
+
+
+class Ranks:
+    """``run(function, *args)`` calls ``function(rank, ranks, *args)`` on every rank."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What each rank returned; a rank's failure is the test's."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                answers.append(pipe.recv() if pipe.poll(_WAIT) else (False, "hangs"))
+            except EOFError:
+                answers.append((False, "has died"))
+            if not answers[-1][0]:
+                self.stop()  # the others may wait for it; the next test gets new ones
+                raise AssertionError(f"rank {rank}: {answers[-1][1]}")
+        return [answer for _, answer in answers]
+
+    def _start(self) -> None:
+        context: Any = torch.multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="llmloss-ranks-")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, rank, self.size, f"file://{self._folder.name}/rendezvous")
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        if self._processes:
+            self._folder.cleanup()
+        self._processes, self._pipes = [], []
+
+
+def _serve(pipe: Connection, rank: int, ranks: int, where: str) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks, timeout=timeout)
+    while True:
+        function, args = pipe.recv()
+        torch.manual_seed(0)  # the same numbers on every rank
+        try:
+            pipe.send((True, function(rank, ranks, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
