@@ -127,9 +127,9 @@ sanitize: $(SETUP)  ## The same under AddressSanitizer and UBSan
 bench: build  ## Times the losses beside torch and the machine's limits, and writes a report (two minutes)
 	@$(PY) -m bench run --suite quick --out runs/bench --overwrite
 
-bench-readme: build  ## Measures what README quotes (about twenty minutes), and writes it there
+bench-readme: demo  ## Measures what README quotes (half an hour), and writes it there
 	@$(PY) -m bench run --suite cpu --out bench/results/cpu --overwrite
-	@$(PY) -m bench readme
+	@$(PY) -m bench readme --demo runs/demo
 
 clean:  ## Removes what was built; .venv stays
 	rm -rf build dist *.egg-info llmloss_ext/_C*.so .venv/.installed

@@ -38,7 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="measure a suite, and write results and report")
     run.add_argument("--suite", choices=SUITES, default="quick", help="default: quick")
     run.add_argument("--peers", metavar="A,B", help='only these beside llmloss; "none" for none')
-    run.add_argument("--rounds", type=_at_least(1), help="measurements of each contender")
+    run.add_argument(
+        "--rounds",
+        type=_at_least(1),
+        help="measurements of each contender, fewer (3) where they take long",
+    )
     run.add_argument("--only", default="", metavar="TEXT", help="only cases named like this")
     run.add_argument("--out", type=Path, default=Path("runs/bench"), help="default: runs/bench")
     run.add_argument("--overwrite", action="store_true", help="replace earlier results")
@@ -60,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 
     readme = commands.add_parser("readme", help="write the measured figures into README.md")
     readme.add_argument("--check", action="store_true", help="only say whether they are there")
+    readme.add_argument("--demo", type=Path, metavar="RUN",
+                        help="first keep the figures of this run of llmloss train")  # fmt: skip
     readme.set_defaults(command=_readme)
     return parser
 
@@ -144,8 +150,11 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _readme(args: argparse.Namespace) -> int:
+    from bench.demo import keep
     from bench.readme import is_current, update
 
+    if args.demo:
+        print(keep(args.demo))
     if args.check:
         if is_current():
             return 0

@@ -41,8 +41,8 @@ class Case:
         device: "cpu" or "cuda".
         threads: Of the CPU; 0 for all.
         warm: Whether the inputs may lie in the caches: for calls whose cost is their overhead.
-        figure: What the case is for: "peers", "options", "ignored", "small", "V", "N", "D" or
-            "threads" (curves).
+        figure: What the case is for: "peers", "plain" (what options are compared with), "options",
+            "ignored", "small", "V", "N", "D" or "threads" (curves).
     """
 
     operation: str

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from bench import demo
 from bench.cases import Case
 from bench.report.tables import Table, mebibytes, milliseconds, percent
 from bench.results import Results, Row
@@ -65,8 +66,16 @@ def _machine(results: Results) -> str:
     facts = results.machine
     return (
         f"Measured on {facts['threads']} cores of {facts['cpu']} ({facts['isa']}), torch "
-        f"{facts['torch']}, {results.settings['rounds']} interleaved rounds, {facts['date']}."
+        f"{facts['torch']}, {_rounds(results)} interleaved rounds, {facts['date']}."
     )
+
+
+def _rounds(results: Results) -> str:
+    """How many there were: fewer where they take long."""
+    counts = sorted(
+        {len(m.seconds) for row in results.rows for m in row.contenders.values() if m.seconds}
+    )
+    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
 
 
 def _speed(results: Results) -> str:
@@ -175,4 +184,5 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "speed": _speed,
     "linear": _linear,
     "options": _options,
+    "demo": lambda _: demo.render(),
 }

@@ -140,7 +140,8 @@ class Results:
 
     def option_cost(self, row: Row, who: str = "llmloss") -> float | None:
         """A case's time over that of the plain case of its size, by the machine of its rounds."""
-        plain = self.find(replace(row.case, option="plain", ignored=0.0, figure="peers"))
+        same = replace(row.case, option="plain", ignored=0.0)
+        plain = self.find(replace(same, figure="plain")) or self.find(replace(same, figure="peers"))
         times = [r and r.machine_seconds(who) for r in (row, plain)]
         return times[0] / times[1] if times[0] and times[1] else None
 

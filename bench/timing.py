@@ -15,6 +15,9 @@ import torch
 _SAMPLE_SECONDS = 2e-3
 """A CPU's measurement lasts at least so long: short calls are repeated."""
 _MOST_REPEATS = 500
+_CASE_SECONDS = 60.0
+"""After so long a case gets no more rounds, but `_LEAST_ROUNDS` it always gets."""
+_LEAST_ROUNDS = 3
 
 
 @dataclass
@@ -83,9 +86,13 @@ def _flush_buffer() -> torch.Tensor:
 
 
 def measure(
-    timed: Sequence[Timed], rounds: int, on_gpu: bool, after_each: Callable[[], None] = lambda: None
+    timed: Sequence[Timed],
+    rounds: int,
+    on_gpu: bool,
+    after_each: Callable[[], None] = lambda: None,
+    seconds: float = _CASE_SECONDS,
 ) -> None:
-    """Times every contender, warmed up before, once a round.
+    """Times every contender, warmed up before, once a round: fewer rounds where they take long.
 
     The order is another one each round, and on a CPU each measurement follows an untimed run of the
     same contender, as a training loop has it: what others leave behind (gigabytes for the system to
@@ -95,8 +102,11 @@ def measure(
     gc.disable()
     order = list(timed)
     shuffle = random.Random(0).shuffle
+    start = time.perf_counter()
     try:
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done >= _LEAST_ROUNDS and time.perf_counter() - start > seconds:
+                break
             shuffle(order)
             for contender in order:
                 if not on_gpu:

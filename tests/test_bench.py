@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 from bench import compare as comparison
 from bench import contenders as table
-from bench import inputs, memory, peers, terminal
+from bench import inputs, memory, peers, terminal, timing
 from bench.__main__ import main
 from bench.cases import OPTIONS, Case
 from bench.contenders import Contender, Step, contenders, eager, make_inputs
@@ -47,6 +48,16 @@ def replaced(monkeypatch: pytest.MonkeyPatch, name: str, loss) -> None:
 
 
 # Cases and suites.
+
+
+def test_what_takes_long_gets_fewer_rounds():
+    def rounds_of(seconds: float) -> int:
+        slow = timing.Timed(lambda: time.sleep(0.01), repeatable=False)
+        timing.measure([slow], 6, False, seconds=seconds)
+        return len(slow.seconds)
+
+    assert rounds_of(0.0) == 3
+    assert rounds_of(60.0) == 6
 
 
 def test_the_model_of_bytes_and_flops():

@@ -1,0 +1,59 @@
+"""The figures of `make demo` that README quotes: kept with the machine they were measured on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from bench.machine import machine
+from bench.report.tables import Table, mebibytes, milliseconds
+from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli.training.files import replace_file, writing
+
+KEPT = Path(__file__).parent / "results" / "demo" / "summary.json"
+
+
+def keep(folder: Path) -> Path:
+    """Keeps the summary of a run of ``llmloss train`` in `folder`, beside this machine's facts.
+
+    Raises:
+        UserError: There is none, or it is not readable.
+    """
+    summary = _load(folder / "summary.json") | {"machine": machine()}
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    with writing(KEPT):
+        replace_file(KEPT, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
+    return KEPT
+
+
+def render() -> str:
+    """A sentence on the run, and its table of the kinds of loss."""
+    summary = _load(KEPT)
+    facts = summary["machine"]
+    minutes, seconds = divmod(round(summary["seconds"]), 60)
+    before, after = summary["validation_loss"]
+    text = (
+        f"`make demo` on {facts['threads']} cores of {facts['cpu']} ({facts['date']}): "
+        f"{summary['steps']} steps in {minutes}:{seconds:02} minutes, validation loss from "
+        f"{before:.2f} to {after:.2f} (perplexity {math.exp(before):,.0f} to "
+        f"{math.exp(after):,.0f}), "
+        f"{mebibytes(summary['peak_bytes'])} MiB at the peak.\nIts closing table, one micro-batch "
+        f"of {summary['micro_batch_tokens']:,} tokens forward and backward with the same weights:"
+    )
+    rows = [
+        [f"`{one['kind']}`", f"{one['loss']:.5f}", f"{milliseconds(one['seconds'])} ms",
+         f"{mebibytes(one['peak_bytes'])} MiB"]
+        for one in summary["losses"]
+    ]  # fmt: skip
+    columns = ["`--loss`", "loss", "time in head and loss", "peak memory of the step"]
+    return f"{text}\n\n{Table('', columns, rows).markdown()}"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no summary of a training run ({error}); make demo") from error
+    return summary
