@@ -162,7 +162,7 @@ def _rank(rank: int, folder: str, results: object) -> None:
         )
         results.put((rank, float(total), model.weight.grad.tolist()))
         # Before the group, whose threads its hooks may wait for; and none before the other is done.
-        del parallel
+        parallel = None
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
