@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import assert_close
 
+import llmloss_ext
+
 transformers = pytest.importorskip("transformers")
 
 from llmloss_ext.integrations.transformers import (  # noqa: E402
@@ -105,6 +107,16 @@ def test_from_logits(name, items):
     check_same(run(model, **inputs), expected)
 
 
+def test_any_option_from_logits():
+    logits, labels = torch.randn(2, 5, V), torch.randint(0, V, (2, 5))
+    loss = functools.partial(causal_lm_loss, softcap=2.0, weight=torch.rand(V))
+    one = loss(logits, labels, V, use_cache=False)  # a model passes on what it was called with
+    expected = llmloss_ext.cross_entropy(
+        logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1), **loss.keywords
+    )
+    assert torch.equal(one, expected)
+
+
 def test_options_and_shifted_labels():
     model = model_of("llama")
     shifted = torch.nn.functional.pad(batch()["labels"][:, 1:], (0, 1), value=-100)
@@ -114,7 +126,7 @@ def test_options_and_shifted_labels():
     assert expected[0].loss > plain[0].loss
     use_linear_cross_entropy(model, label_smoothing=0.1, z_loss=1e-3, max_chunk_bytes=V * 4 * 8)
     check_same(run(model), expected)
-    check_same(run(model, labels=None, shift_labels=shifted), expected)
+    check_same(run(model, labels=torch.zeros_like(shifted), shift_labels=shifted), expected)
 
 
 def test_evaluation_is_as_it_was():
@@ -164,21 +176,101 @@ def test_refusals():
     with pytest.raises(ValueError, match="takes no logits_to_keep"):
         use_linear_cross_entropy(encoder)
 
-    # Logits that are something else than they say.
+    for wrong in ("shift", "reduction", "num_items", "linear_bias", "target"):
+        with pytest.raises(ValueError, match=f"no option {wrong}"):
+            use_linear_cross_entropy(model, **{wrong: None})
+
+    # A head that is more than its weight, before or after.
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    class Halved(type(model)):
-        def forward(self, *args, logits_to_keep=0, **kwargs):
-            output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
-            output.logits = output.logits / 2
-            return output
-
-    model.__class__ = Halved
     use_linear_cross_entropy(model)
+    model(**batch())
+    model.lm_head.__class__ = Doubled
+    with pytest.raises(ValueError, match="plain torch.nn.Linear, got Doubled"):
+        model(**batch())
+    with pytest.raises(ValueError, match="plain torch.nn.Linear, got Doubled"):
+        use_linear_cross_entropy(model)
+    model.lm_head.__class__ = torch.nn.Linear
+    hook = model.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="plain"):
+        model(**batch())
+    hook.remove()
+    model(**batch())
+
+
+def test_logits_that_are_something_else():
+    model = model_of("softcap")
+    use_linear_cross_entropy(model)
+    model._llmloss_linear_cross_entropy._options["softcap"] = 2.0  # the config says 3
     with pytest.raises(ValueError, match="use causal_lm_loss"):
         model(**batch())
+
+
+def test_what_a_config_or_a_call_asks_for():
+    model = model_of("llama")
+    expected = run(model)
+    use_linear_cross_entropy(model)
+    loss, logits = model(**batch(), return_dict=False)[:2]
+    assert_close(loss, expected[0].loss, 1e-5)
+    assert logits.shape == (B, 1, V)
+    check_same(run(model, ignore_index=-100), expected)
+    # Checkpointed layers are run again in backward, and the hidden states kept once.
+    model.gradient_checkpointing_enable()
+    check_same(run(model, use_cache=False), expected)
+    # In training mode, without labels: as ever.
+    ids = batch()["input_ids"]
+    assert model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=False).shape == (
+        B,
+        S + 2,
+    )
+
+
+def test_an_own_forward_of_the_model_stays():
+    """Wrapped before or after: as an autocast, or a compiler, would."""
+    model = model_of("llama")
+    calls = []
+    inner = model.forward
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    model.forward = wrapped
+    use_linear_cross_entropy(model)
+    assert model(**batch()).logits.shape == (B, 1, V)
+    stop_linear_cross_entropy(model)
+    assert model(**batch()).logits.shape == (B, S, V)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_sixteen_bits(how):
+    model = model_of("llama")
+    expected = run(model)[0].loss
+    if how == "bfloat16":
+        model = model.bfloat16()
+    use_linear_cross_entropy(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        loss = model(**batch()).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert_close(loss, expected, 3e-2)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's, where a graph breaks
+def test_compiled():
+    model = model_of("llama")
+    expected = run(model)
+    use_linear_cross_entropy(model)
+    compiled = torch.compile(model, backend="eager")
+    model.zero_grad()
+    output = compiled(**batch())
+    output.loss.backward()
+    assert_close(output.loss, expected[0].loss, 1e-5)
+    assert_close(model.lm_head.weight.grad, expected[1]["lm_head.weight"], 1e-5)
 
 
 def test_the_logits_are_never_there():

@@ -14,9 +14,7 @@ Both understand the number of items that `transformers.Trainer` passes with each
 
 from __future__ import annotations
 
-import functools
 import inspect
-import types
 from typing import Any
 
 import torch
@@ -28,7 +26,9 @@ from llmloss_ext.linear import linear_cross_entropy
 
 __all__ = ["causal_lm_loss", "stop_linear_cross_entropy", "use_linear_cross_entropy"]
 
-_PATCH = "_llmloss_patch"
+_PATCH = "_llmloss_linear_cross_entropy"
+_NOT_FROM_LOGITS = {"input", "target", "reduction", "num_items", "ignore_index"}
+_NOT_LINEAR = {*_NOT_FROM_LOGITS, "linear_weight", "linear_bias", "shift", "options"}
 
 
 def causal_lm_loss(
@@ -38,15 +38,11 @@ def causal_lm_loss(
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
-    *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    inplace: bool = False,
-    **_: Any,
+    **options: Any,
 ) -> Tensor:
     """A model's ``loss_function``: that of transformers without a float32 copy of the logits.
 
-    Other options by `functools.partial`, e.g. ``partial(causal_lm_loss, z_loss=1e-4)``.
+    With other options by `functools.partial`, e.g. ``partial(causal_lm_loss, z_loss=1e-4)``.
 
     Args:
         logits: (B, S, V).
@@ -55,9 +51,8 @@ def causal_lm_loss(
         num_items_in_batch: Replaces the denominator of the mean.
         ignore_index: Labels that take no part.
         shift_labels: (B, S), shifted already: the logits at i predict the label at i.
-        label_smoothing: In [0, 1].
-        z_loss: Factor of lse^2.
-        inplace: Writes the gradient over the logits, which are then of no use to the caller.
+        options: Of `llmloss_ext.cross_entropy`, but for what is above. A model passes more, which
+            is not looked at.
 
     Returns:
         The loss, 0-d float32.
@@ -65,14 +60,13 @@ def causal_lm_loss(
     Raises:
         ValueError: Neither labels nor shift_labels; and as `llmloss_ext.cross_entropy`.
     """
+    ours = inspect.signature(cross_entropy).parameters.keys() - _NOT_FROM_LOGITS
     return cross_entropy(
         logits.reshape(-1, vocab_size),
         _shifted(labels, shift_labels, ignore_index).reshape(-1).to(logits.device),
         ignore_index=ignore_index,
         num_items=_items(num_items_in_batch, logits),
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        inplace=inplace,
+        **{name: options[name] for name in ours & options.keys()},
     )
 
 
@@ -80,120 +74,163 @@ def use_linear_cross_entropy(model: Any, **options: Any) -> None:
     """Lets a causal language model compute its training loss straight from hidden states.
 
     While ``model.training``, a call with labels computes the logits of one token per sequence only,
-    for ``logits``; the loss is `llmloss_ext.linear_cross_entropy` of all hidden states. Evaluation
-    and calls without labels are as they were. A final softcap or scale of the model's logits is
-    taken from its config, and the first call compares what it makes of them with the model's own.
+    and returns those; its ``loss_function`` is `llmloss_ext.linear_cross_entropy` of all hidden
+    states. What a model adds to its loss (a router's balance) it still adds. Evaluation, generation
+    and calls without labels are as they were.
+
+    A final softcap or scale of the logits is taken from the model's config, and the first call
+    compares what it makes of them with the model's own logits. Hooks do the work, on the model and
+    its base model: call the model, not its ``forward``.
 
     Args:
         model: A ``...ForCausalLM``, whose output layer is a `torch.nn.Linear` and whose ``forward``
-            takes ``logits_to_keep``.
+            takes ``logits_to_keep``; if distributed or compiled, then before it is.
         options: Of `llmloss_ext.linear_cross_entropy`: label_smoothing, z_loss, max_chunk_bytes ...
 
     Raises:
-        ValueError: A model without such an output layer or argument, or an option that there is
-            not; and in the first call, a model whose logits are something else yet.
+        ValueError: A model that is none of that, or an option that there is not; and in the first
+            call, a model whose logits are something else yet.
     """
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
-        raise ValueError(
-            "use_linear_cross_entropy needs a model whose output layer is a torch.nn.Linear, got "
-            f"{type(head).__name__}"
-        )
     kind = type(model)
+    _check_head(model.get_output_embeddings())
     if "logits_to_keep" not in inspect.signature(kind.forward).parameters:
         raise ValueError(f"{kind.__name__}.forward takes no logits_to_keep")
-    unknown = set(options) - set(inspect.signature(linear_cross_entropy).parameters)
+    if model.base_model is model:
+        raise ValueError(f"{kind.__name__} has no base model that ends in hidden states")
+    if getattr(model.config, "z_loss_coefficient", 0):
+        raise ValueError(f"{kind.__name__} makes a z-loss of its logits; use causal_lm_loss")
+    unknown = options.keys() - (
+        inspect.signature(linear_cross_entropy).parameters.keys() - _NOT_LINEAR
+    )
     if unknown:
-        raise ValueError(f"linear_cross_entropy has no option {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"use_linear_cross_entropy has no option {', '.join(sorted(unknown))}; a model's calls "
+            "say what is ignored, and how many items there are"
+        )
     stop_linear_cross_entropy(model)
-
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, _PATCH).forward(self, *args, **kwargs)
-
-    setattr(model, _PATCH, _Patch(_logit_options(model.config) | options))
-    # As a method, so that copies of the model are bound to themselves.
-    model.forward = types.MethodType(forward, model)
+    setattr(model, _PATCH, _Patch(model, _logit_options(model.config) | options))
 
 
 def stop_linear_cross_entropy(model: Any) -> None:
     """Undoes `use_linear_cross_entropy`, if it was done."""
-    if hasattr(model, _PATCH):
+    patch = getattr(model, _PATCH, None)
+    if patch is not None:
+        patch.remove(model)
         delattr(model, _PATCH)
-        del model.forward
 
 
 class _Patch:
-    """What stands in the place of a model's forward."""
+    """Hooks on a model and its base model, and the loss_function between them.
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    It keeps no model, and its hooks are methods: a copy of a model has a copy of it.
+    """
+
+    def __init__(self, model: Any, options: dict[str, Any]) -> None:
         self._options = options
         self._is_checked = False
+        self._is_awaited = False
+        self._head: torch.nn.Linear | None = None
+        self._hidden: Tensor | None = None
+        self._otherwise = model.loss_function
+        self._handles = [
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.base_model.register_forward_hook(self.after_base),
+        ]
+        model.loss_function = self.loss
 
-    def forward(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        kind = type(model)
-        given = _by_name(kind.forward, model, *args, **kwargs)
-        labels, shift_labels = given.get("labels"), given.get("shift_labels")
-        if not model.training or (labels is None and shift_labels is None):
-            return kind.forward(model, *args, **kwargs)
-        for name in ("labels", "shift_labels"):
-            given.pop(name, None)
-        items = given.pop("num_items_in_batch", None)
-        as_tuple = given.pop("return_dict", None) is False
-        seen: list[Tensor] = []
-        hook = model.base_model.register_forward_hook(
-            lambda _module, _inputs, output: seen.append(output[0])
-        )
-        try:
-            output = kind.forward(model, **given | {"logits_to_keep": 1, "return_dict": True})
-        finally:
-            hook.remove()
-        head, hidden = model.get_output_embeddings(), seen[-1]
-        if not self._is_checked:
-            self._check(head, hidden, output.logits)
-            self._is_checked = True
-        ignore_index = self._options.get("ignore_index")
-        loss = linear_cross_entropy(
-            hidden,
-            head.weight,
-            _shifted(labels, shift_labels, -100 if ignore_index is None else ignore_index).to(
-                hidden.device
-            ),
-            linear_bias=head.bias,
-            num_items=_items(items, hidden),
-            **self._options,
-        )
-        auxiliary = getattr(output, "aux_loss", None)  # a mixture's balance of its experts
-        if auxiliary is not None:
-            loss = loss + model.router_aux_loss_coef * auxiliary.to(loss)
-        output = type(output)(**dict(output.items()) | {"loss": loss})  # in the order of its fields
-        return output.to_tuple() if as_tuple else output
+    def remove(self, model: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        model.loss_function = self._otherwise
+
+    def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Has the model compute the last token's logits only, if it is to compute a loss."""
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        self._is_awaited = model.training and given.get("labels") is not None
+        self._hidden = None
+        if not self._is_awaited:
+            return None
+        self._head = model.get_output_embeddings()
+        return (), given | {"logits_to_keep": 1}
+
+    def after_base(self, _base: Any, _args: Any, output: Any) -> None:
+        """Keeps the hidden states of the call."""
+        if self._is_awaited:
+            self._hidden = output[0]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _check(self, head: torch.nn.Linear, hidden: Tensor, logits: Tensor) -> None:
-        """Whether the loss is of the logits that the model would have computed."""
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: int | Tensor | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """The model's loss_function: of the hidden states; where that was not asked for, as ever.
+
+        Run eagerly by torch.compile: what lies between the hooks is no graph's.
+        """
+        hidden, head = self._hidden, self._head
+        self._is_awaited, self._hidden, self._head = False, None, None
+        if hidden is None or head is None:
+            told = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+            return self._otherwise(
+                logits, labels, vocab_size, shift_labels=shift_labels, **told, **others
+            )
+        _check_head(head)
+        if not self._is_checked:
+            self._is_checked = self._check(head, hidden, logits)
+        hidden = hidden.to(head.weight.device)
+        return linear_cross_entropy(
+            hidden,
+            head.weight,
+            _shifted(labels, shift_labels, ignore_index).to(hidden.device),
+            linear_bias=head.bias,
+            num_items=_items(num_items_in_batch, hidden),
+            ignore_index=ignore_index,
+            **self._options,
+        )
+
+    def _check(self, head: torch.nn.Linear, hidden: Tensor, logits: Tensor) -> bool:
+        """Whether the loss is of the logits that the model would have computed; if it can be said.
+
+        Raises:
+            ValueError: It is not.
+        """
         with torch.no_grad():
-            ours = head(hidden[:, -1:]).float() * self._options.get("logit_scale", 1.0)
+            last = hidden[:, -1:].to(head.weight.device, head.weight.dtype)
+            ours = F.linear(last, head.weight, head.bias).float()
+            ours = ours * self._options["logit_scale"]
             if cap := self._options.get("softcap"):
                 ours = cap * torch.tanh(ours / cap)
-            if ours.shape == logits.shape and torch.allclose(
-                ours, logits.float(), rtol=2e-2, atol=2e-2 * float(ours.abs().max())
-            ):
-                return
+            size = ours.abs().max()
+            if ours.shape == logits.shape:
+                if not size.isfinite():
+                    return False
+                if ((ours - logits.float()).abs() <= 2e-2 * size).all():
+                    return True
         raise ValueError(
             "use_linear_cross_entropy: this model makes its logits of its hidden states otherwise "
             "than by its output layer, a scale and a softcap; use causal_lm_loss"
         )
 
 
-def _by_name(function: Any, model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call but for the model, all by name."""
-    signature = inspect.signature(function)
-    named: dict[str, Any] = {}
-    for name, value in list(signature.bind(model, *args, **kwargs).arguments.items())[1:]:
-        is_rest = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-        named.update(value if is_rest else {name: value})
-    return named
+def _check_head(head: Any) -> None:
+    """Raises a ValueError unless the output layer is its weight and bias, and nothing else."""
+    if (
+        not isinstance(head, torch.nn.Linear)
+        or type(head).forward is not torch.nn.Linear.forward
+        or head._forward_hooks
+        or head._forward_pre_hooks
+    ):
+        raise ValueError(
+            "use_linear_cross_entropy needs a model whose output layer is a plain torch.nn.Linear, "
+            f"got {type(head).__name__}"
+        )
 
 
 def _logit_options(config: Any) -> dict[str, float]:
