@@ -63,9 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(command=_compare)
 
     readme = commands.add_parser("readme", help="write the measured figures into README.md")
-    readme.add_argument("--check", action="store_true", help="only say whether they are there")
-    readme.add_argument("--demo", type=Path, metavar="RUN",
-                        help="first keep the figures of this run of llmloss train")  # fmt: skip
+    how = readme.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="only say whether they are there")
+    how.add_argument("--demo", type=Path, metavar="RUN",
+                     help="first keep the figures of this run of llmloss train")  # fmt: skip
     readme.set_defaults(command=_readme)
     return parser
 
