@@ -125,10 +125,10 @@ def _linear(results: Results) -> str:
 
 
 def _options(results: Results) -> str:
+    options = list(results.of_figure("options"))
+    sizes = sorted({f"{row.case.rows} x {row.case.columns}" for row in options})
     costs = [
-        f"{row.case.option} {cost:.2f}"
-        for row in results.of_figure("options")
-        if (cost := results.option_cost(row))
+        f"{row.case.option} {cost:.2f}" for row in options if (cost := results.option_cost(row))
     ]
     ignored = [
         f"{cost:.2f} ({row.case.passes})"
@@ -141,7 +141,8 @@ def _options(results: Results) -> str:
         if (ratio := row.times_faster("torch"))
     ]
     text = (
-        f"What an option costs, forward and backward, over plain cross entropy: {', '.join(costs)}."
+        f"What an option costs, forward and backward, over plain cross entropy "
+        f"({', '.join(sizes)}): {', '.join(costs)}."
         f"\nWith half of the rows ignored: {', '.join(ignored)}."
     )
     if small:
