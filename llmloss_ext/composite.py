@@ -114,11 +114,13 @@ def denominators(
 ) -> Tensor:
     """What each row adds to the mean's denominator: token weight times class weight."""
     real = real_of(input)
-    if is_indices(target):
-        rows = target_weights(target, weight, ignore, real)
-    else:
+    if not is_indices(target):
         rows = torch.ones(input.shape[:-1], dtype=real, device=input.device)
-    return rows if token_weight is None else rows * token_weight.to(real)
+        return rows if token_weight is None else rows * token_weight.to(real)
+    rows = target_weights(target, weight, ignore, real)
+    if token_weight is None:
+        return rows
+    return torch.where(target != ignore, rows * token_weight.to(real), 0.0)
 
 
 def row_losses(
@@ -149,6 +151,8 @@ def losses_of(
     w_y = None
     if is_indices(target):
         w_y = target_weights(target, weight, ignore_index, stats[1].dtype)
+        if token_weight is not None:  # whatever it is at ignored tokens
+            token_weight = torch.where(target != ignore_index, token_weight, 0)
     return weighted_losses(stats, w_y, token_weight, loss)
 
 

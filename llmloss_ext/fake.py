@@ -35,7 +35,7 @@ def _gradient(input: Tensor) -> Tensor:
 @torch.library.register_fake("llmloss::token_stats")
 def _token_stats_fake(
     input, target, weight, logit_scale, scale, softcap, ignore_index, vocab_size,
-    with_entropy, with_mean_log_prob, with_rank, of_shard=False,
+    with_entropy, with_mean_log_prob, with_rank, classes=0,
 ):  # fmt: skip
     def one(asked: bool, dtype: torch.dtype) -> Tensor:
         return input.new_empty(_row_shape(input) if asked else (0,), dtype=dtype)
@@ -55,7 +55,7 @@ def _token_stats_fake(
 @torch.library.register_fake("llmloss::token_stats_backward")
 def _token_stats_backward_fake(
     grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob, input, target, weight, logit_scale,
-    scale, softcap, ignore_index, vocab_size, entropy, state, with_grad_scale, of_shard=False,
+    scale, softcap, ignore_index, vocab_size, entropy, state, with_grad_scale, classes=0,
 ):  # fmt: skip
     return _gradient(input), _scalar(input, with_grad_scale)
 
@@ -63,7 +63,7 @@ def _token_stats_backward_fake(
 @torch.library.register_fake("llmloss::token_stats_backward_")
 def _token_stats_backward_inplace_fake(
     grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob, input, target, weight, logit_scale,
-    scale, softcap, ignore_index, vocab_size, entropy, state, with_grad_scale, of_shard=False,
+    scale, softcap, ignore_index, vocab_size, entropy, state, with_grad_scale, classes=0,
 ):  # fmt: skip
     return _scalar(input, with_grad_scale)
 
@@ -102,6 +102,14 @@ def _cross_entropy_fused_fake(
     vocab_size, label_smoothing, z_loss, reduction, with_grad_scale,
 ):  # fmt: skip
     return _scalar(input), _scalar(input, with_grad_scale)
+
+
+@torch.library.register_fake("llmloss::merge_shards")
+def _merge_shards_fake(said, target, ignore_index, vocab_size):
+    rows = said.shape[2]
+    column = [said.new_empty(rows) for _ in range(5)]
+    argmax = said.new_empty(rows, dtype=torch.int64)
+    return (*column[:4], argmax, said.new_empty(3, rows), column[4])
 
 
 @torch.library.register_fake("llmloss::scale_")

@@ -1,16 +1,17 @@
 """Vocabulary-parallel losses: each rank of a process group holds some of the vocabulary's columns.
 
-The same functions as in `llmloss_ext`, with a ``group``: tensor parallelism's output layer leaves
-each rank the logits, or the weight, of its own classes, and no rank ever sees the others'. Every
-rank is given the same hidden states and targets, and returns the same loss. Per token, the ranks
-tell each other a few numbers in the forward pass, and nothing in the backward pass from logits;
-from hidden states, their gradients are summed.
+Functions of `llmloss_ext` with a ``group``: tensor parallelism's output layer leaves each rank the
+logits, or the weight, of its own classes, and no rank ever sees the others'. Every rank is given
+the same hidden states and targets, and returns the same loss. Per token, the ranks tell each other
+nine numbers in the forward pass (once more for class weights, thrice for ``with_rank``); in the
+backward pass the gradients of hidden states and of ``logit_scale`` are summed, and nothing else.
 
 By default the ranks' columns follow each other, equally many on each: rank r holds the classes from
 r * columns on. A vocabulary that is padded to a multiple of the ranks is told by ``vocab_size``;
 other divisions also by ``vocab_start``.
 
-All ranks have to make the same calls. First-order gradients only: no ``create_graph``, no
+All ranks have to make the same calls; one that raises leaves the others waiting for their group's
+timeout. First-order gradients only: no ``create_graph``, no
 `torch.func`. Under `torch.compile` the calls are left out of the graph.
 """
 
@@ -27,13 +28,19 @@ from torch.autograd import Function
 
 from llmloss_ext import composite, ops
 from llmloss_ext import functional as dense
-from llmloss_ext.composite import LogitOptions, LossOptions, real_of
+from llmloss_ext.composite import LogitOptions, LossOptions
 from llmloss_ext.functional import TokenStats
 from llmloss_ext.linear import autograd
 from llmloss_ext.linear.call import LinearCall
 from llmloss_ext.shard import Shard, Wanted, refuse_second_order
 
-__all__ = ["cross_entropy", "linear_cross_entropy", "linear_token_stats", "token_stats"]
+__all__ = [
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_log_probs",
+    "linear_token_stats",
+    "token_stats",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -112,9 +119,10 @@ def cross_entropy(
         call.check_inplace(input)
     wanted = Wanted(mean_log_prob=label_smoothing != 0)
     stats = _stats(call, weight, wanted, shard, inplace)
-    w_y = shard.target_weights(targets, weight, ignore_index, real_of(input))
-    rows = composite.weighted_losses(stats, w_y, token_weight, loss)
-    return _reduced(rows, w_y, token_weight, num_items, loss, call.shape)
+    ignored = call.options.ignore_index
+    return _loss_of_rows(
+        stats, targets, weight, token_weight, num_items, ignored, loss, shard, call.shape
+    )
 
 
 @_left_out_of_graphs
@@ -135,7 +143,7 @@ def token_stats(
 
     ``with_rank`` reads the logits a second time: how many are above the target's is known only when
     the rank that holds the target has said its logit. (A softcap keeps their order, so they are
-    compared without it.)
+    compared without it, also where it has made them equal.)
 
     Args, errors: as in `cross_entropy`.
 
@@ -228,19 +236,13 @@ def linear_cross_entropy(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator,
         shard,
     )  # fmt: skip
-    real = real_of(call.hidden)
-    w_y = shard.target_weights(call.targets, weight, call.options.ignore_index, real)
-    if (
-        reduction == "none"
-        or weight_grad_accumulator is not None
-        or (token_weight is not None and token_weight.requires_grad)
-    ):
+    if call.is_row_by_row(reduction, weight_grad_accumulator, token_weight):
         wanted = (False, label_smoothing != 0, False)
         stats = call.stats(wanted, chunks, weight_grad_accumulator)
-        rows = composite.weighted_losses(stats, w_y, token_weight, loss)
-        return _reduced(rows, w_y, token_weight, num_items, loss, call.shape)
-    if reduction == "mean" and num_items is None:
-        num_items = _items(w_y, token_weight)
+        ignored = call.options.ignore_index
+        return _loss_of_rows(
+            stats, call.targets, weight, token_weight, num_items, ignored, loss, shard, call.shape
+        )
     return autograd.loss(
         call.hidden, linear_weight, linear_bias, call.scale, call.targets, weight, token_weight,
         num_items, call.options, loss, chunks,
@@ -287,6 +289,41 @@ def linear_token_stats(
     return _token_stats(stats, call.shape, with_rank)
 
 
+@_left_out_of_graphs
+def linear_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    sum_input_grad: bool = True,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    shift: int = 0,
+    chunk_tokens: int | None = None,
+    max_chunk_bytes: int | None = None,
+    drop_ignored: bool | None = None,
+    weight_grad_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`llmloss_ext.linear_log_probs` with the weight's rows spread over the ranks of a group.
+
+    `linear_token_stats`'s ``log_prob`` without the cost of the other statistics: for preference and
+    policy losses. Args, errors: as in `linear_cross_entropy`.
+    """
+    call, shard = _linear_call(
+        input, linear_weight, target, linear_bias, None, ignore_index, softcap, logit_scale,
+        shift, group, vocab_start, vocab_size, sum_input_grad,
+    )  # fmt: skip
+    chunks = call.chunk_options(
+        chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, shard=shard
+    )
+    return call.stats((False, False, False), chunks)[0].reshape(call.shape)
+
+
 def _shard(
     columns: int,
     target: Tensor,
@@ -307,6 +344,8 @@ def _shard(
             "vocabulary-parallel losses need torch.distributed: call "
             "torch.distributed.init_process_group first"
         )
+    if columns < 1:
+        raise ValueError("each rank needs at least one column, if only of padding")
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise RuntimeError("this process is not in the group")
@@ -330,6 +369,8 @@ def _shard(
 
 
 def _check_target(target: Tensor, ignore_index: int, shard: Shard, shift: int = 0) -> None:
+    if target.dtype == torch.int32:
+        target = target.long()  # ignore_index may be no int32
     if target.device.type == "cpu" or os.environ.get("LLMLOSS_CHECK_TARGETS") == "1":
         dense.check_range(target, ignore_index, shard.vocab_size, shift)
 
@@ -443,21 +484,26 @@ def _token_stats(stats: tuple[Tensor, ...], shape: torch.Size, with_rank: bool) 
     return TokenStats(log_prob, lse, entropy, mean, argmax, rank)
 
 
-def _items(w_y: Tensor, token_weight: Tensor | None) -> Tensor:
-    return (w_y if token_weight is None else w_y * token_weight.to(w_y.dtype)).sum()
-
-
-def _reduced(
-    rows: Tensor,
-    w_y: Tensor,
+def _loss_of_rows(
+    stats: tuple[Tensor, ...],
+    targets: Tensor,
+    weight: Tensor | None,
     token_weight: Tensor | None,
     num_items: Tensor | None,
+    ignore_index: int,
     loss: LossOptions,
+    shard: Shard,
     shape: torch.Size,
 ) -> Tensor:
+    w_y = shard.target_weights(targets, weight, ignore_index, stats[1].dtype)
+    items = w_y
+    if token_weight is not None:  # whatever it is at ignored tokens
+        token_weight = torch.where(targets != ignore_index, token_weight.to(w_y.dtype), 0.0)
+        items = w_y * token_weight
+    rows = composite.weighted_losses(stats, w_y, token_weight, loss)
     if loss.reduction == 0:
         return rows.reshape(shape)
     total = composite.total(rows)
     if loss.reduction == 2:
         return total
-    return total / (_items(w_y, token_weight) if num_items is None else num_items)
+    return total / (items.sum() if num_items is None else num_items)

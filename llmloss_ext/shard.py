@@ -1,15 +1,15 @@
 """A slice of the vocabulary: what this rank's columns are, and whole rows' statistics from them.
 
-Each rank runs the kernels on its own columns, and the ranks' partial states are merged. The merged
-state goes into the gradient kernel in place of the rank's own; it asks for nothing else of the
-other columns. So the statistics cost one exchange of a few numbers per token, their gradient none.
+Each rank runs the kernels on its own columns, and says what came out. The same merge that joins
+threads and blocks joins the ranks (csrc/core/shards.h), and the merged state goes into the gradient
+kernel in place of the rank's own: it asks for nothing else of the other columns. So the statistics
+cost one exchange of nine numbers per token, and their gradient none.
 
 Nothing here is differentiable itself.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from llmloss_ext import fake
 from llmloss_ext.composite import LogitOptions, real_of
-from llmloss_ext.partial_state import merge, part_of
 
 __all__ = ["Merged", "Shard", "Wanted", "refuse_second_order"]
 
@@ -30,6 +29,8 @@ _ops = torch.ops.llmloss
 _ELSEWHERE = -1
 """The kernels' target of a token whose class is a column of another rank."""
 _IGNORED = -100
+_FIELDS = 9
+"""What a rank says of a row: ShardField in csrc/core/shards.h."""
 _COMPARISONS = 16 << 20
 """Logits that are compared with the target's at a time: a byte each."""
 
@@ -80,11 +81,6 @@ class Shard:
     def used(self) -> int:
         """How many of the columns are classes."""
         return min(max(self.vocab_size - self.start, 0), self.columns)
-
-    @property
-    def share(self) -> float:
-        """Of all classes."""
-        return self.used / self.vocab_size
 
     @property
     def usual_columns(self) -> int:
@@ -146,64 +142,62 @@ class Shard:
             wanted: What is asked for.
 
         Raises:
-            ValueError: A class is a column of no rank, or of several. (On CUDA, which would have
-                to be waited for, such tokens have nan.)
+            ValueError: The ranks' columns are not as many as the classes, or the target is a column
+                of none or of several. (On CUDA, which would have to be waited for: nan.)
         """
-        real = real_of(logits)
         column, owned = self.localise(target, options.ignore_index)
-        here, valid = owned.reshape(-1), (target != options.ignore_index).reshape(-1)
-        if self.used:
-            log_prob, _, entropy, mean, argmax, _, state = _ops.token_stats(
-                logits, column, weight, logit_scale, *self._options(options), *wanted, True
-            )
-        else:
-            nothing = torch.zeros(target.shape, dtype=real, device=logits.device)
-            log_prob = entropy = mean = nothing
-            argmax = torch.full_like(target, -1, dtype=torch.int64)
-            state = nothing.new_zeros(3, nothing.numel())
-        mine = part_of(
-            log_prob.reshape(-1),
-            entropy.reshape(-1) if wanted.entropy else None,
-            mean.reshape(-1) if wanted.mean_log_prob else None,
-            state,
-            here,
-            self.share,
+        classes = target.reshape(-1)
+        said = self._say(logits, column, owned, weight, logit_scale, options, wanted)
+        log_prob, lse, entropy, mean, argmax, state, owners = _ops.merge_shards(
+            self._gather(said), classes.contiguous(), options.ignore_index, self.vocab_size
         )
-        parts = mine.unpack(self._gather(mine.pack().to(real)))
-        whole = merge(parts)
-        has_one_owner = whole.owners == valid
-        if has_one_owner.device.type == "cpu":
-            self._check_owners(target, whole.owners, has_one_owner)
-        whole = whole._replace(sum_exp=torch.where(has_one_owner, whole.sum_exp, math.nan))
-
-        def column_of(value: Tensor | None) -> Tensor:
-            if value is None:
-                return state.new_empty(0)
-            return torch.where(valid, value, 0.0).to(real)
-
-        log_sum = whole.sum_exp.log()
-        entropy_of_all = mean_of_all = None
-        if whole.sum_x_exp is not None:
-            entropy_of_all = (log_sum - whole.sum_x_exp / whole.sum_exp).clamp_min(0)
-        weights = torch.zeros_like(log_sum)
-        if whole.sum_weights is not None and whole.sum_weighted is not None:
-            mean_of_all = whole.sum_weighted - whole.sum_weights * log_sum
-            if self.used:
-                weights = whole.sum_weights / self.share  # the kernels' a_i are w_i / used
-        indices = (argmax.new_empty(0), argmax.new_empty(0))
+        if owners.device.type == "cpu":
+            self._check_owners(classes, owners, options.ignore_index)
+        nothing, rank = argmax.new_empty(0), argmax
         if wanted.rank:
-            spoilt = ~valid | whole.sum_exp.isnan()
-            found = self._argmax(argmax.reshape(-1), parts.max)
+            # A row without statistics has no rank either: ignored, or spoilt by nan or inf.
             above = self._rank(logits, column, owned, logit_scale, options.scale)
-            indices = (found.masked_fill(spoilt, -1), above.masked_fill(spoilt, self.vocab_size))
+            rank = torch.where(argmax < 0, self.vocab_size, above)
         return Merged(
-            column_of(whole.target - log_sum),
-            column_of(whole.max + log_sum),
-            column_of(entropy_of_all),
-            column_of(mean_of_all),
-            *indices,
-            torch.stack([whole.max, whole.sum_exp, weights]).to(real),
+            log_prob,
+            lse,
+            entropy if wanted.entropy else log_prob.new_empty(0),
+            mean if wanted.mean_log_prob else log_prob.new_empty(0),
+            argmax if wanted.rank else nothing,
+            rank if wanted.rank else nothing,
+            state,
         )
+
+    def _say(
+        self,
+        logits: Tensor,
+        column: Tensor,
+        owned: Tensor,
+        weight: Tensor | None,
+        logit_scale: Tensor | None,
+        options: LogitOptions,
+        wanted: Wanted,
+    ) -> Tensor:
+        """What this rank tells the others of its columns, (fields, N)."""
+        real, rows = real_of(logits), column.numel()
+        said = torch.zeros(_FIELDS, rows, dtype=real, device=logits.device)
+        said[7] = -1
+        said[8] = self.used
+        if not self.used:
+            return said
+        log_prob, _, entropy, mean, argmax, _, state = _ops.token_stats(
+            logits, column, weight, logit_scale, *self._options(options), *wanted, self.vocab_size
+        )
+        said[0] = log_prob.reshape(-1)
+        if wanted.entropy:
+            said[1] = entropy.reshape(-1)
+        if wanted.mean_log_prob:
+            said[2] = mean.reshape(-1)
+        said[3:6] = state
+        said[6] = owned.reshape(-1)
+        if wanted.rank:
+            said[7] = torch.where(argmax < 0, -1, argmax + self.start).reshape(-1)
+        return said
 
     def gradient(
         self,
@@ -227,10 +221,8 @@ class Shard:
         if not self.used:
             nothing = state.new_zeros(() if with_scale else 0)
             return (logits.zero_() if inplace else torch.zeros_like(logits)), nothing
-        *others, grad_mean = grads
         arguments = (
-            *others,
-            None if grad_mean is None else grad_mean * self.share,
+            *grads,
             logits,
             self.localise(target, options.ignore_index)[0],
             weight,
@@ -239,7 +231,7 @@ class Shard:
             entropy,
             state,
             with_scale,
-            True,
+            self.vocab_size,
         )
         if inplace:
             return logits, _ops.token_stats_backward_(*arguments)
@@ -249,19 +241,17 @@ class Shard:
     def _options(self, options: LogitOptions) -> LogitOptions:
         return options._replace(ignore_index=_IGNORED, vocab_size=self.used)
 
-    def _check_owners(self, target: Tensor, owners: Tensor, has_one: Tensor) -> None:
+    def _check_owners(self, target: Tensor, owners: Tensor, ignore_index: int) -> None:
+        has_one = (owners == 1) | ((target == ignore_index) & (owners >= 0))
         if has_one.all():
             return
         first = int((~has_one).nonzero()[0])
+        what = f"class {int(target[first])} is a column of {int(owners[first])} ranks"
+        if owners[first] < 0:
+            what = f"the ranks' columns are not {self.vocab_size} classes"
         raise ValueError(
-            f"class {int(target.reshape(-1)[first])} is a column of {int(owners[first])} ranks: "
-            "the ranks' vocab_start and numbers of columns do not cover the vocabulary once"
+            f"{what}: their vocab_start and numbers of columns do not cover the vocabulary once"
         )
-
-    def _argmax(self, argmax: Tensor, maxima: Tensor) -> Tensor:
-        """The first class with the largest logit, (N), from each rank's column of its own."""
-        classes = self._gather(torch.where(argmax < 0, self.vocab_size, argmax + self.start))
-        return torch.where(maxima == maxima.amax(0), classes, self.vocab_size).amin(0)
 
     def _rank(
         self,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -29,16 +30,24 @@ class Ranks:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                answers.append(pipe.recv() if pipe.poll(_WAIT) else (False, "hangs"))
-            except EOFError:
-                answers.append((False, "has died"))
-            if not answers[-1][0]:
-                self.stop()  # the others may wait for it; the next test gets new ones
-                raise AssertionError(f"rank {rank}: {answers[-1][1]}")
-        return [answer for _, answer in answers]
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + _WAIT
+        while len(answers) < self.size:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
+            ready = wait(waiting, max(deadline - time.monotonic(), 0))
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    is_well, answers[rank] = pipe.recv()
+                except EOFError:
+                    is_well, answers[rank] = False, "has died"
+                if not is_well:  # the first to fail: the others may only wait for it
+                    self.stop()
+                    raise AssertionError(f"rank {rank}: {answers[rank]}")
+            if not ready:
+                self.stop()
+                raise AssertionError(f"of {self.size} ranks, only {sorted(answers)} have answered")
+        return [answers[rank] for rank in range(self.size)]
 
     def _start(self) -> None:
         context: Any = torch.multiprocessing.get_context("spawn")

@@ -12,13 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from conftest import FLOATS, GRADIENT, VALUE, assert_close
 from ranks import Ranks
 from torch import Tensor
 
 import llmloss_ext
 from llmloss_ext import parallel
-from llmloss_ext.partial_state import merge, part_of
+from llmloss_ext.composite import LogitOptions
+from llmloss_ext.shard import Shard, Wanted
 
 ROWS, COLUMNS, D = 11, 37, 16
 OPTIONS = {
@@ -238,8 +240,15 @@ def rank_uneven(rank, ranks):
     for shift, owners in ((1, 0), (-1, 2)):
         target = torch.full((ROWS,), bounds[1] - (owners == 2))
         start = mine.start + shift * (rank == 1)
-        with pytest.raises(ValueError, match=f"class {target[0]} is a column of {owners} ranks"):
+        with pytest.raises(ValueError, match="do not cover the vocabulary once"):
             parallel.cross_entropy(shard, target, vocab_start=start, vocab_size=p.classes)
+    # Nor where no target shows it: the columns are counted.
+    here = {"vocab_start": max(mine.start - 4, 0), "vocab_size": p.classes - 4}
+    zeros = torch.zeros(ROWS, dtype=torch.int64)
+    parallel.cross_entropy(shard, zeros, vocab_start=mine.start, vocab_size=p.classes)
+    if bounds[1] > 8:
+        with pytest.raises(ValueError, match=f"columns are not {p.classes - 4} classes"):
+            parallel.cross_entropy(shard, zeros, **here)
 
 
 def test_uneven_shards(ranks):
@@ -467,6 +476,109 @@ def test_autocast_and_compile(two):
     two.run(rank_autocast)
 
 
+def rank_uneven_and_padded(rank, ranks):
+    """All that depends on a rank's share of the classes, and gradients of everything."""
+    p = Problem(rank, ranks, torch.float32)
+    classes = p.classes - 3  # the last rank has padding
+    bounds = [0, 5, p.classes - 9, p.classes][: ranks + 1]
+    bounds[-1] = p.classes
+    mine = slice(bounds[rank], bounds[rank + 1])
+    where = {"vocab_start": mine.start, "vocab_size": classes}
+    target = p.target.clamp_max(classes - 1)
+    class_weight = torch.rand(p.classes)
+    hidden, weight, bias = leaf(p.hidden), leaf(p.weight[mine]), leaf(p.bias[mine])
+    whole = [leaf(t.double()) for t in (p.hidden, p.weight[:classes], p.bias[:classes])]
+    tokens, exact_tokens = torch.rand(ROWS).requires_grad_(), None
+    exact_tokens = leaf(tokens.double())
+    options = {"label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 8.0}
+    for reduction in ("mean", "sum", "none"):
+        for learned in (False, True):
+            given = tokens if learned else tokens.detach()
+            exact = exact_tokens if learned else exact_tokens.detach()
+            loss = parallel.linear_cross_entropy(
+                hidden, weight, target, linear_bias=bias, weight=class_weight[mine],
+                token_weight=given, reduction=reduction, max_chunk_bytes=2000, **where, **options,
+            ).sum()  # fmt: skip
+            expected = llmloss_ext.linear_cross_entropy(
+                whole[0], whole[1], target, linear_bias=whole[2], token_weight=exact,
+                weight=class_weight[:classes].double(), reduction=reduction, **options,
+            ).sum()  # fmt: skip
+            assert_close(loss.detach(), expected.detach(), 1e-5)
+            asked = (hidden, weight, bias, *((tokens,) if learned else ()))
+            wanted = (*whole, *((exact_tokens,) if learned else ()))
+            grads = torch.autograd.grad(loss, asked, retain_graph=True)
+            again = torch.autograd.grad(loss, asked)  # repeats the exchange on every rank
+            others = torch.autograd.grad(expected, wanted)
+            used = min(classes, mine.stop) - mine.start
+            for i, (one, two_, other) in enumerate(zip(grads, again, others, strict=True)):
+                if i in (1, 2):
+                    assert not one[used:].any()
+                    one, two_, other = one[:used], two_[:used], other[mine.start : mine.stop]
+                assert_close(one, other, 1e-5)
+                assert torch.equal(one, two_)
+
+
+def test_uneven_and_padded(ranks):
+    ranks.run(rank_uneven_and_padded)
+
+
+def rank_other_inputs(rank, ranks):
+    p = Problem(rank, ranks, torch.float32)
+    weight = leaf(p.weight[p.columns])
+    loss = parallel.linear_cross_entropy(p.hidden, weight, p.target)
+    # int32 targets, and an ignore_index that is none.
+    narrow = torch.where(p.target < 0, 0, p.target).int()
+    wide = torch.where(p.target < 0, 0, p.target)
+    for ignored in (0, 2**40):
+        one = parallel.linear_cross_entropy(p.hidden, weight, narrow, ignore_index=ignored)
+        two_ = parallel.linear_cross_entropy(p.hidden, weight, wide, ignore_index=ignored)
+        assert torch.equal(one, two_)
+        shard = p.logits[:, p.columns]
+        one = parallel.cross_entropy(shard, narrow, ignore_index=ignored)
+        assert torch.equal(one, parallel.cross_entropy(shard, wide, ignore_index=ignored))
+    # No token at all.
+    none = parallel.linear_cross_entropy(p.hidden[:0], weight, p.target[:0], reduction="sum")
+    none.backward()
+    assert none == 0
+    assert not weight.grad.any()
+    # Whatever weight an ignored token has.
+    tokens = torch.where(p.target < 0, torch.nan, 1.0)
+    assert torch.equal(
+        parallel.linear_cross_entropy(p.hidden, weight, p.target, token_weight=tokens), loss
+    )
+    shard = p.logits[:, p.columns]
+    assert torch.equal(
+        parallel.cross_entropy(shard, p.target, token_weight=tokens),
+        parallel.cross_entropy(shard, p.target),
+    )
+    # What statistics say in one number.
+    log_probs = parallel.linear_log_probs(p.hidden, weight, p.target, chunk_tokens=3)
+    assert_close(
+        log_probs, llmloss_ext.linear_log_probs(p.hidden, p.weight, p.target).double(), 1e-5
+    )
+    # A checkpointed loss is computed again in backward, by all ranks.
+    hidden = leaf(p.hidden)
+    again = torch.utils.checkpoint.checkpoint(
+        lambda x: parallel.linear_cross_entropy(x, weight, p.target, chunk_tokens=4),
+        hidden, use_reentrant=False,
+    )  # fmt: skip
+    again.backward()
+    whole = leaf(p.hidden)
+    llmloss_ext.linear_cross_entropy(whole, p.weight, p.target).backward()
+    assert_close(hidden.grad, whole.grad, 1e-5)
+    # A group whose ranks are not the world's first.
+    last_two = dist.new_group([ranks - 2, ranks - 1])
+    if rank >= ranks - 2:
+        here = slice((rank - ranks + 2) * COLUMNS, (rank - ranks + 3) * COLUMNS)
+        target = p.target % (2 * COLUMNS)
+        found = parallel.cross_entropy(p.logits[:, here], target, group=last_two)
+        assert_close(found, F.cross_entropy(p.logits[:, : 2 * COLUMNS], target), 2e-6)
+
+
+def test_other_inputs(ranks):
+    ranks.run(rank_other_inputs)
+
+
 # ------------------------------------------------------------------------------- bad input
 
 
@@ -489,6 +601,8 @@ def rank_errors(rank, ranks):
         parallel.cross_entropy(shard, p.target, vocab_size=p.classes + 1)
     with pytest.raises(ValueError, match="vocab_start >= 0"):
         parallel.cross_entropy(shard, p.target, vocab_start=-1, vocab_size=9)
+    with pytest.raises(ValueError, match="at least one column"):
+        parallel.cross_entropy(shard[:, :0], p.target)
     with pytest.raises(ValueError, match="classes last"):
         parallel.cross_entropy(shard.view(1, ROWS, -1), p.target)
     with pytest.raises(RuntimeError, match="not probabilities"):
@@ -526,32 +640,43 @@ def test_without_a_process_group():
 # ---------------------------------------------------------------------------------- merge
 
 
-def test_any_division_merges_to_the_whole():
-    """Without processes: parts of any sizes, one of which may be empty, in float64."""
-    logits = 5 * torch.randn(7, 60, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_division_merges_to_the_whole(device, dtype):
+    """Without processes: parts of any sizes, one of which may have no logit."""
+    logits = (5 * torch.randn(8, 60, dtype=torch.float64)).to(dtype).to(device)
     logits[2, 20:50] = -torch.inf
-    target = torch.tensor([0, 59, 3, 20, 40, 19, 30])
-    target[2] = 55
-    whole = llmloss_ext.token_stats(logits, target)
+    logits[7, 3] = torch.nan
+    target = torch.tensor([0, 59, 55, 20, 40, -100, 19, 30], device=device)
+    whole = llmloss_ext.token_stats(logits, target, with_rank=True)
     for bounds in ([0, 60], [0, 20, 60], [0, 1, 20, 50, 60], [0, 13, 14, 59, 60]):
-        parts = []
+        said = []
         for begin, end in itertools.pairwise(bounds):
-            owned = (target >= begin) & (target < end)
-            column = torch.where(owned, target - begin, -1)
-            log_prob, _, entropy, mean, _, _, state = torch.ops.llmloss.token_stats(
-                logits[:, begin:end], column, None, None, 1.0, 0.0, -100, end - begin,
-                True, True, False, True,
-            )  # fmt: skip
-            part = part_of(log_prob, entropy, mean, state, owned, (end - begin) / 60)
-            parts.append(part)
-        merged = merge(part.unpack(torch.stack([one.pack() for one in parts])))
-        log_sum = merged.sum_exp.log()
-        assert torch.equal(merged.owners, torch.ones(7).double())
-        assert_close(merged.target - log_sum, whole.log_prob, 1e-13)
-        assert_close(merged.max + log_sum, whole.lse, 1e-13)
-        assert_close(log_sum - merged.sum_x_exp / merged.sum_exp, whole.entropy, 1e-12)
-        mean = merged.sum_weighted - merged.sum_weights * log_sum
-        assert_close(mean, whole.mean_log_prob, 1e-13)
+            shard = Shard(None, 1, begin, end - begin, 60)
+            column, owned = shard.localise(target, -100)
+            options = LogitOptions(1.0, 0.0, -100, 60)
+            wanted = Wanted(True, True, True)
+            said.append(
+                shard._say(logits[:, begin:end], column, owned, None, None, options, wanted)
+            )
+        *stats, argmax, _, owners = torch.ops.llmloss.merge_shards(
+            torch.stack(said), target, -100, 60
+        )
+        assert owners.tolist() == [1, 1, 1, 1, 1, 0, 1, 1]
+        assert torch.equal(argmax, whole.argmax)
+        for one, other in zip(stats, whole[:4], strict=True):
+            assert_close(one, other, 1e-13 if dtype == torch.float64 else 1e-6)
+
+
+def test_the_merge_refuses_what_it_cannot_read(device):
+    said = torch.zeros(2, 9, 3, device=device)
+    target = torch.arange(3, device=device)
+    merge = torch.ops.llmloss.merge_shards
+    for wrong in (said[:, :8], said[0], said.transpose(1, 2), said.bfloat16()):
+        with pytest.raises(RuntimeError, match=r"ranks, 9, rows"):
+            merge(wrong, target, -100, 9)
+    for wrong in (target[:2], target.float(), target.repeat(2)[::2]):
+        with pytest.raises(RuntimeError, match="expected 3 contiguous"):
+            merge(said, wrong, -100, 9)
 
 
 def test_a_target_elsewhere_is_nothing_but_missing(device):
@@ -559,16 +684,16 @@ def test_a_target_elsewhere_is_nothing_but_missing(device):
     logits = torch.randn(3, 300, device=device)
     target = torch.tensor([-1, 5, -100], device=device)
     options = (None, None, 1.0, 0.0, -100, 300)
-    stats = torch.ops.llmloss.token_stats(logits, target, *options, True, True, True, True)
+    stats = torch.ops.llmloss.token_stats(logits, target, *options, True, True, True, 900)
     known = torch.ops.llmloss.token_stats(
-        logits, target.clamp_min(-100).where(target != -1, 7), *options, True, True, True
+        logits, target.where(target != -1, 7), *options, True, True, True, 900
     )
     for i in (1, 2, 3, 4, 6):
         assert torch.equal(stats[i], known[i])
     ones = torch.ones(3, device=device)
     _, _, entropy, _, _, _, state = stats
     grad, _ = torch.ops.llmloss.token_stats_backward(
-        ones, None, None, None, logits, target, *options, entropy, state, False, True
+        ones, None, None, None, logits, target, *options, entropy, state, False, 900
     )
     p = logits.double().softmax(-1)
     assert_close(grad[0], -p[0], 1e-6)

@@ -409,3 +409,32 @@ def test_int32_targets(kernels: Any, dtype: str, columns: int) -> None:
         loss, _ = Case(kernels, dtype, p, int64=False).loss("sum")
         want = cross_entropy(case.problem).reduced("sum")
         np.testing.assert_allclose(loss, want, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_shards_merge_to_the_whole(kernels: Any, dtype: str, masked: bool) -> None:
+    """More rows than a block has threads; a shard may have no logit above -inf."""
+    p = problem(130, rows=260, masked=masked, offset=100.0)
+    if masked:
+        p.logits[:, :40] = -np.inf
+        p.target[p.valid] = np.maximum(p.target[p.valid], 40)
+        p.logits[np.arange(p.rows), np.maximum(p.target, 0)] = 1.0
+    for bounds in ([0, 130], [0, 40, 130], [0, 1, 2, 77, 130]):
+        case = Case(kernels, dtype, p)
+        out, owners = case.merged(bounds)
+        assert np.array_equal(owners, p.valid)
+        check_stats(case, out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_target_without_one_owner_has_no_statistics(kernels: Any, dtype: str) -> None:
+    p = problem(50, rows=4)
+    p.target[0] = 30
+    case = Case(kernels, dtype, p)
+    out, owners = case.merged([0, 20])  # nobody has 30, and 20 are not 50
+    assert owners[0] == -1
+    assert np.isnan(out["log_prob"][0])
+    assert np.isnan(out["lse"][0])
+    assert out["argmax"][0] == -1
+    assert out["log_prob"][1] == 0  # ignored all the same

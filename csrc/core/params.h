@@ -39,10 +39,14 @@ struct Targets {
   LLMLOSS_HD bool ignored(int64_t row) const {
     return are_indices() && (*this)[row] == ignore_index;
   }
+  LLMLOSS_HD bool in_range(int64_t row, int64_t vocab_size) const {
+    return !are_indices() || ((*this)[row] >= 0 && (*this)[row] < vocab_size);
+  }
   // Whether the target, -1, is a column of another shard: the row takes part, without a target.
   LLMLOSS_HD bool is_elsewhere(int64_t row) const { return of_shard && (*this)[row] == -1; }
-  LLMLOSS_HD bool in_range(int64_t row, int64_t vocab_size) const {
-    return !are_indices() || is_elsewhere(row) || ((*this)[row] >= 0 && (*this)[row] < vocab_size);
+  // Whether the row has statistics and a gradient.
+  LLMLOSS_HD bool active(int64_t row, int64_t vocab_size) const {
+    return !ignored(row) && (in_range(row, vocab_size) || is_elsewhere(row));
   }
 };
 

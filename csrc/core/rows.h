@@ -10,7 +10,7 @@ namespace llmloss {
 // Whether the row has statistics and a gradient: not if it is ignored or its target out of range.
 template <typename T>
 LLMLOSS_HD bool is_active(const RowInputs<T>& in, int64_t row) {
-  return !in.targets.ignored(row) && in.targets.in_range(row, in.vocab_size);
+  return in.targets.active(row, in.vocab_size);
 }
 
 // The target of a row, read before anything is written: the gradient may lie over the logits.
@@ -46,9 +46,9 @@ LLMLOSS_HD void write_statistics(const RowOutputs<Real>& out, int64_t row,
 
 // What stands in the outputs of a row that is not active: 0 where it is ignored, nan where its
 // target is out of range.
-template <typename Real, typename T>
-LLMLOSS_HD RowStats<Real> absent_statistics(const RowInputs<T>& in, int64_t row) {
-  const Real value = in.targets.ignored(row) ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
+template <typename Real>
+LLMLOSS_HD RowStats<Real> absent_statistics(bool is_ignored, int64_t vocab_size) {
+  const Real value = is_ignored ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
   return {.log_prob = value,
           .lse = value,
           .entropy = value,
@@ -57,7 +57,12 @@ LLMLOSS_HD RowStats<Real> absent_statistics(const RowInputs<T>& in, int64_t row)
           .sum_exp = 0,
           .sum_weights = 0,
           .argmax = -1,
-          .rank = in.vocab_size};
+          .rank = vocab_size};
+}
+
+template <typename Real, typename T>
+LLMLOSS_HD RowStats<Real> absent_statistics(const RowInputs<T>& in, int64_t row) {
+  return absent_statistics<Real>(in.targets.ignored(row), in.vocab_size);
 }
 
 // What the statistics of a row tell its gradient.

@@ -149,7 +149,7 @@ struct LogitArguments {
   double softcap;  // 0: none
   int64_t ignore_index;
   int64_t vocab_size;
-  bool of_shard = false;  // see Targets
+  int64_t classes = 0;  // not 0: the columns are a shard, a part of so many
 };
 
 struct LossArguments {
@@ -192,12 +192,13 @@ struct Problem {
       STD_TORCH_CHECK(logit_scale->numel() == 1, "llmloss: logit_scale must hold one number");
     }
     rows.weights.class_weight = pointer<Real>(weight);
-    rows.weights.beta = Real(1.0 / double(logits.vocab_size));
+    const int64_t classes = logits.classes != 0 ? logits.classes : logits.vocab_size;
+    rows.weights.beta = Real(1.0 / double(classes));
     if (is_integer(this->target.scalar_type())) {
       STD_TORCH_CHECK(this->target.numel() == rows.rows, "llmloss: expected ", rows.rows,
                       " targets, got ", this->target.numel());
       rows.targets = {this->target.data_ptr(), this->target.scalar_type() == ScalarType::Long,
-                      logits.ignore_index, logits.of_shard};
+                      logits.ignore_index, logits.classes != 0};
       // No rows: data_ptr may be null, which would mean probability targets.
       if (rows.targets.data == nullptr) rows.targets.data = this;
     } else {

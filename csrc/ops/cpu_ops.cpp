@@ -100,6 +100,11 @@ struct CpuBackend {
     *total = Real(sum);
   }
 
+  template <typename Real>
+  void merge_shards(const ShardRows<Real>& in, const RowOutputs<Real>& out, Real* owners) const {
+    for (int64_t row = 0; row < in.rows; ++row) llmloss::merge_shards(in, out, owners, row);
+  }
+
   template <typename T>
   void scale(T* x, const RowLayout& layout, int64_t rows, int64_t columns,
              const real_t<T>* factor) const {

@@ -100,6 +100,11 @@ class CudaBackend {
     check(cuda::LossKernels<Real>::sum(values, count, total, stream_));
   }
 
+  template <typename Real>
+  void merge_shards(const ShardRows<Real>& in, const RowOutputs<Real>& out, Real* owners) const {
+    check(cuda::LossKernels<Real>::merge_shards(in, out, owners, stream_));
+  }
+
   template <typename T>
   void scale(T* x, const RowLayout& layout, int64_t rows, int64_t columns,
              const real_t<T>* factor) const {

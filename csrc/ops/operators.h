@@ -3,6 +3,7 @@
 //   denominator, reduce_loss             over LossRows<Real>
 //   sum                                  of one number a row
 //   scale                                a tensor by a number that lies on the device
+//   merge_shards                         over ShardRows<Real>
 //   new_gradient, check_targets
 #pragma once
 
@@ -11,6 +12,7 @@
 #include <array>
 #include <tuple>
 
+#include "../core/shards.h"
 #include "arguments.h"
 
 namespace llmloss::ops {
@@ -20,15 +22,15 @@ struct Operators {
   using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   // log_prob, lse, entropy, mean_log_prob, argmax, rank, state. What is not asked has no elements.
-  // of_shard: the columns are a part of the classes, and a target of -1 is in another part.
+  // classes, if not 0: the columns are a shard, a part of so many, and a target of -1 is elsewhere.
   static Stats token_stats(Tensor input, Tensor target, MaybeTensor weight, MaybeTensor logit_scale,
                            double scale, double softcap, int64_t ignore_index, int64_t vocab_size,
                            bool with_entropy, bool with_mean_log_prob, bool with_rank,
-                           bool of_shard) {
+                           int64_t classes) {
     return dispatch(input, [&]<typename T>() -> Stats {
       using Real = real_t<T>;
       const Problem<T> problem(
-          input, target, {weight, logit_scale, scale, softcap, ignore_index, vocab_size, of_shard});
+          input, target, {weight, logit_scale, scale, softcap, ignore_index, vocab_size, classes});
       Backend backend(input);
       backend.check_targets(problem);
       const auto shape = problem.row_shape();
@@ -64,11 +66,11 @@ struct Operators {
       MaybeTensor grad_log_prob, MaybeTensor grad_lse, MaybeTensor grad_entropy,
       MaybeTensor grad_mean_log_prob, Tensor input, Tensor target, MaybeTensor weight,
       MaybeTensor logit_scale, double scale, double softcap, int64_t ignore_index,
-      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale, bool of_shard) {
+      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale, int64_t classes) {
     const Tensor grad_input = Backend(input).new_gradient(input);
     const Tensor grad_scale = token_stats_backward_into(
         grad_input, {grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob}, input, target,
-        {weight, logit_scale, scale, softcap, ignore_index, vocab_size, of_shard}, entropy, state,
+        {weight, logit_scale, scale, softcap, ignore_index, vocab_size, classes}, entropy, state,
         with_grad_scale);
     return {grad_input, grad_scale};
   }
@@ -78,11 +80,11 @@ struct Operators {
       MaybeTensor grad_log_prob, MaybeTensor grad_lse, MaybeTensor grad_entropy,
       MaybeTensor grad_mean_log_prob, Tensor input, Tensor target, MaybeTensor weight,
       MaybeTensor logit_scale, double scale, double softcap, int64_t ignore_index,
-      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale, bool of_shard) {
+      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale, int64_t classes) {
     check_writable(input);
     return token_stats_backward_into(
         input, {grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob}, input, target,
-        {weight, logit_scale, scale, softcap, ignore_index, vocab_size, of_shard}, entropy, state,
+        {weight, logit_scale, scale, softcap, ignore_index, vocab_size, classes}, entropy, state,
         with_grad_scale);
   }
 
@@ -151,6 +153,44 @@ struct Operators {
       GradRows<T> grad(input, loss.problem.rows.rows, with_grad_scale);
       backend.fused(loss.problem.rows, loss.outputs(), source, grad.outputs());
       return {loss.reduce(backend, denominator), grad.sum(backend)};
+    });
+  }
+
+  // log_prob, lse, entropy, mean_log_prob, argmax, state and the number of ranks that have the
+  // target, of whole rows: from what each rank says of its columns, (ranks, fields, rows), in the
+  // words of shards.h. `target` holds classes of all ranks.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_shards(
+      Tensor said, Tensor target, int64_t ignore_index, int64_t vocab_size) {
+    using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+    return dispatch(said, [&]<typename T>() -> Results {
+      using Real = real_t<T>;
+      STD_TORCH_CHECK(said.scalar_type() == scalar_type_of<Real> && said.dim() == 3 &&
+                          said.size(1) == ShardField::count && said.is_contiguous(),
+                      "llmloss: expected (ranks, ", ShardField::count,
+                      ", rows) contiguous float32 or float64");
+      STD_TORCH_CHECK(vocab_size <= int64_t{1} << 24, "llmloss: at most 2^24 classes over ranks");
+      const int64_t rows = said.size(2);
+      check_device(target, said, "target");
+      STD_TORCH_CHECK(
+          is_integer(target.scalar_type()) && target.numel() == rows && target.is_contiguous(),
+          "llmloss: expected ", rows, " contiguous int64 or int32 targets");
+      const auto column = [&] { return new_real<Real>(said, {rows}); };
+      const Tensor log_prob = column(), lse = column(), entropy = column(), mean = column();
+      const Tensor argmax = new_tensor(said, std::array{rows}, ScalarType::Long);
+      const Tensor state = new_real<Real>(said, {State<Real>::size, rows}), owners = column();
+      RowOutputs<Real> out;
+      out.log_prob = data<Real>(log_prob);
+      out.lse = data<Real>(lse);
+      out.entropy = data<Real>(entropy);
+      out.mean_log_prob = data<Real>(mean);
+      out.argmax = data<int64_t>(argmax);
+      State<Real>(state).write_to(out);
+      const Targets targets{target.data_ptr(), target.scalar_type() == ScalarType::Long,
+                            ignore_index};
+      Backend(said).merge_shards(
+          ShardRows<Real>{data<Real>(said), said.size(0), rows, targets, vocab_size}, out,
+          data<Real>(owners));
+      return {log_prob, lse, entropy, mean, argmax, state, owners};
     });
   }
 
@@ -378,6 +418,7 @@ void register_operators(Library& m) {
   m.impl("cross_entropy_backward", TORCH_BOX(&Device::cross_entropy_backward));
   m.impl("cross_entropy_backward_", TORCH_BOX(&Device::cross_entropy_backward_inplace));
   m.impl("cross_entropy_fused_", TORCH_BOX(&Device::cross_entropy_fused));
+  m.impl("merge_shards", TORCH_BOX(&Device::merge_shards));
   m.impl("scale_", TORCH_BOX(&Device::scale));
 }
 

@@ -13,7 +13,7 @@ namespace llmloss::ops {
 inline void check_targets_on_host(const Targets& targets, const Tensor& shape, int64_t rows,
                                   int64_t vocab_size) {
   for (int64_t row = 0; row < rows; ++row) {
-    if (targets.ignored(row) || targets.in_range(row, vocab_size)) [[likely]]
+    if (targets.ignored(row) || targets.active(row, vocab_size)) [[likely]]
       continue;
     std::ostringstream message;
     message << "Target " << targets[row] << " at position ";

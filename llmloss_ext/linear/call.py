@@ -146,6 +146,17 @@ class LinearCall:
             token_weight = _shift(token_weight, self.shift, 0)
         return token_weight.reshape(-1)
 
+    @staticmethod
+    def is_row_by_row(
+        reduction: str, accumulator: Tensor | None, token_weight: Tensor | None
+    ) -> bool:
+        """Whether a loss is made of the rows' statistics, and not with its gradients at once."""
+        return (
+            reduction == "none"
+            or accumulator is not None
+            or (token_weight is not None and token_weight.requires_grad)
+        )
+
     def chunk_options(
         self,
         chunk_tokens: int | None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from llmloss_ext import composite
 from llmloss_ext.composite import real_of
 from llmloss_ext.linear.loop import Chunk, Gradients, Projection, put, take
+from llmloss_ext.shard import Shard
 
 __all__ = ["gradients_by_chunks", "loss_by_chunks", "stats_by_chunks", "total_items"]
 
@@ -77,8 +78,9 @@ def loss_by_chunks(
     drop_ignored: bool,
     needs: list[bool],
     weight_grad_dtype: torch.dtype,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`compute_loss`, whatever the loss of a chunk."""
+    """`compute_loss`, whatever the loss of a chunk; ``shard``: of the weight, if it is one."""
     real = real_of(input)
     projection = Projection(input, linear_weight, linear_bias)
     items = (weight, token_weight, num_items, ignore_index, reduction)
@@ -104,6 +106,7 @@ def loss_by_chunks(
         del chunk  # its buffer, before the gradient of the weight is rounded
     if reduction == 1:
         loss += torch.zeros_like(denominator) / denominator  # nan: no token to divide by
+    _sum_over_ranks(shard, gradients.hidden, grad_scale)
     return (
         (loss * factor).to(real),
         _or_empty(gradients.hidden, input),
@@ -172,8 +175,9 @@ def gradients_by_chunks(
     needs: list[bool],
     weight_grad_dtype: torch.dtype,
     accumulator: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`stats_backward`, whatever the gradient of a chunk."""
+    """`stats_backward`, whatever the gradient of a chunk; ``shard`` as in `loss_by_chunks`."""
     projection = Projection(input, linear_weight, linear_bias)
     which = (needs[0], needs[1], needs[2])
     gradients = Gradients(projection, which, weight_grad_dtype, linear_weight.dtype, accumulator)
@@ -190,6 +194,7 @@ def gradients_by_chunks(
         if grad_scale is not None:
             grad_scale += part_scale
         del chunk
+    _sum_over_ranks(shard, gradients.hidden, grad_scale)
     grad_weight = None
     if accumulator is None:
         grad_weight = gradients.weight_result()
@@ -199,6 +204,18 @@ def gradients_by_chunks(
         _or_empty(None if linear_bias is None else _cast(gradients.bias, linear_bias), input),
         _or_empty(_cast(grad_scale, logit_scale), input),
     )
+
+
+def _sum_over_ranks(
+    shard: Shard | None, grad_hidden: Tensor | None, grad_scale: Tensor | None
+) -> None:
+    """Adds up what each rank knows a part of; its rows of the weight are its own."""
+    if shard is None:
+        return
+    if grad_hidden is not None and shard.sum_input_grad:
+        shard.sum_(grad_hidden)
+    if grad_scale is not None:
+        shard.sum_(grad_scale)
 
 
 def _valid(target: Tensor, ignore_index: int, drop_ignored: bool) -> Tensor | None:

@@ -135,11 +135,7 @@ def linear_cross_entropy(
         num_items = dense.items_tensor(num_items, reduction, input)
     if token_weight is not None:
         token_weight = call.token_weights(token_weight, input)
-    is_row_by_row = (
-        reduction == "none"
-        or weight_grad_accumulator is not None
-        or (token_weight is not None and token_weight.requires_grad)
-    )
+    is_row_by_row = call.is_row_by_row(reduction, weight_grad_accumulator, token_weight)
     chunks = call.chunk_options(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
     )

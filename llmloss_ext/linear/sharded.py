@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llmloss_ext import composite
-from llmloss_ext.composite import LogitOptions, LossOptions
+from llmloss_ext.composite import LogitOptions, LossOptions, real_of
 from llmloss_ext.linear.chunked import gradients_by_chunks, loss_by_chunks, stats_by_chunks
-from llmloss_ext.linear.loop import Chunk
+from llmloss_ext.linear.loop import Chunk, take
 from llmloss_ext.shard import Shard, Wanted
 
 __all__ = ["compute_loss", "compute_stats", "stats_backward"]
@@ -42,34 +42,45 @@ def compute_loss(
     needs: list[bool],
     weight_grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`operators.compute_loss`; with class weights, a mean needs ``num_items``."""
+    """`operators.compute_loss`."""
     options = LogitOptions(scale, softcap, ignore_index, vocab_size)
-    loss_options = LossOptions(label_smoothing, z_loss, reduction)
+    loss = LossOptions(label_smoothing, z_loss, reduction)
     wanted = Wanted(mean_log_prob=label_smoothing != 0)
+    w_y = shard.target_weights(target, weight, ignore_index, real_of(input))
+    # With the targets' weights, the tokens' are all that a row's loss is multiplied by.
+    token_weight = torch.ones_like(w_y) if token_weight is None else token_weight.to(w_y.dtype)
+    token_weight = torch.where(target != ignore_index, token_weight, 0.0)
+    if reduction == 1 and num_items is None:
+        num_items = (w_y * token_weight).sum()
 
     def loss_of(
         chunk: Chunk, targets: Tensor, tokens: Tensor | None, divisor: Tensor
     ) -> tuple[Tensor, Tensor]:
+        assert tokens is not None
+        weights = take(w_y, chunk.rows)
         where = (chunk.logits, targets, weight, logit_scale, options)
         merged = shard.statistics(*where, wanted)
-        w_y = shard.target_weights(targets, weight, ignore_index, merged.lse.dtype)
-        with torch.set_grad_enabled(any(needs)):
-            stats = tuple(s.requires_grad_(any(needs)) for s in merged[:4])
-            rows = composite.weighted_losses(stats, w_y, tokens, loss_options)
-            part = composite.total(rows) / divisor
+        rows = composite.weighted_losses(merged, weights, tokens, loss)
+        part = composite.total(rows) / divisor
         if not any(needs):
             return part, divisor.new_empty(0)
-        grads = torch.autograd.grad(part, stats, allow_unused=True)
-        entropy, state = merged.entropy.detach(), merged.state
-        _, grad_scale = shard.gradient(grads, *where, entropy, state, needs[3], inplace=True)
-        return part.detach(), grad_scale
+        # csrc/core/loss.h: loss_upstream
+        each = tokens / divisor
+        grads = (
+            (label_smoothing - 1.0) * weights * each,
+            2.0 * z_loss * merged.lse * each if z_loss != 0 else None,
+            None,
+            -label_smoothing * each if label_smoothing != 0 else None,
+        )
+        state = (merged.entropy, merged.state)
+        _, grad_scale = shard.gradient(grads, *where, *state, needs[3], inplace=True)
+        return part, grad_scale
 
-    loss, grad_input, grad_weight, grad_bias, grad_scale, factor = loss_by_chunks(
+    return loss_by_chunks(
         loss_of, input, linear_weight, target, linear_bias, weight, token_weight, num_items,
         logit_scale, ignore_index, reduction, chunk_tokens, drop_ignored, needs, weight_grad_dtype,
+        shard,
     )  # fmt: skip
-    _sum_over_ranks(shard, needs, grad_input, grad_scale)
-    return loss, grad_input, grad_weight, grad_bias, grad_scale, factor
 
 
 def compute_stats(
@@ -127,20 +138,8 @@ def stats_backward(
         where = (logits, targets, weight, logit_scale, logit_options)
         return shard.gradient(grads, *where, entropy, state, needs[3], inplace=True)[1]
 
-    grad_input, grad_weight, grad_bias, grad_scale = gradients_by_chunks(
+    return gradients_by_chunks(
         gradient_of, grads, input, linear_weight, target, linear_bias, logit_scale,
         logit_options.ignore_index, entropy, states, chunk_tokens, drop_ignored, needs,
-        weight_grad_dtype, accumulator,
+        weight_grad_dtype, accumulator, shard,
     )  # fmt: skip
-    _sum_over_ranks(shard, needs, grad_input, grad_scale)
-    return grad_input, grad_weight, grad_bias, grad_scale
-
-
-def _sum_over_ranks(
-    shard: Shard, needs: list[bool], grad_input: Tensor, grad_scale: Tensor
-) -> None:
-    """Adds up what each rank knows a part of; a rank's rows of the weight are its own."""
-    if needs[0] and shard.sum_input_grad:
-        shard.sum_(grad_input)
-    if needs[3]:
-        shard.sum_(grad_scale)

@@ -8,6 +8,7 @@ float64 arrays.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -248,6 +249,33 @@ class Case:
     def scaled(self, factor: float) -> Any:
         self.kernels.scale(self._arguments() | {"factor": self._address([factor], self.real)})
         return self.logits.values()
+
+    def merged(self, bounds: list[int]) -> tuple[dict[str, Any], Any]:
+        """The statistics of the rows from shards of their columns; and each target's owners."""
+        p = self.problem
+        said = np.zeros((len(bounds) - 1, 9, p.rows), self.real)
+        for shard, (begin, end) in zip(said, itertools.pairwise(bounds), strict=True):
+            owned = p.valid & (p.target >= begin) & (p.target < end)
+            target = np.where(p.valid, np.where(owned, p.target - begin, -1), p.target)
+            columns = dataclasses.replace(
+                p, logits=p.logits[:, begin:end], target=target, of_shard=True
+            )
+            share = (end - begin) / p.vocab
+            one = Case(self.kernels, self.dtype, columns).row_stats()
+            shard[0], shard[1], shard[2] = one["log_prob"], one["entropy"], one["mean_log_prob"]
+            shard[2] *= share
+            shard[3], shard[4], shard[5] = (one[name] for name in STATE)
+            shard[5] *= share
+            shard[6] = owned
+            shard[7] = np.where(one["argmax"] < 0, -1, one["argmax"] + begin)
+            shard[8] = end - begin
+        out = self._outputs((*(name for name in STATISTICS if name != "rank"), *STATE))
+        owners = np.full(p.rows, 77, self.real)
+        arguments = self._arguments() | self._addresses(out)
+        arguments |= {"said": self._address(said, self.real), "ranks": len(said)}
+        arguments["owners"] = int(owners.ctypes.data)
+        self.kernels.merge_shards(arguments)
+        return out, owners
 
     def loss(self, reduction: str, num_items: float | None = None) -> Any:
         """The loss from the statistics kernel's statistics; and the mean's denominator."""

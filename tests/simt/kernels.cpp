@@ -176,6 +176,17 @@ void sum(const py::dict& d, int64_t count) {
   Loss::sum(pointer<const Real>(d, "values"), count, pointer<Real>(d, "loss"), nullptr);
 }
 
+void whole_rows(const py::dict& d) {
+  ShardRows<Real> in;
+  in.said = pointer<const Real>(d, "said");
+  in.ranks = d["ranks"].cast<int64_t>();
+  in.rows = d["rows"].cast<int64_t>();
+  in.targets = {pointer<const void>(d, "targets"), number<bool>(d, "is_int64", true),
+                number<int64_t>(d, "ignore_index", -100)};
+  in.vocab_size = d["vocab_size"].cast<int64_t>();
+  Loss::merge_shards(in, outputs(d), pointer<Real>(d, "owners"), nullptr);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(LLMLOSS_SIMT_MODULE, m) {
@@ -187,5 +198,6 @@ PYBIND11_MODULE(LLMLOSS_SIMT_MODULE, m) {
   m.def("reduce_loss", reduce_loss);
   m.def("denominator", denominator);
   m.def("sum", sum);
+  m.def("merge_shards", whole_rows);
   m.attr("tile_columns") = cuda::tile_columns<T>;
 }

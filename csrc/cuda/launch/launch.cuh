@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels/fused.cuh"
+#include "../kernels/merge_shards.cuh"
 #include "../kernels/reduce.cuh"
 #include "../kernels/row_grad.cuh"
 #include "../kernels/row_stats.cuh"
@@ -106,6 +107,13 @@ int LossKernels<Real>::denominator(const LossRows<Real>& rows, Real* denominator
 template <typename Real>
 int LossKernels<Real>::sum(const Real* values, int64_t count, Real* sum, void* stream) {
   return launch(sum_kernel<Real>, sum_shape, stream, values, count, sum);
+}
+
+template <typename Real>
+int LossKernels<Real>::merge_shards(const ShardRows<Real>& in, const RowOutputs<Real>& out,
+                                    Real* owners, void* stream) {
+  return launch(merge_shards_kernel<Real>, {ceil_div(in.rows, merge_threads), merge_threads},
+                stream, in, out, owners);
 }
 
 }  // namespace llmloss::cuda

@@ -6,6 +6,7 @@
 
 #include "../../core/loss_rows.h"
 #include "../../core/row_stats.h"
+#include "../../core/shards.h"
 #include "plan.h"
 
 namespace llmloss::cuda {
@@ -34,6 +35,8 @@ struct LossKernels {
                          Real* loss, void* stream);
   static int denominator(const LossRows<Real>& rows, Real* denominator, void* stream);
   static int sum(const Real* values, int64_t count, Real* sum, void* stream);
+  static int merge_shards(const ShardRows<Real>& in, const RowOutputs<Real>& out, Real* owners,
+                          void* stream);
 };
 
 // The limits of the current device, whose index is `device`. Returns a cudaError_t.
