@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FLOATS, GRADIENT, VALUE, assert_close
+from ranks import leave_group
 from torch import Tensor
 
 from llmloss_ext import (
@@ -802,7 +803,7 @@ def test_data_parallel(tmp_path):
         for (name, p), q in zip(model.named_parameters(), parallel.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad), name
     finally:
-        torch.distributed.destroy_process_group()
+        leave_group()
 
 
 def rank_of_two(rank: int, folder: str) -> None:
@@ -830,10 +831,8 @@ def rank_of_two(rank: int, folder: str) -> None:
         results.append([(p.grad, q.grad) for p, q in
                         zip(model.parameters(), alone.parameters(), strict=True)])  # fmt: skip
     torch.save(results, f"{folder}/{rank}.pt")
-    # Before the group, whose threads its hooks may wait for; and none before the other is done.
-    del parallel
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()  # no rank leaves before the other is done
+    leave_group()
 
 
 @pytest.mark.slow

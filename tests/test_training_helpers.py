@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from ranks import leave_group
 
 from llmloss_ext.training import LossMonitor, accumulate_gradients, count_items
 
@@ -117,7 +118,7 @@ def test_count_items_over_ranks(tmp_path):
         group = torch.distributed.group.WORLD
         assert count_items([torch.tensor([1, -100])], group=group) == 1
     finally:
-        torch.distributed.destroy_process_group()
+        leave_group()
 
 
 def test_count_items_of_shifted_and_weighted_targets(device):
@@ -161,11 +162,9 @@ def _rank(rank: int, folder: str, results: object) -> None:
             group=torch.distributed.group.WORLD,
         )
         results.put((rank, float(total), model.weight.grad.tolist()))
-        # Before the group, whose threads its hooks may wait for; and none before the other is done.
-        parallel = None
-        torch.distributed.barrier()
+        torch.distributed.barrier()  # no rank leaves before the other is done
     finally:
-        torch.distributed.destroy_process_group()
+        leave_group()
 
 
 def _model_and_data():
