@@ -467,6 +467,9 @@ def _differentiable_token_weight(
     """A learned token weight: torch multiplies the rows' losses, and so differentiates it."""
     from llmloss_ext import composite
 
+    if composite.is_indices(call.targets):  # whatever it is at ignored tokens
+        valid = (call.targets != call.options.ignore_index).reshape(call.shape)
+        token_weight = torch.where(valid, token_weight, 0)
     run = ops.cross_entropy_inplace if inplace else ops.cross_entropy
     loss = LossOptions(label_smoothing, z_loss, 0)
     rows = run(call.rows, call.targets, weight, None, None, call.scale, call.options, loss)

@@ -3,8 +3,8 @@
 Functions of `llmloss_ext` with a ``group``: tensor parallelism's output layer leaves each rank the
 logits, or the weight, of its own classes, and no rank ever sees the others'. Every rank is given
 the same hidden states and targets, and returns the same loss. Per token, the ranks tell each other
-nine numbers in the forward pass (once more for class weights, thrice for ``with_rank``); in the
-backward pass the gradients of hidden states and of ``logit_scale`` are summed, and nothing else.
+nine numbers in the forward pass (once more for class weights, twice for ``with_rank``); where the
+gradients of hidden states and of ``logit_scale`` are formed they are summed. At most 2^24 classes.
 
 By default the ranks' columns follow each other, equally many on each: rank r holds the classes from
 r * columns on. A vocabulary that is padded to a multiple of the ranks is told by ``vocab_size``;

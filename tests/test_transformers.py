@@ -175,6 +175,17 @@ def test_refusals():
     )
     with pytest.raises(ValueError, match="takes no logits_to_keep"):
         use_linear_cross_entropy(encoder)
+    own_loss = transformers.BartForCausalLM(
+        transformers.BartConfig(
+            vocab_size=V,
+            d_model=32,
+            decoder_layers=1,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=32,
+        )
+    )
+    with pytest.raises(ValueError, match="does not call its loss_function"):
+        use_linear_cross_entropy(own_loss)
 
     for wrong in ("shift", "reduction", "num_items", "linear_bias", "target"):
         with pytest.raises(ValueError, match=f"no option {wrong}"):
@@ -228,7 +239,7 @@ def test_what_a_config_or_a_call_asks_for():
 
 
 def test_an_own_forward_of_the_model_stays():
-    """Wrapped before or after: as an autocast, or a compiler, would."""
+    """Wrapped before or after: as an autocast, a compiler or an adapter would."""
     model = model_of("llama")
     calls = []
     inner = model.forward
@@ -240,9 +251,49 @@ def test_an_own_forward_of_the_model_stays():
     model.forward = wrapped
     use_linear_cross_entropy(model)
     assert model(**batch()).logits.shape == (B, 1, V)
+    # Called by another module's forward, and not by the model's hooks.
+    assert model.forward(**batch()).logits.shape == (B, 1, V)
     stop_linear_cross_entropy(model)
+    assert model.forward is wrapped
     assert model(**batch()).logits.shape == (B, S, V)
-    assert len(calls) == 2
+    assert len(calls) == 3
+    del model.forward
+    use_linear_cross_entropy(model)
+    inner = model.forward
+    model.forward = wrapped
+    assert model(**batch()).logits.shape == (B, 1, V)
+    stop_linear_cross_entropy(model)
+    assert model.forward is wrapped
+    assert model(**batch()).logits.shape == (B, S, V)
+
+
+def test_stopping_leaves_others_settings():
+    model = model_of("llama")
+    before = set(vars(model))
+    use_linear_cross_entropy(model)
+    stop_linear_cross_entropy(model)
+    assert set(vars(model)) == before
+    use_linear_cross_entropy(model)
+    model.loss_function = causal_lm_loss
+    stop_linear_cross_entropy(model)
+    assert model.loss_function is causal_lm_loss
+
+
+def test_a_call_that_fails_leaves_nothing_behind():
+    model = model_of("llama")
+    use_linear_cross_entropy(model)
+    with pytest.raises(IndexError, match="Target 1000"):
+        model(**batch() | {"labels": torch.full((B, S), 1000)})
+    copied = copy.deepcopy(model)
+    assert_close(copied(**batch()).loss, model(**batch()).loss.detach(), 1e-6)
+
+
+def test_replicas_are_refused():
+    model = model_of("llama")
+    use_linear_cross_entropy(model)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(**batch())
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
@@ -253,8 +304,9 @@ def test_sixteen_bits(how):
         model = model.bfloat16()
     use_linear_cross_entropy(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        loss = model(**batch()).loss
+        loss, logits = model(**batch(), return_dict=False)[:2]
     loss.backward()
+    assert logits.shape == (B, 1, V)
     assert loss.dtype == torch.float32
     assert_close(loss, expected, 3e-2)
     assert all(p.grad is not None for p in model.parameters())
@@ -269,6 +321,7 @@ def test_compiled():
     model.zero_grad()
     output = compiled(**batch())
     output.loss.backward()
+    assert output.logits.shape == (B, 1, V)
     assert_close(output.loss, expected[0].loss, 1e-5)
     assert_close(model.lm_head.weight.grad, expected[1]["lm_head.weight"], 1e-5)
 

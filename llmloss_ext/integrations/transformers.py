@@ -14,7 +14,9 @@ Both understand the number of items that `transformers.Trainer` passes with each
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from typing import Any
 
 import torch
@@ -27,6 +29,10 @@ from llmloss_ext.linear import linear_cross_entropy
 __all__ = ["causal_lm_loss", "stop_linear_cross_entropy", "use_linear_cross_entropy"]
 
 _PATCH = "_llmloss_linear_cross_entropy"
+_OTHERWISE = (
+    "use_linear_cross_entropy: this model makes its logits otherwise than by its output layer, a "
+    "scale and a softcap of its base model's hidden states; use causal_lm_loss"
+)
 _NOT_FROM_LOGITS = {"input", "target", "reduction", "num_items", "ignore_index"}
 _NOT_LINEAR = {*_NOT_FROM_LOGITS, "linear_weight", "linear_bias", "shift", "options"}
 
@@ -79,12 +85,12 @@ def use_linear_cross_entropy(model: Any, **options: Any) -> None:
     and calls without labels are as they were.
 
     A final softcap or scale of the logits is taken from the model's config, and the first call
-    compares what it makes of them with the model's own logits. Hooks do the work, on the model and
-    its base model: call the model, not its ``forward``.
+    compares what it makes of them with the model's own logits.
 
     Args:
-        model: A ``...ForCausalLM``, whose output layer is a `torch.nn.Linear` and whose ``forward``
-            takes ``logits_to_keep``; if distributed or compiled, then before it is.
+        model: A ``...ForCausalLM``, whose output layer is a `torch.nn.Linear`, whose ``forward``
+            takes ``logits_to_keep``, and which calls its ``loss_function``. Before it is wrapped
+            (PEFT, DistributedDataParallel, torch.compile); `torch.nn.DataParallel` is refused.
         options: Of `llmloss_ext.linear_cross_entropy`: label_smoothing, z_loss, max_chunk_bytes ...
 
     Raises:
@@ -107,6 +113,8 @@ def use_linear_cross_entropy(model: Any, **options: Any) -> None:
             f"use_linear_cross_entropy has no option {', '.join(sorted(unknown))}; a model's calls "
             "say what is ignored, and how many items there are"
         )
+    if "loss_function" not in inspect.unwrap(kind.forward).__code__.co_names:
+        raise ValueError(f"{kind.__name__} does not call its loss_function; use causal_lm_loss")
     stop_linear_cross_entropy(model)
     setattr(model, _PATCH, _Patch(model, _logit_options(model.config) | options))
 
@@ -120,39 +128,59 @@ def stop_linear_cross_entropy(model: Any) -> None:
 
 
 class _Patch:
-    """Hooks on a model and its base model, and the loss_function between them.
+    """A model's forward and loss_function, and between the two the hidden states of a call.
 
-    It keeps no model, and its hooks are methods: a copy of a model has a copy of it.
+    It keeps no model, and what it puts there are methods: a copy of a model has a copy of it.
     """
 
     def __init__(self, model: Any, options: dict[str, Any]) -> None:
         self._options = options
-        self._is_checked = False
-        self._is_awaited = False
+        self._is_checked = self._is_awaited = False
         self._head: torch.nn.Linear | None = None
         self._hidden: Tensor | None = None
+        own = vars(model)
+        self._before = {name: own[name] for name in ("forward", "_loss_function") if name in own}
         self._otherwise = model.loss_function
         self._handles = [
-            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_pre_hook(_refuse_replicas),
             model.base_model.register_forward_hook(self.after_base),
         ]
+
+        @functools.wraps(type(model).forward)
+        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+            patch = getattr(model, _PATCH, None)
+            if patch is None:  # stopped, but somebody has wrapped this meanwhile
+                return type(model).forward(model, *args, **kwargs)
+            return patch.call(model, args, kwargs)
+
+        self._forward = forward
+        model.forward = types.MethodType(forward, model)
         model.loss_function = self.loss
 
     def remove(self, model: Any) -> None:
+        """Puts back what was there, but for what somebody else has put there since."""
         for handle in self._handles:
             handle.remove()
-        model.loss_function = self._otherwise
+        ours = {"forward": types.MethodType(self._forward, model), "_loss_function": self.loss}
+        for name, mine in ours.items():
+            if vars(model).get(name) == mine:
+                delattr(model, name)
+                if name in self._before:
+                    setattr(model, name, self._before[name])
 
-    def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Has the model compute the last token's logits only, if it is to compute a loss."""
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
+    def call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's forward, with the last token's logits only if it is to compute a loss."""
+        kind = type(model)
+        inner = self._before.get("forward") or functools.partial(kind.forward, model)
+        names = list(inspect.signature(kind.forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
-        self._is_awaited = model.training and given.get("labels") is not None
-        self._hidden = None
-        if not self._is_awaited:
-            return None
-        self._head = model.get_output_embeddings()
-        return (), given | {"logits_to_keep": 1}
+        if not model.training or given.get("labels") is None:
+            return inner(*args, **kwargs)
+        self._is_awaited, self._head = True, model.get_output_embeddings()
+        try:
+            return inner(**given | {"logits_to_keep": 1})
+        finally:
+            self._is_awaited, self._head, self._hidden = False, None, None
 
     def after_base(self, _base: Any, _args: Any, output: Any) -> None:
         """Keeps the hidden states of the call."""
@@ -172,15 +200,16 @@ class _Patch:
     ) -> Tensor:
         """The model's loss_function: of the hidden states; where that was not asked for, as ever.
 
-        Run eagerly by torch.compile: what lies between the hooks is no graph's.
+        Run eagerly by torch.compile: what was kept of the call is no graph's.
         """
         hidden, head = self._hidden, self._head
-        self._is_awaited, self._hidden, self._head = False, None, None
-        if hidden is None or head is None:
+        if not self._is_awaited or head is None:
             told = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
             return self._otherwise(
                 logits, labels, vocab_size, shift_labels=shift_labels, **told, **others
             )
+        if hidden is None:
+            raise ValueError(_OTHERWISE)
         _check_head(head)
         if not self._is_checked:
             self._is_checked = self._check(head, hidden, logits)
@@ -213,9 +242,14 @@ class _Patch:
                     return False
                 if ((ours - logits.float()).abs() <= 2e-2 * size).all():
                     return True
-        raise ValueError(
-            "use_linear_cross_entropy: this model makes its logits of its hidden states otherwise "
-            "than by its output layer, a scale and a softcap; use causal_lm_loss"
+        raise ValueError(_OTHERWISE)
+
+
+def _refuse_replicas(model: Any, _args: Any) -> None:
+    if getattr(model, "_is_replica", False):
+        raise RuntimeError(
+            "use_linear_cross_entropy does not work under torch.nn.DataParallel, whose threads "
+            "share the model's attributes; use DistributedDataParallel"
         )
 
 
