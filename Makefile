@@ -127,7 +127,7 @@ sanitize: $(SETUP)  ## The same under AddressSanitizer and UBSan
 bench: build  ## Times the losses beside torch and the machine's limits, and writes a report (two minutes)
 	@$(PY) -m bench run --suite quick --out runs/bench --overwrite
 
-bench-readme: demo  ## Measures what README quotes (half an hour), and writes it there
+bench-readme: demo  ## Measures what README quotes (twenty minutes), and writes it there
 	@$(PY) -m bench run --suite cpu --out bench/results/cpu --overwrite
 	@$(PY) -m bench readme --demo runs/demo
 

@@ -109,6 +109,13 @@ def target_weights(
     return torch.where(valid, weight[torch.where(is_class, target, 0).long()].to(real), 0.0)
 
 
+def weight_tokens(
+    token_weight: Tensor, target: Tensor, ignore_index: int, real: torch.dtype
+) -> Tensor:
+    """The weights of the tokens: 0 at ignored ones, whatever was given for them."""
+    return torch.where(target != ignore_index, token_weight.to(real), 0.0)
+
+
 def denominators(
     input: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, ignore: int
 ) -> Tensor:
@@ -118,9 +125,9 @@ def denominators(
         rows = torch.ones(input.shape[:-1], dtype=real, device=input.device)
         return rows if token_weight is None else rows * token_weight.to(real)
     rows = target_weights(target, weight, ignore, real)
-    if token_weight is None:
-        return rows
-    return torch.where(target != ignore, rows * token_weight.to(real), 0.0)
+    return (
+        rows if token_weight is None else rows * weight_tokens(token_weight, target, ignore, real)
+    )
 
 
 def row_losses(
@@ -151,8 +158,8 @@ def losses_of(
     w_y = None
     if is_indices(target):
         w_y = target_weights(target, weight, ignore_index, stats[1].dtype)
-        if token_weight is not None:  # whatever it is at ignored tokens
-            token_weight = torch.where(target != ignore_index, token_weight, 0)
+        if token_weight is not None:
+            token_weight = weight_tokens(token_weight, target, ignore_index, w_y.dtype)
     return weighted_losses(stats, w_y, token_weight, loss)
 
 
@@ -172,6 +179,22 @@ def weighted_losses(
     if loss.z_loss != 0:
         rows = rows + loss.z_loss * lse.square()
     return rows if token_weight is None else rows * token_weight.to(rows.dtype)
+
+
+def loss_gradients(
+    stats: Sequence[Tensor], w_y: Tensor, upstream: Tensor, loss: LossOptions
+) -> tuple[Tensor | None, ...]:
+    """Of `weighted_losses` for class indices, with respect to its first four `Stats`; None: 0.
+
+    ``upstream`` is that of each row's loss, times its token's weight.
+    """
+    eps, z_loss = loss.label_smoothing, loss.z_loss
+    return (
+        (eps - 1.0) * w_y * upstream,
+        2.0 * z_loss * stats[1] * upstream if z_loss != 0 else None,
+        None,
+        -eps * upstream if eps != 0 else None,
+    )
 
 
 def reduce(rows: Tensor, denominator: Tensor, reduction: int) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmloss_ext import ops
+from llmloss_ext import composite, ops
 from llmloss_ext.composite import LogitOptions, LossOptions
 
 __all__ = ["TokenStats", "cross_entropy", "token_stats"]
@@ -82,8 +83,13 @@ def token_stats(
     stats = ops.token_stats(
         call.rows, call.targets, weight, call.scale, call.options, (True, True, with_rank)
     )
-    log_prob, lse, entropy, mean = (s.reshape(call.shape) for s in stats[:4])
-    argmax, rank = (s.reshape(call.shape) if with_rank else None for s in stats[4:6])
+    return as_token_stats(stats, call.shape, with_rank)
+
+
+def as_token_stats(stats: Sequence[Tensor], shape: torch.Size, with_rank: bool) -> TokenStats:
+    """What an operator returns of the rows' statistics, in the shape of the target."""
+    log_prob, lse, entropy, mean = (s.reshape(shape) for s in stats[:4])
+    argmax, rank = (s.reshape(shape) if with_rank else None for s in stats[4:6])
     return TokenStats(log_prob, lse, entropy, mean, argmax, rank)
 
 
@@ -465,11 +471,11 @@ def _differentiable_token_weight(
     inplace: bool,
 ) -> Tensor:
     """A learned token weight: torch multiplies the rows' losses, and so differentiates it."""
-    from llmloss_ext import composite
-
-    if composite.is_indices(call.targets):  # whatever it is at ignored tokens
-        valid = (call.targets != call.options.ignore_index).reshape(call.shape)
-        token_weight = torch.where(valid, token_weight, 0)
+    if composite.is_indices(call.targets):
+        targets = call.targets.reshape(call.shape)
+        token_weight = composite.weight_tokens(
+            token_weight, targets, call.options.ignore_index, token_weight.dtype
+        )
     run = ops.cross_entropy_inplace if inplace else ops.cross_entropy
     loss = LossOptions(label_smoothing, z_loss, 0)
     rows = run(call.rows, call.targets, weight, None, None, call.scale, call.options, loss)

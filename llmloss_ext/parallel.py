@@ -11,8 +11,8 @@ r * columns on. A vocabulary that is padded to a multiple of the ranks is told b
 other divisions also by ``vocab_start``.
 
 All ranks have to make the same calls; one that raises leaves the others waiting for their group's
-timeout. First-order gradients only: no ``create_graph``, no
-`torch.func`. Under `torch.compile` the calls are left out of the graph.
+timeout. First-order gradients only: no ``create_graph``, no `torch.func`. Under `torch.compile` the
+calls are left out of the graph.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def token_stats(
         input, target, group, vocab_start, vocab_size, weight, ignore_index, softcap, logit_scale
     )
     stats = _stats(call, weight, Wanted(True, True, with_rank), shard, inplace=False)
-    return _token_stats(stats, call.shape, with_rank)
+    return dense.as_token_stats(stats, call.shape, with_rank)
 
 
 @_left_out_of_graphs
@@ -286,7 +286,7 @@ def linear_token_stats(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, shard=shard
     )
     stats = call.stats((True, True, with_rank), chunks)
-    return _token_stats(stats, call.shape, with_rank)
+    return dense.as_token_stats(stats, call.shape, with_rank)
 
 
 @_left_out_of_graphs
@@ -478,12 +478,6 @@ def _stats(
     return stats
 
 
-def _token_stats(stats: tuple[Tensor, ...], shape: torch.Size, with_rank: bool) -> TokenStats:
-    log_prob, lse, entropy, mean = (s.reshape(shape) for s in stats[:4])
-    argmax, rank = (s.reshape(shape) if with_rank else None for s in stats[4:6])
-    return TokenStats(log_prob, lse, entropy, mean, argmax, rank)
-
-
 def _loss_of_rows(
     stats: tuple[Tensor, ...],
     targets: Tensor,
@@ -497,8 +491,8 @@ def _loss_of_rows(
 ) -> Tensor:
     w_y = shard.target_weights(targets, weight, ignore_index, stats[1].dtype)
     items = w_y
-    if token_weight is not None:  # whatever it is at ignored tokens
-        token_weight = torch.where(targets != ignore_index, token_weight.to(w_y.dtype), 0.0)
+    if token_weight is not None:
+        token_weight = composite.weight_tokens(token_weight, targets, ignore_index, w_y.dtype)
         items = w_y * token_weight
     rows = composite.weighted_losses(stats, w_y, token_weight, loss)
     if loss.reduction == 0:

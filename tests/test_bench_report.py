@@ -16,6 +16,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from bench import demo, readme
+from bench.__main__ import main
 from bench.cases import Case
 from bench.report.page import HTML, MARKDOWN, write_report
 from bench.results import FILE, Ceiling, Measurement, Results, Row
@@ -148,6 +149,13 @@ def test_the_demo_keeps_what_a_run_says(tmp_path, monkeypatch):
     demo.keep(tmp_path)
     text = demo.render()
     assert "180 steps in 2:14 minutes" in text
+    # By the command, which then writes README.
+    demo.KEPT.unlink()
+    monkeypatch.setattr(readme, "update", lambda: False)
+    assert main(["readme", "--demo", str(tmp_path)]) == 0
+    assert demo.render() == text
+    with pytest.raises(SystemExit):
+        main(["readme", "--demo", str(tmp_path), "--check"])
     assert "(perplexity 134,592 to 665), 766 MiB at the peak" in text
     assert "| `linear` | 7.10000 | 500 ms | 192 MiB |" in text
 

@@ -578,6 +578,105 @@ def test_other_inputs(ranks):
     ranks.run(rank_other_inputs)
 
 
+def rank_every_option_of_statistics(rank, ranks):
+    """Each alone, so that none can be ignored unnoticed."""
+    p = Problem(rank, ranks, torch.float32)
+    class_weight, scale = torch.rand(p.classes), torch.tensor(0.6)
+    target = p.target.clone()
+    target[0] = 2
+    options = {
+        "weight": ({"weight": class_weight[p.columns]}, {"weight": class_weight}),
+        "ignore_index": ({"ignore_index": 2}, {"ignore_index": 2}),
+        "softcap": ({"softcap": 2.0}, {"softcap": 2.0}),
+        "logit_scale": ({"logit_scale": scale}, {"logit_scale": scale}),
+        "vocab_size": ({"vocab_size": p.classes - 5}, {"vocab_size": p.classes - 5}),
+        "with_rank": ({"with_rank": True}, {"with_rank": True}),
+    }
+    linear = {
+        "linear_bias": ({"linear_bias": p.bias[p.columns]}, {"linear_bias": p.bias}),
+        "shift": ({"shift": 2}, {"shift": 2}),
+    }
+    for name, (mine, whole) in (options | linear).items():
+        labels = target.clamp_max(p.classes - 6) if name == "vocab_size" else target
+        labels = torch.where(labels < 0, 0, labels) if name == "ignore_index" else labels
+        found, wanted, plain = [], [], []
+        if name in options:
+            found += parallel.token_stats(p.logits[:, p.columns], labels, **mine)
+            wanted += llmloss_ext.token_stats(p.logits, labels, **whole)
+            plain += llmloss_ext.token_stats(p.logits, labels)
+        found += parallel.linear_token_stats(p.hidden, p.weight[p.columns], labels, **mine)
+        wanted += llmloss_ext.linear_token_stats(p.hidden, p.weight, labels, **whole)
+        plain += llmloss_ext.linear_token_stats(p.hidden, p.weight, labels)
+        if name not in ("weight", "with_rank"):
+            where = (p.hidden, p.weight[p.columns], labels)
+            found.append(parallel.linear_log_probs(*where, **mine))
+            wanted.append(llmloss_ext.linear_log_probs(p.hidden, p.weight, labels, **whole))
+            plain.append(llmloss_ext.linear_log_probs(p.hidden, p.weight, labels))
+        if name not in ("weight", "with_rank"):
+            found.append(parallel.linear_cross_entropy(*where, **mine))
+            wanted.append(llmloss_ext.linear_cross_entropy(p.hidden, p.weight, labels, **whole))
+            plain.append(llmloss_ext.linear_cross_entropy(p.hidden, p.weight, labels))
+        differs = 0
+        for one, other, without in zip(found, wanted, plain, strict=True):
+            assert (one is None) == (other is None), name
+            if one is not None:
+                assert_close(one, other, 1e-5)
+                differs += without is None or not torch.equal(without, other)
+        assert differs, name
+
+
+def test_every_option_of_statistics(ranks):
+    ranks.run(rank_every_option_of_statistics)
+
+
+def rank_how_the_tokens_are_walked_through(rank, ranks):
+    p = Problem(rank, ranks, torch.bfloat16)
+    seen = []
+    statistics = Shard.statistics
+
+    def watched(self, logits, *others):
+        seen.append(len(logits))
+        return statistics(self, logits, *others)
+
+    Shard.statistics = watched
+    try:
+        for run in (
+            parallel.linear_cross_entropy,
+            parallel.linear_token_stats,
+            parallel.linear_log_probs,
+        ):
+            valid = int((p.target >= 0).sum())
+            for options, rows in (
+                ({"chunk_tokens": 4, "drop_ignored": False}, ROWS),
+                ({"max_chunk_bytes": 4 * 128, "drop_ignored": False}, ROWS),
+                ({"chunk_tokens": 4, "drop_ignored": True}, valid),
+                ({"chunk_tokens": 4}, valid),
+            ):
+                seen.clear()
+                run(p.hidden, p.weight[p.columns], p.target, **options)
+                assert sum(seen) == rows
+                assert len(seen) == 3
+                assert max(seen) <= 4
+            # The sums over chunks in 16 bits, or not; and the hidden states' gradient in parts.
+            grads = []
+            for options in ({}, {"weight_grad_dtype": torch.bfloat16}, {"sum_input_grad": False}):
+                hidden, weight = leaf(p.hidden), leaf(p.weight[p.columns])
+                out = run(hidden, weight, p.target, chunk_tokens=2, **options)
+                (out.lse if isinstance(out, tuple) else out).sum().backward()
+                grads.append((hidden.grad, weight.grad))
+            assert not torch.equal(grads[0][1], grads[1][1])
+            assert_close(grads[0][1], grads[1][1], 5e-2)
+            assert not torch.equal(grads[0][0], grads[2][0])
+            dist.all_reduce(grads[2][0])
+            assert torch.equal(grads[0][0], grads[2][0])
+    finally:
+        Shard.statistics = statistics
+
+
+def test_how_the_tokens_are_walked_through(two):
+    two.run(rank_how_the_tokens_are_walked_through)
+
+
 # ------------------------------------------------------------------------------- bad input
 
 

@@ -226,12 +226,17 @@ def test_what_a_config_or_a_call_asks_for():
     loss, logits = model(**batch(), return_dict=False)[:2]
     assert_close(loss, expected[0].loss, 1e-5)
     assert logits.shape == (B, 1, V)
-    check_same(run(model, ignore_index=-100), expected)
+    stop_linear_cross_entropy(model)
+    ids = batch()["input_ids"]
+    other = {"labels": ids, "ignore_index": int(ids[0, 3])}
+    expected_of_other = run(model, **other)
+    assert not torch.equal(expected_of_other[0].loss, run(model, labels=ids)[0].loss)
+    use_linear_cross_entropy(model)
+    check_same(run(model, **other), expected_of_other)
     # Checkpointed layers are run again in backward, and the hidden states kept once.
     model.gradient_checkpointing_enable()
     check_same(run(model, use_cache=False), expected)
     # In training mode, without labels: as ever.
-    ids = batch()["input_ids"]
     assert model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=False).shape == (
         B,
         S + 2,

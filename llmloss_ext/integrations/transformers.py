@@ -33,8 +33,11 @@ _OTHERWISE = (
     "use_linear_cross_entropy: this model makes its logits otherwise than by its output layer, a "
     "scale and a softcap of its base model's hidden states; use causal_lm_loss"
 )
-_NOT_FROM_LOGITS = {"input", "target", "reduction", "num_items", "ignore_index"}
-_NOT_LINEAR = {*_NOT_FROM_LOGITS, "linear_weight", "linear_bias", "shift", "options"}
+# Options of the losses that a model's call does not decide.
+_DECIDED = {"input", "target", "reduction", "num_items", "ignore_index"}
+_FROM_LOGITS = inspect.signature(cross_entropy).parameters.keys() - _DECIDED
+_FROM_HIDDEN = inspect.signature(linear_cross_entropy).parameters.keys() - _DECIDED
+_FROM_HIDDEN -= {"linear_weight", "linear_bias", "shift", "options"}
 
 
 def causal_lm_loss(
@@ -66,13 +69,12 @@ def causal_lm_loss(
     Raises:
         ValueError: Neither labels nor shift_labels; and as `llmloss_ext.cross_entropy`.
     """
-    ours = inspect.signature(cross_entropy).parameters.keys() - _NOT_FROM_LOGITS
     return cross_entropy(
         logits.reshape(-1, vocab_size),
         _shifted(labels, shift_labels, ignore_index).reshape(-1).to(logits.device),
         ignore_index=ignore_index,
         num_items=_items(num_items_in_batch, logits),
-        **{name: options[name] for name in ours & options.keys()},
+        **{name: options[name] for name in _FROM_LOGITS & options.keys()},
     )
 
 
@@ -105,9 +107,7 @@ def use_linear_cross_entropy(model: Any, **options: Any) -> None:
         raise ValueError(f"{kind.__name__} has no base model that ends in hidden states")
     if getattr(model.config, "z_loss_coefficient", 0):
         raise ValueError(f"{kind.__name__} makes a z-loss of its logits; use causal_lm_loss")
-    unknown = options.keys() - (
-        inspect.signature(linear_cross_entropy).parameters.keys() - _NOT_LINEAR
-    )
+    unknown = options.keys() - _FROM_HIDDEN
     if unknown:
         raise ValueError(
             f"use_linear_cross_entropy has no option {', '.join(sorted(unknown))}; a model's calls "

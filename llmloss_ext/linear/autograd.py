@@ -7,8 +7,7 @@ gradients gets torch arithmetic over whole logits: slower, never wrong.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,23 +16,13 @@ from torch.autograd import Function
 from llmloss_ext import composite
 from llmloss_ext.composite import LogitOptions, LossOptions
 from llmloss_ext.linear import fake, operators, sharded  # noqa: F401  (fake registers itself)
-from llmloss_ext.linear.chunked import total_items
+from llmloss_ext.linear.chunked import ChunkOptions, Inputs, total_items
 from llmloss_ext.ops import _Composite, _needs_differentiable_backward
-from llmloss_ext.shard import Shard, refuse_second_order
+from llmloss_ext.shard import refuse_second_order
 
-__all__ = ["ChunkOptions", "loss", "stats"]
+__all__ = ["loss", "stats"]
 
 _ops = torch.ops.llmloss
-
-
-class ChunkOptions(NamedTuple):
-    """How the tokens are walked through, and of which classes this process has the weight."""
-
-    chunk_tokens: int
-    drop_ignored: bool
-    weight_grad_dtype: torch.dtype
-    shard: Shard | None = None
-    """None: of all."""
 
 
 class _Loss(Function):
@@ -100,11 +89,13 @@ def _loss_and_gradients(inputs: Any, others: Any, options: Any, needs: list[bool
     input, linear_weight, linear_bias, logit_scale = inputs
     target, weight, token_weight, num_items = others
     logits, loss, chunks = options
-    run: Any = operators.compute_loss
     if chunks.shard is not None:
-        run = partial(sharded.compute_loss, chunks.shard)
-    elif operators.must_be_opaque(input):
-        run = operators.linear_loss
+        return sharded.compute_loss(
+            chunks.shard, Inputs(*inputs), target, weight, token_weight, num_items, logits, loss,
+            chunks, needs,
+        )  # fmt: skip
+    is_opaque = operators.must_be_opaque(input)
+    run: Any = operators.linear_loss if is_opaque else operators.compute_loss
     return run(
         input, linear_weight, target, linear_bias, weight, token_weight, num_items, logit_scale,
         *logits, *loss, chunks.chunk_tokens, chunks.drop_ignored, needs, chunks.weight_grad_dtype,
@@ -173,15 +164,18 @@ class _Stats(Function):
         wanted: tuple[bool, bool, bool],
         chunks: ChunkOptions,
     ) -> tuple[Tensor, ...]:
-        run: Any = operators.compute_stats
         if chunks.shard is not None:
-            run = partial(sharded.compute_stats, chunks.shard)
-        elif operators.must_be_opaque(input):
-            run = operators.linear_stats
-        output = run(
-            input, linear_weight, target, linear_bias, weight, logit_scale, *logits, list(wanted),
-            chunks.chunk_tokens, chunks.drop_ignored,
-        )  # fmt: skip
+            inputs = Inputs(input, linear_weight, linear_bias, logit_scale)
+            output = sharded.compute_stats(
+                chunks.shard, inputs, target, weight, logits, wanted, chunks
+            )
+        else:
+            is_opaque = operators.must_be_opaque(input)
+            run: Any = operators.linear_stats if is_opaque else operators.compute_stats
+            output = run(
+                input, linear_weight, target, linear_bias, weight, logit_scale, *logits,
+                list(wanted), chunks.chunk_tokens, chunks.drop_ignored,
+            )  # fmt: skip
         *_, argmax, rank, states = output
         ctx.mark_non_differentiable(argmax, rank, states)
         ctx.set_materialize_grads(False)
@@ -209,19 +203,19 @@ class _Stats(Function):
             stats = _stats_composite(inputs, target, weight, logits, used)
             by_input = stats.vjp(tuple(grad for grad in grads if grad is not None))
             return (*(by_input.get(i) for i in range(4)), *(None,) * 6)
-        input, linear_weight, linear_bias, logit_scale = inputs
         needs = list(ctx.needs_input_grad[:4])
-        where = (input, linear_weight, target, linear_bias, weight, logit_scale)
-        how = (entropy, states, chunks.chunk_tokens, chunks.drop_ignored, needs,
-               chunks.weight_grad_dtype)  # fmt: skip
+        where = (Inputs(*inputs), target, weight, logits, entropy, states, chunks, needs)
         if chunks.shard is not None:
-            results = sharded.stats_backward(
-                chunks.shard, grads, *where, logits, *how, ctx.accumulator
-            )
+            results = sharded.stats_backward(chunks.shard, grads, *where, ctx.accumulator)
         elif ctx.accumulator is not None:
-            results = operators.stats_backward(grads, *where, logits, *how, ctx.accumulator)
+            results = operators.stats_backward(grads, *where, ctx.accumulator)
         else:
-            results = operators.linear_stats_backward(*grads, *where, *logits, *how)
+            input, linear_weight, linear_bias, logit_scale = inputs
+            results = operators.linear_stats_backward(
+                *grads, input, linear_weight, target, linear_bias, weight, logit_scale, *logits,
+                entropy, states, chunks.chunk_tokens, chunks.drop_ignored, needs,
+                chunks.weight_grad_dtype,
+            )  # fmt: skip
         if ctx.accumulator is not None:
             needs[1] = False
         return (*(r if asked else None for r, asked in zip(results, needs, strict=True)),

@@ -13,7 +13,7 @@ from llmloss_ext import functional as dense
 from llmloss_ext import ops
 from llmloss_ext.composite import real_of
 from llmloss_ext.linear import autograd
-from llmloss_ext.linear.autograd import ChunkOptions
+from llmloss_ext.linear.chunked import ChunkOptions
 from llmloss_ext.linear.planning import tokens_of_a_chunk
 from llmloss_ext.shard import Shard
 
@@ -226,13 +226,9 @@ class LinearCall:
             return run(*arguments)
         try:
             return run(*arguments)
-        except IndexError as error:
-            try:
-                dense.check_range(
-                    self.given, self.options.ignore_index, self.options.vocab_size, self.shift
-                )
-            except IndexError as located:
-                raise located from error
+        except IndexError:
+            options = self.options
+            dense.check_range(self.given, options.ignore_index, options.vocab_size, self.shift)
             raise
 
     def _logits(self) -> Tensor:

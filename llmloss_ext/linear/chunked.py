@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,33 @@ from llmloss_ext.composite import real_of
 from llmloss_ext.linear.loop import Chunk, Gradients, Projection, put, take
 from llmloss_ext.shard import Shard
 
-__all__ = ["gradients_by_chunks", "loss_by_chunks", "stats_by_chunks", "total_items"]
+__all__ = [
+    "ChunkOptions",
+    "Inputs",
+    "gradients_by_chunks",
+    "loss_by_chunks",
+    "stats_by_chunks",
+    "total_items",
+]
+
+
+class ChunkOptions(NamedTuple):
+    """How the tokens are walked through, and of which classes this process has the weight."""
+
+    chunk_tokens: int
+    drop_ignored: bool
+    weight_grad_dtype: torch.dtype
+    shard: Shard | None = None
+    """None: of all."""
+
+
+class Inputs(NamedTuple):
+    """What may have a gradient."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    logit_scale: Tensor | None
 
 
 def total_items(
@@ -64,23 +91,19 @@ asked for, the logits become theirs."""
 
 def loss_by_chunks(
     loss_of: LossOfChunk,
-    input: Tensor,
-    linear_weight: Tensor,
+    inputs: Inputs,
     target: Tensor,
-    linear_bias: Tensor | None,
     weight: Tensor | None,
     token_weight: Tensor | None,
     num_items: Tensor | None,
-    logit_scale: Tensor | None,
     ignore_index: int,
     reduction: int,
-    chunk_tokens: int,
-    drop_ignored: bool,
+    chunks: ChunkOptions,
     needs: list[bool],
-    weight_grad_dtype: torch.dtype,
-    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`compute_loss`, whatever the loss of a chunk; ``shard``: of the weight, if it is one."""
+    """`operators.compute_loss`, whatever the loss of a chunk."""
+    input, linear_weight, linear_bias, logit_scale = inputs
+    weight_grad_dtype = chunks.weight_grad_dtype
     real = real_of(input)
     projection = Projection(input, linear_weight, linear_bias)
     items = (weight, token_weight, num_items, ignore_index, reduction)
@@ -95,7 +118,7 @@ def loss_by_chunks(
         projection, (needs[0], needs[1], needs[2]), weight_grad_dtype,
         gradient_dtype(input, linear_weight),
     )  # fmt: skip
-    for chunk in projection.chunks(chunk_tokens, _valid(target, ignore_index, drop_ignored)):
+    for chunk in _walk(projection, target, ignore_index, chunks):
         tokens = None if token_weight is None else take(token_weight, chunk.rows)
         part, part_scale = loss_of(chunk, take(target, chunk.rows), tokens, divisor)
         loss += part
@@ -106,7 +129,7 @@ def loss_by_chunks(
         del chunk  # its buffer, before the gradient of the weight is rounded
     if reduction == 1:
         loss += torch.zeros_like(denominator) / denominator  # nan: no token to divide by
-    _sum_over_ranks(shard, gradients.hidden, grad_scale)
+    _sum_over_ranks(chunks.shard, gradients.hidden, grad_scale)
     return (
         (loss * factor).to(real),
         _or_empty(gradients.hidden, input),
@@ -124,17 +147,15 @@ StatsOfChunk = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 def stats_by_chunks(
     stats_of: StatsOfChunk,
-    input: Tensor,
-    linear_weight: Tensor,
+    inputs: Inputs,
     target: Tensor,
-    linear_bias: Tensor | None,
     ignore_index: int,
     vocab_size: int,
     wanted: Sequence[bool],
-    chunk_tokens: int,
-    drop_ignored: bool,
+    chunks: ChunkOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`compute_stats`, whatever the statistics of a chunk."""
+    """`operators.compute_stats`, whatever the statistics of a chunk."""
+    input, linear_weight, linear_bias, _ = inputs
     real, tokens = real_of(input), input.shape[0]
 
     def column(asked: bool, dtype: torch.dtype = real, fill: int = 0) -> Tensor:
@@ -145,7 +166,7 @@ def stats_by_chunks(
              column(wanted[2], torch.int64, vocab_size)]  # fmt: skip
     states = torch.zeros(tokens, 3, dtype=real, device=input.device)
     projection = Projection(input, linear_weight, linear_bias)
-    for chunk in projection.chunks(chunk_tokens, _valid(target, ignore_index, drop_ignored)):
+    for chunk in _walk(projection, target, ignore_index, chunks):
         *parts, state = stats_of(chunk.logits, take(target, chunk.rows))
         put(states, chunk.rows, state.t())
         for whole, part in zip(stats, parts, strict=True):
@@ -162,27 +183,24 @@ logit_scale (no elements unless asked for). The logits become their gradient."""
 def gradients_by_chunks(
     gradient_of: GradientOfChunk,
     grads: tuple[Tensor | None, ...],
-    input: Tensor,
-    linear_weight: Tensor,
+    inputs: Inputs,
     target: Tensor,
-    linear_bias: Tensor | None,
-    logit_scale: Tensor | None,
     ignore_index: int,
     entropy: Tensor,
     states: Tensor,
-    chunk_tokens: int,
-    drop_ignored: bool,
+    chunks: ChunkOptions,
     needs: list[bool],
-    weight_grad_dtype: torch.dtype,
-    accumulator: Tensor | None = None,
-    shard: Shard | None = None,
+    accumulator: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`stats_backward`, whatever the gradient of a chunk; ``shard`` as in `loss_by_chunks`."""
+    """`operators.stats_backward`, whatever the gradient of a chunk."""
+    input, linear_weight, linear_bias, logit_scale = inputs
     projection = Projection(input, linear_weight, linear_bias)
     which = (needs[0], needs[1], needs[2])
-    gradients = Gradients(projection, which, weight_grad_dtype, linear_weight.dtype, accumulator)
+    gradients = Gradients(
+        projection, which, chunks.weight_grad_dtype, linear_weight.dtype, accumulator
+    )
     grad_scale = torch.zeros((), dtype=torch.float64, device=input.device) if needs[3] else None
-    for chunk in projection.chunks(chunk_tokens, _valid(target, ignore_index, drop_ignored)):
+    for chunk in _walk(projection, target, ignore_index, chunks):
         rows = chunk.rows
         part_scale = gradient_of(
             tuple(None if grad is None else take(grad, rows) for grad in grads),
@@ -194,7 +212,7 @@ def gradients_by_chunks(
         if grad_scale is not None:
             grad_scale += part_scale
         del chunk
-    _sum_over_ranks(shard, gradients.hidden, grad_scale)
+    _sum_over_ranks(chunks.shard, gradients.hidden, grad_scale)
     grad_weight = None
     if accumulator is None:
         grad_weight = gradients.weight_result()
@@ -218,10 +236,11 @@ def _sum_over_ranks(
         shard.sum_(grad_scale)
 
 
-def _valid(target: Tensor, ignore_index: int, drop_ignored: bool) -> Tensor | None:
-    if not drop_ignored or not composite.is_indices(target):
-        return None
-    return target != ignore_index
+def _walk(
+    projection: Projection, target: Tensor, ignore_index: int, chunks: ChunkOptions
+) -> Iterator[Chunk]:
+    drops = chunks.drop_ignored and composite.is_indices(target)
+    return projection.chunks(chunks.chunk_tokens, target != ignore_index if drops else None)
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

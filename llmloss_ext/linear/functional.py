@@ -276,9 +276,7 @@ def linear_token_stats(
     )  # fmt: skip
     chunks = call.chunk_options(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     stats = call.stats((True, True, with_rank), chunks)
-    log_prob, lse, entropy, mean = (s.reshape(call.shape) for s in stats[:4])
-    argmax, rank = (s.reshape(call.shape) if with_rank else None for s in stats[4:6])
-    return TokenStats(log_prob, lse, entropy, mean, argmax, rank)
+    return dense.as_token_stats(stats, call.shape, with_rank)
 
 
 def linear_log_probs(

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from llmloss_ext import fake
-from llmloss_ext.linear.chunked import gradients_by_chunks, loss_by_chunks, stats_by_chunks
+from llmloss_ext.composite import LogitOptions, real_of
+from llmloss_ext.linear.chunked import (
+    ChunkOptions,
+    Inputs,
+    gradients_by_chunks,
+    loss_by_chunks,
+    stats_by_chunks,
+)
 from llmloss_ext.linear.loop import Chunk
 
 __all__ = ["linear_loss", "linear_stats", "linear_stats_backward"]
@@ -75,8 +82,9 @@ def compute_loss(
         return _ops.cross_entropy(*arguments)[0], divisor.new_empty(0)
 
     return loss_by_chunks(
-        loss_of, input, linear_weight, target, linear_bias, weight, token_weight, num_items,
-        logit_scale, ignore_index, reduction, chunk_tokens, drop_ignored, needs, weight_grad_dtype,
+        loss_of, Inputs(input, linear_weight, linear_bias, logit_scale), target, weight,
+        token_weight, num_items, ignore_index, reduction,
+        ChunkOptions(chunk_tokens, drop_ignored, weight_grad_dtype), needs,
     )  # fmt: skip
 
 
@@ -111,8 +119,8 @@ def compute_stats(
         return stats
 
     return stats_by_chunks(
-        stats_of, input, linear_weight, target, linear_bias, ignore_index, vocab_size, wanted,
-        chunk_tokens, drop_ignored,
+        stats_of, Inputs(input, linear_weight, linear_bias, logit_scale), target, ignore_index,
+        vocab_size, wanted, ChunkOptions(chunk_tokens, drop_ignored, real_of(input)),
     )  # fmt: skip
 
 
@@ -121,19 +129,14 @@ linear_stats = torch.library.custom_op("llmloss::linear_stats", compute_stats, m
 
 def stats_backward(
     grads: tuple[Tensor | None, ...],
-    input: Tensor,
-    linear_weight: Tensor,
+    inputs: Inputs,
     target: Tensor,
-    linear_bias: Tensor | None,
     weight: Tensor | None,
-    logit_scale: Tensor | None,
-    logit_options: tuple[float, float, int, int],
+    options: LogitOptions,
     entropy: Tensor,
     states: Tensor,
-    chunk_tokens: int,
-    drop_ignored: bool,
+    chunks: ChunkOptions,
     needs: list[bool],
-    weight_grad_dtype: torch.dtype,
     accumulator: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients from those of log_prob, lse, entropy and mean_log_prob, each (N) or None.
@@ -145,13 +148,12 @@ def stats_backward(
         grads: tuple[Tensor | None, ...], logits: Tensor, targets: Tensor, entropy: Tensor,
         state: Tensor,
     ) -> Tensor:  # fmt: skip
-        where = (logits, targets, weight, logit_scale, *logit_options)
+        where = (logits, targets, weight, inputs.logit_scale, *options)
         grad_scale: Tensor = _ops.token_stats_backward_(*grads, *where, entropy, state, needs[3])
         return grad_scale
 
     return gradients_by_chunks(
-        gradient_of, grads, input, linear_weight, target, linear_bias, logit_scale,
-        logit_options[2], entropy, states, chunk_tokens, drop_ignored, needs, weight_grad_dtype,
+        gradient_of, grads, inputs, target, options.ignore_index, entropy, states, chunks, needs,
         accumulator,
     )  # fmt: skip
 
@@ -182,7 +184,7 @@ def linear_stats_backward(
     """`stats_backward` without an accumulator."""
     return stats_backward(
         (grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob),
-        input, linear_weight, target, linear_bias, weight, logit_scale,
-        (scale, softcap, ignore_index, vocab_size), entropy, states, chunk_tokens, drop_ignored,
-        needs, weight_grad_dtype,
+        Inputs(input, linear_weight, linear_bias, logit_scale), target, weight,
+        LogitOptions(scale, softcap, ignore_index, vocab_size), entropy, states,
+        ChunkOptions(chunk_tokens, drop_ignored, weight_grad_dtype), needs,
     )  # fmt: skip

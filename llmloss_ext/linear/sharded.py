@@ -13,7 +13,13 @@ from torch import Tensor
 
 from llmloss_ext import composite
 from llmloss_ext.composite import LogitOptions, LossOptions, real_of
-from llmloss_ext.linear.chunked import gradients_by_chunks, loss_by_chunks, stats_by_chunks
+from llmloss_ext.linear.chunked import (
+    ChunkOptions,
+    Inputs,
+    gradients_by_chunks,
+    loss_by_chunks,
+    stats_by_chunks,
+)
 from llmloss_ext.linear.loop import Chunk, take
 from llmloss_ext.shard import Shard, Wanted
 
@@ -22,112 +28,78 @@ __all__ = ["compute_loss", "compute_stats", "stats_backward"]
 
 def compute_loss(
     shard: Shard,
-    input: Tensor,
-    linear_weight: Tensor,
+    inputs: Inputs,
     target: Tensor,
-    linear_bias: Tensor | None,
     weight: Tensor | None,
     token_weight: Tensor | None,
     num_items: Tensor | None,
-    logit_scale: Tensor | None,
-    scale: float,
-    softcap: float,
-    ignore_index: int,
-    vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
-    reduction: int,
-    chunk_tokens: int,
-    drop_ignored: bool,
+    options: LogitOptions,
+    loss: LossOptions,
+    chunks: ChunkOptions,
     needs: list[bool],
-    weight_grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`operators.compute_loss`."""
-    options = LogitOptions(scale, softcap, ignore_index, vocab_size)
-    loss = LossOptions(label_smoothing, z_loss, reduction)
-    wanted = Wanted(mean_log_prob=label_smoothing != 0)
-    w_y = shard.target_weights(target, weight, ignore_index, real_of(input))
-    # With the targets' weights, the tokens' are all that a row's loss is multiplied by.
-    token_weight = torch.ones_like(w_y) if token_weight is None else token_weight.to(w_y.dtype)
-    token_weight = torch.where(target != ignore_index, token_weight, 0.0)
-    if reduction == 1 and num_items is None:
+    ignore_index, real = options.ignore_index, real_of(inputs.input)
+    wanted = Wanted(mean_log_prob=loss.label_smoothing != 0)
+    w_y = shard.target_weights(target, weight, ignore_index, real)
+    given = torch.ones_like(w_y) if token_weight is None else token_weight
+    token_weight = composite.weight_tokens(given, target, ignore_index, real)
+    if loss.reduction == 1 and num_items is None:
         num_items = (w_y * token_weight).sum()
 
     def loss_of(
         chunk: Chunk, targets: Tensor, tokens: Tensor | None, divisor: Tensor
     ) -> tuple[Tensor, Tensor]:
-        assert tokens is not None
+        assert tokens is not None  # token_weight is none
         weights = take(w_y, chunk.rows)
-        where = (chunk.logits, targets, weight, logit_scale, options)
+        where = (chunk.logits, targets, weight, inputs.logit_scale, options)
         merged = shard.statistics(*where, wanted)
-        rows = composite.weighted_losses(merged, weights, tokens, loss)
-        part = composite.total(rows) / divisor
+        part = composite.total(composite.weighted_losses(merged, weights, tokens, loss)) / divisor
         if not any(needs):
             return part, divisor.new_empty(0)
-        # csrc/core/loss.h: loss_upstream
-        each = tokens / divisor
-        grads = (
-            (label_smoothing - 1.0) * weights * each,
-            2.0 * z_loss * merged.lse * each if z_loss != 0 else None,
-            None,
-            -label_smoothing * each if label_smoothing != 0 else None,
-        )
+        grads = composite.loss_gradients(merged, weights, tokens / divisor, loss)
         state = (merged.entropy, merged.state)
         _, grad_scale = shard.gradient(grads, *where, *state, needs[3], inplace=True)
         return part, grad_scale
 
     return loss_by_chunks(
-        loss_of, input, linear_weight, target, linear_bias, weight, token_weight, num_items,
-        logit_scale, ignore_index, reduction, chunk_tokens, drop_ignored, needs, weight_grad_dtype,
-        shard,
+        loss_of, inputs, target, weight, token_weight, num_items, ignore_index, loss.reduction,
+        chunks, needs,
     )  # fmt: skip
 
 
 def compute_stats(
     shard: Shard,
-    input: Tensor,
-    linear_weight: Tensor,
+    inputs: Inputs,
     target: Tensor,
-    linear_bias: Tensor | None,
     weight: Tensor | None,
-    logit_scale: Tensor | None,
-    scale: float,
-    softcap: float,
-    ignore_index: int,
-    vocab_size: int,
-    wanted: list[bool],
-    chunk_tokens: int,
-    drop_ignored: bool,
+    options: LogitOptions,
+    wanted: tuple[bool, bool, bool],
+    chunks: ChunkOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`operators.compute_stats`; the states are the merged ones."""
-    options = LogitOptions(scale, softcap, ignore_index, vocab_size)
 
     def stats_of(logits: Tensor, targets: Tensor) -> Sequence[Tensor]:
-        return shard.statistics(logits, targets, weight, logit_scale, options, Wanted(*wanted))
+        scale = inputs.logit_scale
+        return shard.statistics(logits, targets, weight, scale, options, Wanted(*wanted))
 
     return stats_by_chunks(
-        stats_of, input, linear_weight, target, linear_bias, ignore_index, shard.vocab_size,
-        wanted, chunk_tokens, drop_ignored,
-    )  # fmt: skip
+        stats_of, inputs, target, options.ignore_index, shard.vocab_size, wanted, chunks
+    )
 
 
 def stats_backward(
     shard: Shard,
     grads: tuple[Tensor | None, ...],
-    input: Tensor,
-    linear_weight: Tensor,
+    inputs: Inputs,
     target: Tensor,
-    linear_bias: Tensor | None,
     weight: Tensor | None,
-    logit_scale: Tensor | None,
-    logit_options: LogitOptions,
+    options: LogitOptions,
     entropy: Tensor,
     states: Tensor,
-    chunk_tokens: int,
-    drop_ignored: bool,
+    chunks: ChunkOptions,
     needs: list[bool],
-    weight_grad_dtype: torch.dtype,
-    accumulator: Tensor | None = None,
+    accumulator: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`operators.stats_backward`."""
 
@@ -135,11 +107,10 @@ def stats_backward(
         grads: tuple[Tensor | None, ...], logits: Tensor, targets: Tensor, entropy: Tensor,
         state: Tensor,
     ) -> Tensor:  # fmt: skip
-        where = (logits, targets, weight, logit_scale, logit_options)
+        where = (logits, targets, weight, inputs.logit_scale, options)
         return shard.gradient(grads, *where, entropy, state, needs[3], inplace=True)[1]
 
     return gradients_by_chunks(
-        gradient_of, grads, input, linear_weight, target, linear_bias, logit_scale,
-        logit_options.ignore_index, entropy, states, chunk_tokens, drop_ignored, needs,
-        weight_grad_dtype, accumulator, shard,
+        gradient_of, grads, inputs, target, options.ignore_index, entropy, states, chunks, needs,
+        accumulator,
     )  # fmt: skip
