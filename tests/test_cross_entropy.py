@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import FLOATS, GRADIENT, VALUE, assert_close, gradients
+from helpers import FLOATS, GRADIENT, VALUE, assert_close, gradients
 
 import llmloss_ext
 from llmloss_ext import cross_entropy

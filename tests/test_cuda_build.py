@@ -39,6 +39,8 @@ def load_build() -> Any:
 
 
 build = load_build()
+
+
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc: CUDA is left out")
 
 
@@ -154,28 +156,3 @@ def test_few_rows_do_not_run_on_one_multiprocessor() -> None:
 def test_a_rows_chunks_do_not_depend_on_the_number_of_rows() -> None:
     for vocab_size in (1, 4096, 50257, 1 << 20):
         assert len({plan(n, vocab_size, 2)["chunks"] for n in (1, 7, 1000, 1 << 20)}) == 1
-
-
-def test_info_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["info", "--plan", "8192", "128256", "bfloat16"]) == 0
-    out = capsys.readouterr().out
-    assert "8,192 x 128,256 bfloat16 on " in out
-    assert "fused: " in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["8192", "many", "bfloat16"], "must be integers"),
-        (["8192", "0", "bfloat16"], "columns >= 1"),
-        (["8192", "128256", "int8"], "must be one of"),
-        (["8192", str(1 << 31), "bfloat16"], "too many columns"),
-    ],
-)
-def test_a_wrong_plan_is_one_line(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main.main(["info", "--plan", *arguments]) == 1
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1

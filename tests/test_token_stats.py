@@ -7,7 +7,7 @@ import itertools
 import pytest
 import reference
 import torch
-from conftest import FLOATS, GRADIENT, VALUE, assert_close
+from helpers import FLOATS, GRADIENT, VALUE, assert_close
 
 from llmloss_ext import token_stats
 

@@ -10,8 +10,8 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import assert_close
 from functorch.compile import make_boxed_func
+from helpers import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import llmloss_ext

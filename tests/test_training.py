@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
 import pytest
 import torch
+from helpers import assert_close
+from losses.problem import D, V
+from properties import SETTINGS, hypothesis, st
 from ranks import leave_group
 
+import llmloss_ext
+from llmloss_ext import cross_entropy
 from llmloss_ext.training import LossMonitor, accumulate_gradients, count_items
 
 
@@ -193,3 +199,37 @@ def test_ranks_with_unequal_tokens_equal_the_large_batch(tmp_path):
         _, total, grad = results.get()
         assert total == pytest.approx(loss.item(), rel=1e-12)
         torch.testing.assert_close(torch.tensor(grad, dtype=torch.float64), model.weight.grad)
+
+
+@SETTINGS
+@hypothesis.given(
+    st.integers(0, 10_000), st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), min_size=1,
+                                     max_size=6), st.sampled_from(["logits", "hidden"])
+)  # fmt: skip
+def test_micro_batches_equal_the_large_batch(seed, parts, kind):
+    """However many, however long, and however many of each one's tokens are ignored."""
+    from llmloss_ext.training import accumulate_gradients
+
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(D, V, bias=False).double()
+    other = copy.deepcopy(model)
+    sizes = [size for size, _ in parts]
+    x, y = torch.randn(sum(sizes), D).double(), torch.randint(0, V, (sum(sizes),))
+    ignored = torch.cat([torch.rand(size) < share for size, share in parts])
+    y[ignored] = -100
+    micro = [((a, b), b) for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
+
+    def loss(model, x, y, items=None):
+        if kind == "logits":
+            return cross_entropy(model(x), y, num_items=items)
+        return llmloss_ext.linear_cross_entropy(x, model.weight, y, num_items=items)
+
+    total = accumulate_gradients(lambda batch, items: loss(model, *batch, items), micro)
+    if ignored.all():
+        assert total == 0
+        assert (model.weight.grad == 0).all()
+        return
+    whole = loss(other, x, y)
+    whole.backward()
+    assert_close(total, whole.detach(), 1e-10)
+    assert_close(model.weight.grad, other.weight.grad, 1e-10)

@@ -1,6 +1,6 @@
 """Prints the peak memory, in bytes, of one linear loss beyond its inputs. Run in its own process.
 
-    python linear_memory.py N D V DTYPE REDUCTION [autocast | dropped] [CHUNK_TOKENS]
+    python peak_memory.py N D V DTYPE REDUCTION [autocast | dropped] [CHUNK_TOKENS]
 
 With autocast, DTYPE is the hidden states' and the weight is float32; with dropped, there are N / 4
 more tokens, which are ignored.

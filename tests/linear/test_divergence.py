@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FLOATS, assert_close
+from helpers import FLOATS, assert_close
 from torch import Tensor
 
 from llmloss_ext import linear_kl_div

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from conftest import assert_close
+from helpers import assert_close
 
 import llmloss_ext
 

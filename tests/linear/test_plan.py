@@ -12,7 +12,6 @@ import torch
 
 import llmloss_ext
 from llmloss_ext import plan
-from llmloss_ext.cli import main
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -82,18 +81,9 @@ def test_integers(name):
         plan(10, 8, 1000, **{name: 5000.5})
 
 
-def test_the_command(capsys):
-    assert main.main(["plan", "8192", "4096", "128256"]) == 0
-    out = capsys.readouterr().out
-    assert "3 of 8,192 x 4,096 x 128,256" in out
-    assert "peak beyond inputs" in out
-    assert main.main(["plan", "8192", "4096", "128256", "--max-chunk-bytes", "10"]) == 1
-    assert "the logits of one token" in capsys.readouterr().err
-
-
 def peak(*arguments: object) -> tuple[int, int]:
     """The measured and the planned peak, in bytes."""
-    command = [sys.executable, str(HERE / "linear_memory.py"), *map(str, arguments)]
+    command = [sys.executable, str(HERE / "peak_memory.py"), *map(str, arguments)]
     here = {**os.environ, "PYTHONPATH": str(Path(llmloss_ext.__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=here)
     measured, planned = map(int, done.stdout.split())

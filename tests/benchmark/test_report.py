@@ -1,9 +1,8 @@
-"""The report: complete, self-contained, legible in a browser and on a phone, and in the README."""
+"""The report: complete, self-contained, legible in a browser and on a phone."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -14,14 +13,11 @@ import pytest
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-
-from bench import demo, readme
-from bench.__main__ import main
+from bench import readme
 from bench.cases import Case
 from bench.report.page import HTML, MARKDOWN, write_report
 from bench.results import FILE, Ceiling, Measurement, Results, Row
 from bench.suites import suite
-from llmloss_ext.cli.errors import UserError
 
 COMMITTED = readme.CPU_RESULTS
 PLOTS = ("peers", "roofline", "memory", "options", "scaling-v", "scaling-n", "scaling-d",
@@ -102,9 +98,6 @@ def test_a_run_of_one_case_has_a_report(tmp_path):
     assert [p.name for p in write_report(tmp_path, tmp_path)] == [HTML, MARKDOWN]
 
 
-# The committed results, their report and the README belong together.
-
-
 def test_the_committed_report_is_of_the_committed_results():
     digest = hashlib.sha256((COMMITTED / FILE).read_bytes()).hexdigest()
     assert f'content="{digest}"' in (COMMITTED / HTML).read_text()
@@ -116,51 +109,6 @@ def test_the_committed_report_is_of_the_committed_results():
     for row in results.rows:
         for name, m in row.contenders.items():
             assert not name.startswith("llmloss") or m.status == "ok", (row.case.label, name)
-
-
-def test_the_readme_holds_the_committed_figures():
-    assert readme.is_current(), "run: python -m bench readme"
-    text = readme.README.read_text()
-    for plot in re.findall(r"\((bench/results/[\w/-]+\.svg)\)", text):
-        assert (readme.ROOT / plot).exists()
-    assert "bench/results/cpu/peers.svg" in text
-
-
-def test_a_figure_that_drifts_is_noticed():
-    text = readme.README.read_text()
-    results = Results.load(COMMITTED)
-    ours = results.rows[0].contenders["llmloss"]
-    ours.seconds = [t * 2 for t in ours.seconds]
-    assert readme.render(text, results) != text
-    with pytest.raises(UserError, match="each block once"):
-        readme.render(text.replace("bench:speed", "speed"), results)
-    with pytest.raises(UserError, match="unknown block"):
-        readme.render(text.replace("bench:speed", "bench:wishes"), results)
-
-
-def test_the_demo_keeps_what_a_run_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "KEPT", tmp_path / "kept" / "summary.json")
-    with pytest.raises(UserError, match="make demo"):
-        demo.keep(tmp_path)
-    losses = [{"kind": "linear", "loss": 7.1, "seconds": 0.5, "peak_bytes": 192 << 20}]
-    summary = {"steps": 180, "seconds": 133.6, "validation_loss": [11.81, 6.5], "losses": losses,
-               "peak_bytes": 766 << 20, "micro_batch_tokens": 1024}  # fmt: skip
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    demo.keep(tmp_path)
-    text = demo.render()
-    assert "180 steps in 2:14 minutes" in text
-    # By the command, which then writes README.
-    demo.KEPT.unlink()
-    monkeypatch.setattr(readme, "update", lambda: False)
-    assert main(["readme", "--demo", str(tmp_path)]) == 0
-    assert demo.render() == text
-    with pytest.raises(SystemExit):
-        main(["readme", "--demo", str(tmp_path), "--check"])
-    assert "(perplexity 134,592 to 665), 766 MiB at the peak" in text
-    assert "| `linear` | 7.10000 | 500 ms | 192 MiB |" in text
-
-
-# In a browser.
 
 
 @pytest.fixture(scope="module")

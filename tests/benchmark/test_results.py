@@ -1,0 +1,42 @@
+"""Results are written, read, and refused when damaged."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.results import FILE, Results
+from llmloss_ext.cli.errors import UserError
+
+from .runs import DENSE, LINEAR, measured
+
+
+def test_results_are_written_and_read(tmp_path):
+    results = measured(tmp_path, [DENSE, LINEAR])
+    again = Results.load(tmp_path)
+    assert again.complete
+    assert [row.case for row in again.rows] == [DENSE, LINEAR]
+    for row, other in zip(results.rows, again.rows, strict=True):
+        ours, theirs = row.contenders["llmloss"], other.contenders["llmloss"]
+        assert theirs.median == pytest.approx(ours.median, rel=1e-3)
+        assert theirs.gradient_error == pytest.approx(ours.gradient_error, rel=1e-2)
+        assert set(row.ceilings) == set(other.ceilings)
+        assert 0 < other.share_of_ceiling() < 3
+    assert set(again.rows[0].ceilings) == {"copy", "read"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a result"),
+        ('{"schema": 1}', "is not a result"),
+        ('{"schema": 2, "rows": [{"case": {}}]}', "is damaged"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, content, message):
+    path = tmp_path / FILE
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        Results.load(tmp_path)
+    with pytest.raises(UserError, match="cannot read"):
+        Results.load(tmp_path / "none.json")
