@@ -10,7 +10,7 @@ from typing import Any
 from bench.machine import machine
 from bench.report.tables import Table, mebibytes, milliseconds
 from llmloss_ext.cli.errors import UserError
-from llmloss_ext.cli.training.files import replace_file, writing
+from llmloss_train.files import replace_file, writing
 
 KEPT = Path(__file__).parent / "results" / "demo" / "summary.json"
 

@@ -14,7 +14,7 @@ import torch
 
 from bench.cases import Case
 from bench.contenders import DENSE, LINEAR, Step, make_inputs
-from llmloss_ext.cli.training.memory import PeakMeter
+from llmloss_train.memory import PeakMeter
 
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 64 << 10
 _PRELOADED = ["bench.memory", "torch._dynamo", "torch._inductor"]

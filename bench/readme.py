@@ -15,7 +15,7 @@ from bench.cases import Case
 from bench.report.tables import Table, mebibytes, milliseconds, percent
 from bench.results import Results, Row
 from llmloss_ext.cli.errors import UserError
-from llmloss_ext.cli.training.files import replace_file, writing
+from llmloss_train.files import replace_file, writing
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

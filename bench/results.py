@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.cases import Case
 from llmloss_ext.cli.errors import UserError
-from llmloss_ext.cli.training.files import replace_file, writing
+from llmloss_train.files import replace_file, writing
 
 SCHEMA = 2
 FILE = "results.json"

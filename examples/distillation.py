@@ -6,7 +6,7 @@ python examples/distillation.py
 import torch
 
 from llmloss_ext import linear_cross_entropy, linear_kl_div
-from llmloss_ext.cli.training.model import GPT
+from llmloss_train.model import GPT
 
 VOCAB, LENGTH = 256, 48
 text = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 40))

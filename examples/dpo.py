@@ -11,8 +11,8 @@ import copy
 import torch
 
 from llmloss_ext import linear_cross_entropy, linear_log_probs
-from llmloss_ext.cli.training.model import GPT
 from llmloss_ext.losses import dpo_loss, sequence_log_probs
+from llmloss_train.model import GPT
 
 VOCAB, LENGTH = 64, 12
 

@@ -7,7 +7,7 @@ import torch
 
 # Before: from torch.nn.functional import cross_entropy
 from llmloss_ext import cross_entropy
-from llmloss_ext.cli.training.model import GPT
+from llmloss_train.model import GPT
 
 torch.manual_seed(0)
 text = torch.tensor(list((__doc__ or "").encode() * 20))

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from llmloss_ext import linear_cross_entropy, linear_log_probs, linear_token_stats
-from llmloss_ext.cli.training.model import GPT
 from llmloss_ext.metrics import CorpusPerplexity, length_normalized_score
+from llmloss_train.model import GPT
 
 LENGTH = 64
 path = Path(sys.argv[1] if len(sys.argv) > 1 else __file__)

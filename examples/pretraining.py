@@ -8,7 +8,6 @@ tokens, whose weight fades out. One batch is noise: its step is skipped.
 
 import torch
 
-from llmloss_ext.cli.training.model import GPT
 from llmloss_ext.losses import (
     LanguageModelLoss,
     combined_loss,
@@ -17,6 +16,7 @@ from llmloss_ext.losses import (
     mlm_loss,
 )
 from llmloss_ext.training import LossMonitor
+from llmloss_train.model import GPT
 
 VOCAB, MASK, PAD, LENGTH, STEPS, NOISE = 258, 256, 257, 48, 120, 90
 text = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 40))

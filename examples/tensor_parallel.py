@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llmloss_ext import linear_cross_entropy, parallel
-from llmloss_ext.cli.training.model import GPT
+from llmloss_train.model import GPT
 
 VOCAB, LENGTH, STEPS, RANKS = 256, 48, 40, 2
 text = torch.tensor(list(b"pack my box with five dozen liquor jugs. " * 40))

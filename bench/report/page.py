@@ -11,7 +11,7 @@ import jinja2
 from bench.report.plots import plots
 from bench.report.tables import missing, percent, tables
 from bench.results import FILE, Results
-from llmloss_ext.cli.training.files import replace_file, writing
+from llmloss_train.files import replace_file, writing
 
 HTML, MARKDOWN = "report.html", "report.md"
 

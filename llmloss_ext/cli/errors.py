@@ -1,7 +1,10 @@
-"""The one kind of error that ends a command in one line instead of a traceback."""
+"""How a command ends other than by success."""
 
 from __future__ import annotations
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as in shells (128 + SIGINT)."""
+
 
 class UserError(Exception):
-    """Something the user can mend: printed as ``llmloss: error: <message>``, exit status 1."""
+    """A mistake that the user can fix: printed as ``llmloss: error: <message>``, exit status 1."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -11,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmloss_ext.cli.errors import UserError
+from .errors import UserError
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
@@ -58,8 +57,6 @@ def plan(rows: str, vocab_size: str, dtype: str) -> str:
         UserError: An argument is not a number, is out of range, or names no dtype.
     """
     import torch
-
-    import llmloss_ext  # noqa: F401  (registers the operator)
 
     if dtype not in ELEMENT_BYTES:
         raise UserError(f"--plan: dtype must be one of {', '.join(ELEMENT_BYTES)}, got {dtype}")
@@ -111,13 +108,13 @@ def facts() -> list[tuple[str, str]]:
     """Name and value of what decides how the library runs here."""
     import torch
 
-    import llmloss_ext
+    from .. import ops
 
     return [
         ("llmloss_ext", _version("llmloss_ext")),
         ("torch", torch.__version__),
         ("python", platform.python_version()),
-        ("library", str(llmloss_ext.ops.LIBRARY)),
+        ("library", str(ops.LIBRARY)),
         ("CPU kernels", _isa()),
         ("threads", str(torch.get_num_threads())),
         ("CUDA kernels", _cuda()),
@@ -152,8 +149,11 @@ def _cuda() -> str:
 
 
 def _train() -> str:
-    needed = ("matplotlib", "mistral_common", "numpy", "rich")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    try:
+        from llmloss_train import missing_packages
+    except ModuleNotFoundError:
+        return "not installed: llmloss_train is missing"
+    missing = missing_packages()
     if missing:
         return f"needs {', '.join(missing)}: pip install 'llmloss_ext[train]'"
     return "available"

@@ -8,20 +8,27 @@ import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from llmloss_ext.cli.errors import UserError
+from .errors import INTERRUPTED, UserError
 
-# A command is a module of this package with `add_parser(subparsers)` and `run(args) -> int`.
+
+class Command(NamedTuple):
+    """A command, as the list of commands shows it, and the module that is imported to run it."""
+
+    module: str
+    """Has ``add_parser(subparsers)`` and ``run(args) -> int``; a leading dot: of this package."""
+    summary: str
+
+
 COMMANDS = {
-    "train": "train a small GPT on real text with a large vocabulary",
-    "info": "print versions, instruction sets and what is available",
-    "verify": "check every operator against float64 on this machine",
-    "plan": "say what a linear loss costs: chunks, products, FLOPs and memory",
+    "train": Command(
+        "llmloss_train.command", "train a small GPT on real text with a large vocabulary"
+    ),
+    "info": Command(".info", "print versions, instruction sets and what is available"),
+    "verify": Command(".verify", "check every operator against float64 on this machine"),
+    "plan": Command(".plan", "say what a linear loss costs: chunks, products, FLOPs and memory"),
 }
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it (128 + SIGINT)."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -77,13 +84,26 @@ def _parser(arguments: Sequence[str]) -> tuple[OneLineParser, ModuleType | None]
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     asked = next((word for word in arguments if not word.startswith("-")), None)
     command = None
-    for name, summary in COMMANDS.items():
+    for name, (module, summary) in COMMANDS.items():
         if name == asked:
-            command = importlib.import_module(f"llmloss_ext.cli.{name}")
+            command = _import(module, name)
             command.add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
     return parser, command
+
+
+def _import(module: str, command: str) -> ModuleType:
+    try:
+        return importlib.import_module(module, __package__)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if not package or error.name != package:
+            raise
+        raise UserError(
+            f"llmloss {command} needs the package {package}, which comes with llmloss_ext: "
+            f"pip install 'llmloss_ext[{command}]'"
+        ) from error
 
 
 def _fail(message: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from llmloss_ext.cli.errors import UserError
+from .errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints one fact a line."""
     import torch
 
-    from llmloss_ext import plan
+    from .. import plan
 
     try:
         planned = plan(

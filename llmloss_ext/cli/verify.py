@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import llmloss_ext
-from llmloss_ext.cli.info import ISAS
-from llmloss_ext.tolerances import GRADIENT, VALUE
+from .. import cross_entropy, linear_cross_entropy, token_stats
+from ..tolerances import GRADIENT, VALUE
+from .info import ISAS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROWS, COLUMNS = 24, 5003  # a prime width: no row but the first is aligned
@@ -202,7 +202,7 @@ def _check_loss(
 
     def ours(z: Tensor) -> Tensor:
         z = z * 1 if inplace else z
-        return llmloss_ext.cross_entropy(z, target, inplace=inplace, **options)
+        return cross_entropy(z, target, inplace=inplace, **options)
 
     def plain(z: Tensor) -> Tensor:
         return torch_loss(z, target, options)
@@ -221,7 +221,7 @@ def _check_statistic(name: str, dtype: torch.dtype, device: torch.device) -> Che
     logits, target = logits.to(device), target.to(device)
 
     def ours(z: Tensor) -> Tensor:
-        stats = llmloss_ext.token_stats(z, target, softcap=20.0, logit_scale=1.1)
+        stats = token_stats(z, target, softcap=20.0, logit_scale=1.1)
         result: Tensor = getattr(stats, name)
         return result
 
@@ -248,7 +248,7 @@ def _check_linear(
     target = _inputs(dtype, {})[1].to(device)
 
     def ours(z: Tensor) -> Tensor:
-        return llmloss_ext.linear_cross_entropy(z[:ROWS], z[ROWS:], target, **options)
+        return linear_cross_entropy(z[:ROWS], z[ROWS:], target, **options)
 
     def plain(z: Tensor) -> Tensor:
         # In the same chunks: how a matrix library sums, and so its error, depends on the shape.

@@ -19,8 +19,8 @@ for package in ("matplotlib", "mistral_common", "numpy", "rich"):
     pytest.importorskip(package)
 
 from llmloss_ext.cli.main import main  # noqa: E402
-from llmloss_ext.cli.training import checkpoint, files, text, tokens, windows  # noqa: E402
-from llmloss_ext.cli.training.config import TrainConfig  # noqa: E402
+from llmloss_train import checkpoint, files, text, tokens, windows  # noqa: E402
+from llmloss_train.config import TrainConfig  # noqa: E402
 
 # Small enough for the tests; the vocabulary is the real one, so the head is not.
 SMALL = (
@@ -93,7 +93,7 @@ def test_resume_continues_bit_for_bit(corpus, tmp_path):
 
 def stop_after(step: int, run) -> None:
     """Runs until a checkpoint of ``step`` is written, then interrupts as Ctrl-C does."""
-    from llmloss_ext.cli.training.loop import Run
+    from llmloss_train.loop import Run
 
     save = Run.save
 
@@ -321,7 +321,7 @@ def test_objectives_agree_between_the_losses(corpus, tmp_path, options):
 @pytest.mark.parametrize("reaction", ["mark", "skip", "lower", "off"])
 def test_spikes(corpus, tmp_path, monkeypatch, reaction):
     """A loss that jumps at step 12: marked, and the weights or the rate tell of the reaction."""
-    from llmloss_ext.cli.training import loop
+    from llmloss_train import loop
 
     right, steps = loop.LossMonitor.check_spike, []
 
@@ -349,7 +349,7 @@ def test_a_step_that_is_not_finite_is_always_skipped(
     corpus, tmp_path, monkeypatch, reaction, where
 ):
     """An auxiliary term, or the gradient alone, is nan in steps 3 to 14: the weights survive."""
-    from llmloss_ext.cli.training import loop
+    from llmloss_train import loop
 
     right, calls = loop.combined_loss, []
 
@@ -379,7 +379,7 @@ def test_a_step_that_is_not_finite_is_always_skipped(
 def test_the_curve_shows_a_loss_that_is_no_number(monkeypatch):
     from matplotlib.figure import Figure
 
-    from llmloss_ext.cli.training.report import _mark_spikes
+    from llmloss_train.report import _mark_spikes
 
     axes = Figure().subplots()
     steps = ((1, 2.0, {}), (2, 9.0, {"spike": "mark"}), (3, float("nan"), {"skipped": True}))
@@ -391,8 +391,8 @@ def test_the_curve_shows_a_loss_that_is_no_number(monkeypatch):
 
 def test_masked_micro_batches_equal_the_large_batch(monkeypatch):
     """Unequal numbers of hidden tokens: each micro-batch's sum is divided by that of the step."""
-    from llmloss_ext.cli.training import auxiliary
-    from llmloss_ext.cli.training.model import GPT
+    from llmloss_train import auxiliary
+    from llmloss_train.model import GPT
 
     def every_third(ids, mask_token, vocab_size, special_tokens):
         chosen = ids % 3 == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import UserError
 
 DTYPES = ("float32", "bfloat16")
 LOSSES = ("linear", "logits", "torch")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import UserError
 
 # Tests and third-party packages differ between installations; encodings holds generated tables;
 # pydoc_data is the reference itself, which would then appear twice.

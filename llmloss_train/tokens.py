@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmloss_ext.cli.errors import UserError
-from llmloss_ext.cli.training.files import replace_file
+from llmloss_ext.cli import UserError
+
+from .files import replace_file
 
 _FORMAT = b"llmloss tokens 1"
 _PIECE = 100_000

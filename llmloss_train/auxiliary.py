@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llmloss_ext.cli.training.config import TrainConfig
-from llmloss_ext.cli.training.model import GPT
 from llmloss_ext.losses import contrastive_loss, mask_tokens, mlm_loss
 from llmloss_ext.training import count_items
+
+from .config import TrainConfig
+from .model import GPT
 
 _MASK_TOKEN = 0
 """Tekken's <unk>, which no text contains."""

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmloss_ext.cli.training import checkpoint
-from llmloss_ext.cli.training.auxiliary import Auxiliary
-from llmloss_ext.cli.training.config import TrainConfig
-from llmloss_ext.cli.training.losses import TokenScores, create_loss
-from llmloss_ext.cli.training.model import GPT
-from llmloss_ext.cli.training.report import Metrics
-from llmloss_ext.cli.training.tokens import TokenText
-from llmloss_ext.cli.training.windows import IGNORED, Order, split
 from llmloss_ext.losses import combined_loss
-from llmloss_ext.losses.objective import Objective
 from llmloss_ext.metrics import perplexity
 from llmloss_ext.training import LossMonitor
+
+from . import checkpoint
+from .auxiliary import Auxiliary
+from .config import TrainConfig
+from .losses import Objective, TokenScores, create_loss
+from .model import GPT
+from .report import Metrics
+from .tokens import TokenText
+from .windows import IGNORED, Order, split
 
 _WEIGHT_DECAY = 0.1
 _BETAS = (0.9, 0.95)

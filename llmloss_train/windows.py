@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import UserError
 
 IGNORED = -100
 _VALIDATION_SHARE = 0.05

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import UserError
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class GPT(nn.Module):
     """Predicts the next token.
 
     The model stops at the hidden states: what follows, the projection by ``head.weight`` and the
-    loss, belongs together and is the business of `llmloss_ext.cli.training.losses`.
+    loss, belongs together and is the business of `llmloss_train.losses`.
 
     The embedding is tied to the head. At 131,072 tokens the two would hold nearly all of the
     parameters; tied, they cost half the memory and half of the optimiser's time, and the vectors

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import INTERRUPTED, UserError
+
+from . import missing_packages
 
 if TYPE_CHECKING:
-    from llmloss_ext.cli.training.loop import Run
-
-_EXTRAS = ("matplotlib", "mistral_common", "numpy", "rich")
+    from .loop import Run
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds the command's options; what is not given is the demo's."""
-    from llmloss_ext.cli.training.config import DTYPES, LOSSES, SPIKES, TrainConfig
+    from .config import DTYPES, LOSSES, SPIKES, TrainConfig
 
     defaults = TrainConfig()
     parser = subparsers.add_parser(
@@ -74,21 +73,19 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, and prints the closing table."""
-    missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
+    missing = missing_packages()
     if missing:
         needed = ", ".join(missing)
         raise UserError(f"llmloss train needs {needed}: pip install 'llmloss_ext[train]'")
-    from llmloss_ext.cli.training.comparison import summarise
-    from llmloss_ext.cli.training.loop import Interrupted
-    from llmloss_ext.cli.training.report import save_curve, save_summary
+    from .comparison import summarise
+    from .loop import Interrupted
+    from .report import save_curve, save_summary
 
     training = _prepare(args)
     try:
         with _progress(training) as show:
             training.train(show)
     except Interrupted:
-        from llmloss_ext.cli.main import INTERRUPTED
-
         print(
             f"stopped at step {training.step}; continue with: llmloss train --resume "
             f"--out {args.out}"
@@ -110,12 +107,12 @@ def _prepare(args: argparse.Namespace) -> Run:
     """Settings, tokens and folder, checked before anything is written."""
     import torch
 
-    from llmloss_ext.cli.training import checkpoint
-    from llmloss_ext.cli.training.config import TrainConfig, resumed
-    from llmloss_ext.cli.training.files import writing
-    from llmloss_ext.cli.training.loop import Run
-    from llmloss_ext.cli.training.text import documents
-    from llmloss_ext.cli.training.tokens import load_tokens
+    from . import checkpoint
+    from .config import TrainConfig, resumed
+    from .files import writing
+    from .loop import Run
+    from .text import documents
+    from .tokens import load_tokens
 
     own = ("command", "out", "resume", "overwrite")
     given = {name: value for name, value in vars(args).items() if name not in own}

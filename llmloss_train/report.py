@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmloss_ext.cli.training.config import TrainConfig
-from llmloss_ext.cli.training.files import replace_file, writing
 from llmloss_ext.metrics import perplexity
+
+from .config import TrainConfig
+from .files import replace_file, writing
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from llmloss_ext.cli.errors import UserError
-from llmloss_ext.cli.training.files import replace_file, writing
+from llmloss_ext.cli import UserError
+
+from .files import replace_file, writing
 
 NAME = "checkpoint.pt"
 _FORMAT = 2

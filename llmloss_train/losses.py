@@ -14,9 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmloss_ext.cli.errors import UserError
-from llmloss_ext.cli.training.windows import IGNORED
-from llmloss_ext.losses.objective import Objective
+import llmloss_ext
+from llmloss_ext.cli import UserError
+
+from .windows import IGNORED
+
+
+class Objective(NamedTuple):
+    """The terms of a token's loss besides -log p.
+
+    The library has each of them, but no one function with all three: this is how a loss of one's
+    own is written, as a differentiable expression over the row statistics.
+    """
+
+    label_smoothing: float = 0.0
+    """In [0, 1]."""
+    z_loss: float = 0.0
+    """Factor of lse^2, at least 0."""
+    confidence_penalty: float = 0.0
+    """Factor of -entropy, at least 0."""
+
+    def rows(self, stats: llmloss_ext.TokenStats) -> Tensor:
+        """The loss of each token in nats; 0 where it is ignored."""
+        smoothing, z_loss, penalty = self
+        loss = (smoothing - 1) * stats.log_prob - penalty * stats.entropy
+        if smoothing:
+            loss = loss - smoothing * stats.mean_log_prob
+        if z_loss:
+            loss = loss + z_loss * stats.lse.square()
+        return loss
 
 
 class TokenScores(NamedTuple):
@@ -142,8 +168,6 @@ class LinearLoss(TokenLoss):
         Raises:
             UserError: If this build has none.
         """
-        import llmloss_ext
-
         _require_kernels(device)
         self.clock = LossClock(device)
         self.objective = objective
@@ -161,7 +185,7 @@ class LinearLoss(TokenLoss):
         self.clock.start()
         if self.objective.confidence_penalty:
             stats = self._token_stats(hidden, weight, targets, ignore_index=IGNORED)
-            loss = self.objective.rows(stats, targets, IGNORED).sum() / num_items
+            loss = self.objective.rows(stats).sum() / num_items
         else:
             loss = self._cross_entropy(
                 hidden,
@@ -184,8 +208,6 @@ class LinearLoss(TokenLoss):
 
 
 def _require_kernels(device: torch.device) -> None:
-    import llmloss_ext
-
     try:
         target = torch.zeros(1, dtype=torch.int64, device=device)
         llmloss_ext.cross_entropy(torch.zeros(1, 2, device=device), target)
@@ -206,8 +228,6 @@ class LogitsLoss(_LossOfLogits):
             UserError: If this build has none.
         """
         super().__init__(device, objective)
-        import llmloss_ext
-
         _require_kernels(device)
         self._cross_entropy = llmloss_ext.cross_entropy
         self._token_stats = llmloss_ext.token_stats
@@ -215,7 +235,7 @@ class LogitsLoss(_LossOfLogits):
     def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor:
         if self.objective.confidence_penalty:
             stats = self._token_stats(logits, targets, ignore_index=IGNORED)
-            return self.objective.rows(stats, targets, IGNORED).sum() / num_items
+            return self.objective.rows(stats).sum() / num_items
         return self._cross_entropy(
             logits,
             targets,
@@ -257,7 +277,7 @@ class TorchLoss(_LossOfLogits):
 
 
 def create_loss(kind: str, device: torch.device, objective: Objective) -> TokenLoss:
-    """The loss called ``kind``, one of `llmloss_ext.cli.training.config.LOSSES`."""
+    """The loss called ``kind``, one of `llmloss_train.config.LOSSES`."""
     kinds: dict[str, Callable[[torch.device, Objective], TokenLoss]] = {
         "linear": LinearLoss,
         "logits": LogitsLoss,

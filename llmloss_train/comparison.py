@@ -6,13 +6,13 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmloss_ext.cli.training.config import LOSSES
-from llmloss_ext.cli.training.losses import create_loss
-from llmloss_ext.cli.training.memory import PeakMeter, peak_memory
-from llmloss_ext.cli.training.windows import IGNORED
+from .config import LOSSES
+from .losses import create_loss
+from .memory import PeakMeter, peak_memory
+from .windows import IGNORED
 
 if TYPE_CHECKING:
-    from llmloss_ext.cli.training.loop import Run
+    from .loop import Run
 
 ROUNDS = 3
 
