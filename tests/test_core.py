@@ -20,7 +20,7 @@ sys.path.remove(str(BUILD))
 
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
-STATISTICS = ["log_prob", "lse", "entropy", "mean_log_prob"]
+STATISTICS = core.statistics[: core.float_statistics]
 VALUE = {"float64": 1e-12}  # else 3e-6: statistics are float32
 GRADIENT = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 4e-3, "float16": 5e-4}
 
@@ -71,8 +71,10 @@ def oracle_gradient(x, target: int, upstream):
     log_p = (x - x.max()) - np.log(np.exp(x - x.max()).sum())
     p = np.exp(log_p)
     at_target = np.arange(x.size) == target
-    gradient = upstream[0] * (at_target - p) + upstream[1] * p + upstream[2] * (1 / x.size - p)
-    return gradient - upstream[3] * p * (np.where(p > 0, log_p, 0) + s["entropy"])
+    up = dict(zip(STATISTICS, upstream, strict=True))
+    gradient = up["log_prob"] * (at_target - p) + up["lse"] * p
+    gradient += up["mean_log_prob"] * (1 / x.size - p)
+    return gradient - up["entropy"] * p * (np.where(p > 0, log_p, 0) + s["entropy"])
 
 
 # A few repeated values, so that ties are common; whole-number weights with 0 among them.
@@ -130,7 +132,7 @@ def test_kernels(isa, dtype, columns):
     targets = rng.integers(0, columns, 5)
     targets[3] = -100
     actual = getattr(core, f"row_stats_{dtype}")(isa, logits, targets, columns)
-    upstream = rng.normal(0, 1, (4, 5))
+    upstream = rng.normal(0, 1, (len(STATISTICS), 5))
     grad = np.full((5, columns), 7, logits.dtype)
     getattr(core, f"row_grad_{dtype}")(isa, logits, targets, columns, upstream, grad)
     grad = as_float64(grad, dtype)
@@ -145,7 +147,7 @@ def test_kernels(isa, dtype, columns):
         expected = oracle_gradient(x[row], targets[row], upstream[:, row])
         t = GRADIENT[dtype]
         np.testing.assert_allclose(grad[row], expected, rtol=t, atol=t if t < 1e-4 else 1e-6)
-    assert [actual[name][3] for name in STATISTICS] == [0, 0, 0, 0]
+    assert [actual[name][3] for name in STATISTICS] == [0] * len(STATISTICS)
     assert actual["argmax"][3] == -1
     assert not grad[3].any()
 
@@ -160,8 +162,9 @@ def test_fused_kernel_in_place(isa, dtype):
     for row in (0, 1, 3):
         lse = oracle(x[row], targets[row], np.ones(1031))["lse"]
         assert stats["lse"][row] == pytest.approx(lse, rel=VALUE.get(dtype, 3e-6))
-        upstream = [smoothing - 1, 2 * z_loss * lse, -smoothing, 0]
-        expected = oracle_gradient(x[row], targets[row], upstream)
+        upstream = {"log_prob": smoothing - 1, "lse": 2 * z_loss * lse, "mean_log_prob": -smoothing}
+        values = [upstream.get(name, 0) for name in STATISTICS]
+        expected = oracle_gradient(x[row], targets[row], values)
         t = GRADIENT[dtype]
         np.testing.assert_allclose(grad[row], expected, rtol=t, atol=t if t < 1e-4 else 1e-7)
     assert not grad[2].any()

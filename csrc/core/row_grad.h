@@ -1,22 +1,14 @@
 // One gradient for every loss over the row statistics.
 //
-// Any upstream gradient of (log_prob, lse, mean_log_prob, entropy) collapses to four coefficients:
+// Any upstream gradient of the statistics collapses to four coefficients:
 //   dL/dx_i = p_i (c_p + c_plogp log p_i) + c_weight a_i + [i = target] c_target.
 #pragma once
 
 #include "macros.h"
 #include "math.h"
+#include "statistics.h"
 
 namespace llmloss {
-
-// dL/d(statistic) of one row.
-template <typename Real>
-struct RowUpstream {
-  Real log_prob = 0;
-  Real lse = 0;
-  Real mean_log_prob = 0;
-  Real entropy = 0;
-};
 
 template <typename Real>
 struct RowCoefficients {
@@ -26,20 +18,24 @@ struct RowCoefficients {
   Real target = 0;
 };
 
-// entropy is read only where its upstream gradient is not 0; sum_weights is sum a of the row.
+// Whether the gradient of a statistic contains its value.
+LLMLOSS_HD constexpr bool gradient_needs_value(int stat) { return stat == Stat::entropy; }
+
+// upstream: dL/d(statistic) of the row. A value is read only where gradient_needs_value, and where
+// its upstream gradient is not 0; sum_weights is sum a of the row.
 template <typename Real>
-LLMLOSS_HD RowCoefficients<Real> collapse(const RowUpstream<Real>& upstream, Real entropy,
-                                          Real sum_weights) {
+LLMLOSS_HD RowCoefficients<Real> collapse(const FloatStats<Real>& upstream,
+                                          const FloatStats<Real>& values, Real sum_weights) {
   RowCoefficients<Real> c;
-  c.p = upstream.lse - upstream.log_prob;
-  c.target = upstream.log_prob;
-  if (upstream.mean_log_prob != Real(0)) {
-    c.p -= upstream.mean_log_prob * sum_weights;
-    c.weight = upstream.mean_log_prob;
+  c.p = upstream[Stat::lse] - upstream[Stat::log_prob];
+  c.target = upstream[Stat::log_prob];
+  if (upstream[Stat::mean_log_prob] != Real(0)) {
+    c.p -= upstream[Stat::mean_log_prob] * sum_weights;
+    c.weight = upstream[Stat::mean_log_prob];
   }
-  if (upstream.entropy != Real(0)) {
-    c.p -= upstream.entropy * entropy;
-    c.plogp = -upstream.entropy;
+  if (upstream[Stat::entropy] != Real(0)) {
+    c.p -= upstream[Stat::entropy] * values[Stat::entropy];
+    c.plogp = -upstream[Stat::entropy];
   }
   return c;
 }

@@ -96,16 +96,12 @@ inline void prefetch(const void* from, int bytes) {
   for (int i = 0; i < bytes; i += line) __builtin_prefetch(p + i);
 }
 
-struct ExpSums {
-  double sum_exp;
-  double sum_x_exp;
-};
-
-// sum e^(x - reference) and, if asked, sum (x - reference) e^(x - reference). Unless exps is null,
-// every e^(x - reference) is kept there; exps may be x. `next` is what will be read after this
-// block: this pass computes and reads the L1 cache alone, so that memory would idle.
+// Into `part`: sum e^(x - reference) and, if asked, sum (x - reference) e^(x - reference). Unless
+// exps is null, every e^(x - reference) is kept there; exps may be x. `next` is what will be read
+// after this block: this pass computes and reads the L1 cache alone, so that memory would idle.
 template <bool with_entropy, bool keep, typename Real, typename T, typename Next>
-inline ExpSums block_exp_sums(const T* x, int n, Real reference, Real* exps, const Next* next) {
+inline void block_exp_sums(const T* x, int n, Real reference, Real* exps, const Next* next,
+                           PartialState<double>& part) {
   using V = Vec<Real>;
   const Reg<Real> ref = V::broadcast(reference);
   Accumulators<Real> sum_exp(0), sum_x_exp(0);
@@ -135,15 +131,17 @@ inline ExpSums block_exp_sums(const T* x, int n, Real reference, Real* exps, con
         0, part == V::width ? V::load(x + i) : load_part<Real>(x + i, part, -infinity<Real>()));
     if constexpr (keep) store_part<Real>(exps + i, part, e);
   }
-  return {sum_exp.sum(), with_entropy ? sum_x_exp.sum() : 0.0};
+  part.sum_exp = sum_exp.sum();
+  if constexpr (with_entropy) part.sum_x_exp = sum_x_exp.sum();
 }
 
+// Exponentials are kept only where no other sum is asked for.
 template <typename Real, typename T, typename Next>
-inline ExpSums block_exp_sums(const T* x, int n, Real reference, bool with_entropy, Real* exps,
-                              const Next* next) {
-  if (exps != nullptr) return block_exp_sums<false, true>(x, n, reference, exps, next);
-  return with_entropy ? block_exp_sums<true, false>(x, n, reference, exps, next)
-                      : block_exp_sums<false, false>(x, n, reference, exps, next);
+inline void block_exp_sums(const T* x, int n, Real reference, const Wanted& wanted, Real* exps,
+                           const Next* next, PartialState<double>& part) {
+  if (exps != nullptr) return block_exp_sums<false, true>(x, n, reference, exps, next, part);
+  wanted.floats[Stat::entropy] ? block_exp_sums<true, false>(x, n, reference, exps, next, part)
+                               : block_exp_sums<false, false>(x, n, reference, exps, next, part);
 }
 
 // sum (x - reference)

@@ -70,16 +70,17 @@ void test_statistics_of_a_row() {
       if (state.max == -inf) state.sum_weighted = state.sum_weights = 0;
     }
     const auto stats = finalize(merge_all(states), x[3], int64_t(x.size()));
-    CHECK_CLOSE(stats.log_prob, double((long double)(x[3] - offset) - std::log(sum)), 1e-13);
-    CHECK_CLOSE(stats.lse, offset + double(std::log(sum)), 1e-13);
-    CHECK_CLOSE(stats.entropy, double(expected_entropy), 1e-12);
+    CHECK_CLOSE(stats.floats[Stat::log_prob], double((long double)(x[3] - offset) - std::log(sum)),
+                1e-13);
+    CHECK_CLOSE(stats.floats[Stat::lse], offset + double(std::log(sum)), 1e-13);
+    CHECK_CLOSE(stats.floats[Stat::entropy], double(expected_entropy), 1e-12);
     int64_t rank = 0, best = 0;
     for (size_t i = 0; i < x.size(); ++i) {
       rank += x[i] > x[3];
       if (x[i] > x[size_t(best)]) best = int64_t(i);
     }
-    CHECK(stats.rank == rank);
-    CHECK(stats.argmax == best);
+    CHECK(stats.integers[Stat::rank] == rank);
+    CHECK(stats.integers[Stat::argmax] == best);
   }
 }
 
@@ -106,16 +107,16 @@ void test_first_of_equal_maxima_wins_from_either_side() {
 
 void test_rows_without_statistics() {
   // All -inf: the sum is 0, and every statistic but lse is nan, as in torch.
-  auto all = finalize(merge_all(columns({-inf, -inf}, -inf)), -inf, 2);
-  CHECK(std::isnan(all.log_prob) && std::isnan(all.entropy));
-  CHECK(all.lse == -inf);
+  const auto all = finalize(merge_all(columns({-inf, -inf}, -inf)), -inf, 2).floats;
+  CHECK(std::isnan(all[Stat::log_prob]) && std::isnan(all[Stat::entropy]));
+  CHECK(all[Stat::lse] == -inf);
   // nan and +inf spoil their row only.
   for (const double bad : {inf, std::numeric_limits<double>::quiet_NaN()}) {
     auto states = columns({1.0, bad, 2.0}, 1.0);
     if (std::isnan(bad)) states[1].max = -inf;  // what the kernels' maxima make of nan
     const auto stats = finalize(merge_all(states), 1.0, 3);
-    CHECK(std::isnan(stats.log_prob) && std::isnan(stats.entropy));
-    CHECK(stats.rank == 3 && stats.argmax == -1);
+    CHECK(std::isnan(stats.floats[Stat::log_prob]) && std::isnan(stats.floats[Stat::entropy]));
+    CHECK(stats.integers[Stat::rank] == 3 && stats.integers[Stat::argmax] == -1);
   }
 }
 
@@ -131,21 +132,27 @@ void test_gradient() {
     }
     return finalize(total, at[size_t(target)], 4);
   };
-  const RowUpstream<double> upstream{
-      .log_prob = 0.7, .lse = -0.3, .mean_log_prob = 1.9, .entropy = 0.45};
+  FloatStats<double> upstream;
+  upstream[Stat::log_prob] = 0.7;
+  upstream[Stat::lse] = -0.3;
+  upstream[Stat::mean_log_prob] = 1.9;
+  upstream[Stat::entropy] = 0.45;
   const auto value = [&](const std::vector<double>& at) {
     const auto s = statistics(at);
-    return upstream.log_prob * s.log_prob + upstream.lse * s.lse +
-           upstream.mean_log_prob * s.mean_log_prob + upstream.entropy * s.entropy;
+    double sum = 0;
+    for (int stat = 0; stat < Stat::float_count; ++stat) sum += upstream[stat] * s.floats[stat];
+    return sum;
   };
   const auto stats = statistics(x);
-  const auto c = collapse(upstream, stats.entropy, stats.sum_weights);
+  const auto c = collapse(upstream, stats.floats, stats.state[StateField::sum_weights]);
   for (size_t i = 0; i < x.size(); ++i) {
     auto above = x, below = x;
     above[i] += 1e-5;
     below[i] -= 1e-5;
     const double expected = (value(above) - value(below)) / 2e-5;
-    const double p = std::exp(x[i] - stats.reference) / stats.sum_exp, log_prob = std::log(p);
+    const double p = std::exp(x[i] - stats.state[StateField::reference]) /
+                     stats.state[StateField::sum_exp],
+                 log_prob = std::log(p);
     const double gradient = int64_t(i) == target ? target_gradient(c, log_prob, a[i])
                                                  : column_gradient(c, p, log_prob, a[i]);
     CHECK_CLOSE(gradient, expected, 1e-9);
@@ -154,28 +161,76 @@ void test_gradient() {
 
 // p -> 1: float keeps the relative precision of p - 1.
 void test_target_gradient_near_one() {
-  RowUpstream<float> upstream;
-  upstream.log_prob = -1;
-  const auto c = collapse(upstream, 0.0f, 0.0f);
+  FloatStats<float> upstream;
+  upstream[Stat::log_prob] = -1;
+  const auto c = collapse(upstream, FloatStats<float>(), 0.0f);
   const float log_prob = -1e-9f;
   CHECK_CLOSE(target_gradient(c, log_prob, 0.0f) / -1e-9, 1.0, 1e-6);
+}
+
+FloatStats<double> loss_stats(double log_prob, double lse, double mean_log_prob) {
+  FloatStats<double> stats;
+  stats[Stat::log_prob] = log_prob;
+  stats[Stat::lse] = lse;
+  stats[Stat::mean_log_prob] = mean_log_prob;
+  return stats;
 }
 
 void test_loss_and_its_upstream() {
   LossOptions<double> options;
   options.label_smoothing = 0.1;
   options.z_loss = 0.01;
-  const double loss = row_loss(options, -2.0, 3.0, -5.0, 1.5);
-  CHECK_CLOSE(loss, 0.9 * 1.5 * 2.0 + 0.1 * 5.0 + 0.01 * 9.0, 1e-15);
-  const auto upstream = loss_upstream(options, 2.0, 3.0, 1.5);
-  CHECK_CLOSE(upstream.log_prob, -2.0 * 0.9 * 1.5, 1e-15);
-  CHECK_CLOSE(upstream.mean_log_prob, -0.2, 1e-15);
-  CHECK_CLOSE(upstream.lse, 2.0 * 2.0 * 0.01 * 3.0, 1e-15);
+  const auto stats = loss_stats(-2.0, 3.0, -5.0);
+  CHECK_CLOSE(row_loss(options, stats, 1.5), 0.9 * 1.5 * 2.0 + 0.1 * 5.0 + 0.01 * 9.0, 1e-15);
+  const auto upstream = loss_upstream(options, 2.0, stats, 1.5);
+  CHECK_CLOSE(upstream[Stat::log_prob], -2.0 * 0.9 * 1.5, 1e-15);
+  CHECK_CLOSE(upstream[Stat::mean_log_prob], -0.2, 1e-15);
+  CHECK_CLOSE(upstream[Stat::lse], 2.0 * 2.0 * 0.01 * 3.0, 1e-15);
+  CHECK(upstream[Stat::entropy] == 0);
   // A share of 0 leaves out a log-probability of -inf.
-  CHECK(row_loss(LossOptions<double>{}, -2.0, 3.0, -inf, 1.0) == 2.0);
+  CHECK(row_loss(LossOptions<double>{}, loss_stats(-2.0, 3.0, -inf), 1.0) == 2.0);
   options.label_smoothing = 1.0;
   options.z_loss = 0;
-  CHECK(row_loss(options, -inf, 3.0, -5.0, 1.0) == 5.0);
+  CHECK(row_loss(options, loss_stats(-inf, 3.0, -5.0), 1.0) == 5.0);
+}
+
+// What the gradient does not need is not handed to it, so that the kernels do not read it.
+void test_values_that_a_gradient_needs() {
+  const double array[1] = {};
+  RowOutputs<double> written;
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    written.floats[stat] = const_cast<double*>(array);
+  }
+  GradSource<double> source;
+  const auto needed = [&] { return SavedStats<double>::needed_by(source, written).floats; };
+  source.grads[Stat::log_prob] = source.grads[Stat::mean_log_prob] = array;
+  for (const double* values : needed().at) CHECK(values == nullptr);
+  source.grads[Stat::entropy] = array;
+  CHECK(needed()[Stat::entropy] == array && needed()[Stat::log_prob] == nullptr);
+  source.from_loss = true;
+  source.options.label_smoothing = 0.1;
+  source.options.z_loss = 0.1;
+  for (const double* values : needed().at) CHECK(values == nullptr);
+}
+
+// A shard's statistics taken back to a state: what threads would have merged.
+void test_finalized_states_merge_as_states_do() {
+  const std::vector<double> x{0.3, -inf, 2.5, 0.9, -1.2, -inf};
+  auto states = columns(x, x[2]);
+  for (auto& state : states) {
+    if (state.max == -inf) state.sum_weighted = state.sum_weights = 0;
+  }
+  PartialState<double> merged;
+  for (size_t begin = 0; begin < x.size(); begin += 2) {
+    const auto part = merge(states[begin], states[begin + 1]);
+    const auto stats = finalize(part, x[2], 6);
+    auto again = state_of(stats);
+    again.rank = part.rank;  // not among what is sent
+    check_same(again, part);
+    CHECK_CLOSE(target_logit_of(stats), x[2], 1e-15);
+    merged = merge(merged, again);
+  }
+  check_same(merged, merge_all(states));
 }
 
 void test_transform() {
@@ -268,6 +323,8 @@ int main() {
   test_gradient();
   test_target_gradient_near_one();
   test_loss_and_its_upstream();
+  test_values_that_a_gradient_needs();
+  test_finalized_states_merge_as_states_do();
   test_transform();
   test_half_types();
   test_layouts_targets_and_weights();
