@@ -108,7 +108,7 @@ def test_compiles(device, direction, masked):
 
 
 def test_the_operator_is_what_it_says(device):
-    from llmloss_ext.linear.distillation import linear_divergence
+    from llmloss_ext.linear.divergence import linear_divergence
 
     tensors = make(device)
     valid = torch.arange(N, device=device) % 4 != 0

@@ -17,7 +17,7 @@ from llmloss_ext import (
     linear_token_stats,
     token_stats,
 )
-from llmloss_ext.linear import autograd
+from llmloss_ext.linear import operators
 
 from .problem import D, N, Problem, V, linear, reference
 
@@ -105,7 +105,7 @@ def test_torchs_options(device, monkeypatch):
     problem = Problem(device, torch.bfloat16, bias=False)
     seen = []
     monkeypatch.setattr(
-        autograd, "loss", lambda *args: seen.append(args[-1]) or torch.zeros((), device=device)
+        operators, "loss", lambda *args: seen.append(args[-1]) or torch.zeros((), device=device)
     )
     arguments = (problem.hidden, problem.weight, problem.target)
     linear_cross_entropy(*arguments, options=Options())

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from helpers import FLOATS, assert_close
 
 from llmloss_ext import linear_cross_entropy, linear_token_stats
+from llmloss_ext.options import MEAN, LogitOptions, LossOptions, pack
+from llmloss_ext.statistics import STATISTICS, FloatStats, asked
 
 from .problem import D, N, Problem, V, error, linear, reference
 
@@ -154,22 +156,23 @@ def test_opcheck(dtype):
     """The operators that tracers see: their fake kernels give what they return."""
     problem = Problem("cpu", dtype)
     scale = torch.tensor(0.7)
-    where = (problem.hidden, problem.weight, problem.target, problem.bias)
-    logits = (1.0, 5.0, -100, V)
+    where = (problem.hidden, problem.weight, problem.bias, scale, problem.target, None)
+    logits = LogitOptions(1.0, 5.0, -100, V)
+    loss = LossOptions(label_smoothing=0.1, z_loss=1e-3, reduction=MEAN)
     needs, tests = [True] * 4, ("test_schema", "test_faketensor")
     ops = torch.ops.llmloss
     torch.library.opcheck(
         ops.linear_loss.default,
-        (*where, None, None, None, scale, *logits, 0.1, 1e-3, 1, 8, True, needs, torch.float32),
+        (*where, None, None, *pack(logits, loss), 8, True, torch.float32, needs),
         test_utils=tests,
     )
-    stats = (*where, None, scale, *logits, [True] * 3, 8, True)
+    stats = (*where, *pack(logits), asked(STATISTICS), 8, True)
     torch.library.opcheck(ops.linear_stats.default, stats, test_utils=tests)
-    *_, entropy, _, _, _, states = ops.linear_stats(*stats)
-    upstream = torch.ones(N, dtype=entropy.dtype)
+    state, *floats, _argmax, _rank = ops.linear_stats(*stats)
+    upstream = torch.ones(N, dtype=state.dtype)
+    grads = FloatStats(log_prob=upstream, entropy=upstream)
     torch.library.opcheck(
         ops.linear_stats_backward.default,
-        (upstream, None, upstream, None, *where, None, scale, *logits, entropy, states, 8, True,
-         needs, torch.float32),
+        (grads, *where, *pack(logits), floats, state, 8, True, torch.float32, needs),
         test_utils=tests,
-    )  # fmt: skip
+    )

@@ -14,7 +14,7 @@ from helpers import FLOATS, VALUE, assert_close
 
 import llmloss_ext
 from llmloss_ext import parallel
-from llmloss_ext.shard import Shard
+from llmloss_ext.shard import ShardedRows
 
 from .problem import COLUMNS, OPTIONS, ROWS, Problem, leaf, same_on_every_rank
 
@@ -287,13 +287,13 @@ def test_every_option_of_statistics(ranks):
 def rank_how_the_tokens_are_walked_through(rank, ranks):
     p = Problem(rank, ranks, torch.bfloat16)
     seen = []
-    statistics = Shard.statistics
+    statistics = ShardedRows.statistics
 
     def watched(self, logits, *others):
         seen.append(len(logits))
         return statistics(self, logits, *others)
 
-    Shard.statistics = watched
+    ShardedRows.statistics = watched
     try:
         for run in (
             parallel.linear_cross_entropy,
@@ -325,7 +325,7 @@ def rank_how_the_tokens_are_walked_through(rank, ranks):
             dist.all_reduce(grads[2][0])
             assert torch.equal(grads[0][0], grads[2][0])
     finally:
-        Shard.statistics = statistics
+        ShardedRows.statistics = statistics
 
 
 def test_how_the_tokens_are_walked_through(two):

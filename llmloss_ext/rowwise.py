@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from llmloss_ext.composite import real_of
-from llmloss_ext.linear.loop import Rows, chunk_rows, put, take
-from llmloss_ext.linear.planning import plan
-from llmloss_ext.ops import in_transform
+from .composite import real_of
+from .divergence import COPIES
+from .linear.planning import plan
+from .linear.projection import chunk_rows
+from .ops import in_transform
+from .ops.rows import Rows, put, take
 
-__all__ = ["COPIES", "RowFunction", "by_rows", "masked"]
+__all__ = ["RowFunction", "by_rows", "masked"]
 
 RowFunction = Callable[..., Tensor]
 """Of logits (..., V) and of what else belongs to the tokens, (..., k) each: a number per token."""
-
-COPIES = 8
-"""Tensors of the size of its logits that a function and its backward hold at once."""
 
 
 def masked(function: RowFunction, valid: Tensor | None, *inputs: Tensor) -> Tensor:

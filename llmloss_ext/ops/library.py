@@ -1,4 +1,4 @@
-"""Loads the compiled operators."""
+"""Loads the compiled operators: `kernels` are those of csrc/ops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 def load() -> Path:
     """Registers the operators ``torch.ops.llmloss.*`` and returns the shared object's path."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
     if not found:
         raise ImportError(
@@ -21,3 +21,13 @@ def load() -> Path:
 
 
 LIBRARY = load()
+kernels = torch.ops.llmloss
+
+
+def fields(of: str) -> tuple[str, ...]:
+    """The names that C++ gives the parts of what it passes or takes, such as ``"state"``."""
+    return tuple(kernels.fields(of).split())
+
+
+STATE = fields("state")
+"""The rows of the state that the gradient kernel of the statistics reads again."""

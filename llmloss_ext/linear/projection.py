@@ -1,6 +1,6 @@
 """The chunked projection: logits exist for one chunk of tokens at a time, and are overwritten.
 
-Everything here works on (N, D) hidden states and is not differentiable itself; `autograd` is.
+Everything here works on (N, D) hidden states and is without derivatives; `operators` has them.
 """
 
 from __future__ import annotations
@@ -11,26 +11,74 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmloss_ext.composite import real_of
-from llmloss_ext.linear.planning import block_rows, even_chunk, first_part_rows, row_stride
+from ..checks import FLOATS
+from ..composite import real_of
+from ..ops.library import kernels
+from ..ops.rows import Rows, put, take
+from .planning import block_rows, even_chunk, first_part_rows, row_stride
+
+__all__ = [
+    "Chunk",
+    "Gradients",
+    "Projection",
+    "as_rows",
+    "check_projection",
+    "chunk_rows",
+    "to_dtype_of_products",
+]
 
 _HUGE_PAGE = 2 << 20
 
-Rows = slice | Tensor
-"""The rows of a chunk: neighbours, or the indices of those that are not ignored."""
+
+def as_rows(hidden: Tensor) -> Tensor:
+    """(..., D) as (N, D)."""
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
-def take(tensor: Tensor, rows: Rows) -> Tensor:
-    """The rows of a tensor; a view of neighbours, else a copy."""
-    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+def check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises a ValueError or RuntimeError if ``hidden @ weight.T + bias`` cannot be computed."""
+    if hidden.dtype not in FLOATS:
+        raise RuntimeError(
+            f"expected hidden states of float32, bfloat16, float16 or float64, got {hidden.dtype}"
+        )
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            "expected hidden states (..., D) and a weight (V, D), got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"the weight is empty: {tuple(weight.shape)}")
+    if weight.device != hidden.device:
+        raise RuntimeError(
+            f"expected input and weight on the same device, got {hidden.device} and {weight.device}"
+        )
+    for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise RuntimeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
+    if weight.dtype != hidden.dtype and not _is_autocast(hidden):
+        raise RuntimeError(
+            f"expected input and weight of the same dtype, got {hidden.dtype} and {weight.dtype}; "
+            "convert one, or use torch.autocast"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
+        raise ValueError(
+            f"the bias must have shape ({weight.shape[0]},) on {weight.device}, got "
+            f"{tuple(bias.shape)} on {bias.device}"
+        )
 
 
-def put(tensor: Tensor, rows: Rows, values: Tensor) -> None:
-    """Writes the rows of a tensor."""
-    if isinstance(rows, slice):
-        tensor[rows] = values
-    else:
-        tensor.index_copy_(0, rows, values)
+def _is_autocast(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def to_dtype_of_products(hidden: Tensor) -> Tensor:
+    """Autocast's, if it is on; float64 stays."""
+    if not _is_autocast(hidden) or hidden.dtype == torch.float64:
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(hidden.device.type))
 
 
 def chunk_rows(tokens: int, chunk_tokens: int, valid: Tensor | None) -> Iterator[Rows]:
@@ -55,7 +103,7 @@ def new_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
     """Uninitialised memory of many megabytes."""
     buffer = torch.empty(shape, dtype=dtype, device=like.device)
     if buffer.device.type == "cpu" and buffer.nbytes >= _HUGE_PAGE:
-        torch.ops.llmloss.prefer_huge_pages_(buffer)
+        kernels.prefer_huge_pages_(buffer)
     return buffer
 
 
@@ -193,33 +241,31 @@ class WeightGradient:
 
 
 class Gradients:
-    """The gradients of a projection, gathered chunk by chunk; None where not asked for.
-
-    The weight's is accumulated in `accumulate_in` and rounded once, by `weight_result`.
-    """
+    """The gradients of a projection, gathered chunk by chunk; None where not asked for."""
 
     def __init__(
         self,
         projection: Projection,
-        needs: tuple[bool, bool, bool],
-        accumulate_in: torch.dtype,
-        result_dtype: torch.dtype | None = None,
+        needs_hidden: bool,
+        needs_weight: bool,
+        needs_bias: bool,
+        sums_dtype: torch.dtype,
+        weight_dtype: torch.dtype,
         accumulator: Tensor | None = None,
     ) -> None:
-        """needs: hidden, weight, bias. accumulator: to which the weight's gradient is added.
+        """sums_dtype: in which the weight's gradient is accumulated, to be rounded once.
 
-        result_dtype: of the weight's gradient; by default as it is accumulated.
+        weight_dtype: to which it is rounded. accumulator: to which it is added instead.
         """
         hidden, weight = projection.hidden, projection.weight
         self._weight_of_products = weight
         # Rows that are dropped have a gradient too: zero.
-        self.hidden = hidden.new_zeros(hidden.shape) if needs[0] else None
+        self.hidden = hidden.new_zeros(hidden.shape) if needs_hidden else None
         self._weight: WeightGradient | None = None
-        if needs[1] or accumulator is not None:
-            dtype = result_dtype or accumulate_in
-            self._weight = WeightGradient(weight, accumulate_in, dtype, accumulator)
+        if needs_weight or accumulator is not None:
+            self._weight = WeightGradient(weight, sums_dtype, weight_dtype, accumulator)
         dtype = real_of(hidden)
-        self.bias = weight.new_zeros(weight.shape[0], dtype=dtype) if needs[2] else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=dtype) if needs_bias else None
 
     def add(self, chunk: Chunk) -> None:
         """Adds a chunk whose logits have become their gradient."""
@@ -236,9 +282,6 @@ class Gradients:
         if self.bias is not None:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
 
-    def weight_result(self, dtype: torch.dtype | None = None) -> Tensor | None:
+    def weight_result(self) -> Tensor | None:
         """The weight's gradient, rounded. Call it when the chunks are gone, and once."""
-        if self._weight is None:
-            return None
-        result = self._weight.result()
-        return result if dtype is None else result.to(dtype)
+        return None if self._weight is None else self._weight.result()
