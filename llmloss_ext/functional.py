@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from .checks import (
 from .ops import LossInputs, StatsInputs
 from .options import NONE, LogitOptions, LossOptions, documented
 from .shard import Shard, ShardedColumns
-from .statistics import RowStats, TokenStats, asked
+from .statistics import RowStats, TokenStats, asked, asked_by_user
 
 __all__ = ["TokenStats", "cross_entropy", "token_stats"]
 
@@ -34,6 +36,7 @@ def token_stats(
     logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     with_rank: bool = False,
+    extra: Sequence[str] = (),
     shard: Shard | None = None,
 ) -> TokenStats:
     """Everything that losses and metrics need to know of each token, in one read of the logits.
@@ -60,8 +63,7 @@ def token_stats(
     call = DenseCall(input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard)
     if call.has_probabilities:
         raise RuntimeError("token_stats: target must hold class indices (int64 or int32)")
-    names = ("log_prob", "lse", "entropy", "mean_log_prob")
-    wanted = asked((*names, "argmax", "rank") if with_rank else names)
+    wanted = asked_by_user(with_rank, extra)
     inputs = StatsInputs(call.rows, call.targets, weight, call.scale)
     if call.shard is None:
         rows = ops.token_stats(inputs, call.options, wanted)

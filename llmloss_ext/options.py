@@ -111,6 +111,11 @@ OPTIONS = {
         "Where each rank of a process group holds some of the classes: see `llmloss_ext.Shard`.",
     ),
     "with_rank": Option("bool", False, "Whether to fill ``argmax`` and ``rank``."),
+    "extra": Option(
+        "Sequence[str]",
+        (),
+        "Names of further statistics of `TokenStats` to fill; what is not asked for costs nothing.",
+    ),
     "linear_bias": Option("Tensor | None", None, "The projection's bias (V)."),
     "shift": Option(
         "int",

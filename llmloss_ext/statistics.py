@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "FloatStats", "RowStats", "TokenStats", "asked", "is_asked"]
+__all__ = [
+    "STATISTICS",
+    "FloatStats",
+    "RowStats",
+    "TokenStats",
+    "asked",
+    "asked_by_user",
+    "is_asked",
+]
 
 
 class FloatStats(NamedTuple):
@@ -41,6 +49,8 @@ class FloatStats(NamedTuple):
 _READ_BY_THEIR_GRADIENT = {"entropy"}
 _INDICES = ("argmax", "rank")
 STATISTICS = (*FloatStats._fields, *_INDICES)
+_ALWAYS = ("log_prob", "lse", "entropy", "mean_log_prob")
+"""What `TokenStats` has without being asked."""
 
 
 def asked(names: Iterable[str]) -> int:
@@ -49,6 +59,18 @@ def asked(names: Iterable[str]) -> int:
     for name in names:
         wanted |= 1 << STATISTICS.index(name)
     return wanted
+
+
+def asked_by_user(with_rank: bool, extra: Iterable[str]) -> int:
+    """What the public functions are asked for.
+
+    Raises:
+        ValueError: ``extra`` names something that is not a statistic.
+    """
+    if isinstance(extra, str) or not set(STATISTICS).issuperset(extra):
+        known = ", ".join(name for name in STATISTICS if name not in _ALWAYS)
+        raise ValueError(f"extra must hold names of statistics ({known}), got {extra!r}")
+    return asked({*_ALWAYS, *extra, *(_INDICES if with_rank else ())})
 
 
 def is_asked(wanted: int, name: str) -> bool:

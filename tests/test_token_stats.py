@@ -161,3 +161,15 @@ def test_every_instruction_set(isa, dtype):
     total = expected["log_prob"] + expected["entropy"]
     (total + expected["mean_log_prob"] * expected["lse"]).sum().backward()
     assert_close(leaf.grad, double.grad, GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("name", ["argmax", "rank"])
+def test_extra_statistics_by_name(device, name):
+    logits, target = torch.randn(6, 33, device=device), torch.arange(6, device=device)
+    every = token_stats(logits, target, with_rank=True)
+    stats = token_stats(logits, target, extra=(name,))
+    assert torch.equal(getattr(stats, name), getattr(every, name))
+    assert {f for f in stats._fields if getattr(stats, f) is None} == {"argmax", "rank"} - {name}
+    for wrong in ("rank", ("median",), ["rank", "x"]):
+        with pytest.raises(ValueError, match="extra must hold names of statistics"):
+            token_stats(logits, target, extra=wrong)

@@ -32,7 +32,7 @@ from ..options import (
     documented,
 )
 from ..shard import Shard, ShardedColumns
-from ..statistics import RowStats, TokenStats, asked
+from ..statistics import RowStats, TokenStats, asked, asked_by_user
 from . import operators
 from .planning import tokens_of_a_chunk
 from .projection import as_rows, check_projection, to_dtype_of_products
@@ -159,6 +159,7 @@ def linear_token_stats(
     logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     with_rank: bool = False,
+    extra: Sequence[str] = (),
     shift: int = 0,
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
@@ -188,8 +189,7 @@ def linear_token_stats(
     logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
     walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     call = LinearCall(input, linear_weight, target, linear_bias, weight, logits, shift, shard)
-    names = ("log_prob", "lse", "entropy", "mean_log_prob")
-    wanted = asked((*names, "argmax", "rank") if with_rank else names)
+    wanted = asked_by_user(with_rank, extra)
     return TokenStats.shaped(call.stats(wanted, call.chunk_options(walk)), wanted, call.shape)
 
 
