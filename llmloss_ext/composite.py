@@ -151,9 +151,18 @@ def losses_of(
         rows = -(1.0 - eps) * w_y * stats.log_prob if eps != 1 else torch.zeros_like(stats.lse)
         if eps != 0:
             rows = rows - eps * stats.mean_log_prob
+        if loss.focal_gamma != 0:
+            rows = rows * _difficulty(stats.log_prob, loss.focal_gamma)
     if loss.z_loss != 0:
         rows = rows + loss.z_loss * stats.lse.square()
     return rows if token_weight is None else rows * token_weight.to(rows.dtype)
+
+
+def _difficulty(log_prob: Tensor, gamma: float) -> Tensor:
+    """(1 - p_y)^gamma (Lin et al. 2017); no derivative is infinite where p_y is 0 or 1."""
+    p_else = -torch.expm1(log_prob)
+    inside = (p_else > 0) & (p_else < 1)
+    return torch.where(inside, torch.where(inside, p_else, 0.5).pow(gamma), p_else.detach().sign())
 
 
 def losses_and_gradients(

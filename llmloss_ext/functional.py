@@ -82,6 +82,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
@@ -124,7 +125,10 @@ def cross_entropy(
         >>> loss = cross_entropy(logits, labels, label_smoothing=0.1, inplace=True)
         >>> loss.backward()
     """
-    loss = LossOptions.of(label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction)
+    loss = LossOptions.of(
+        label_smoothing=label_smoothing, z_loss=z_loss, focal_gamma=focal_gamma,
+        reduction=reduction,
+    )  # fmt: skip
     call = DenseCall(input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard)
     if num_items is not None:
         num_items = items_tensor(num_items, reduction, input)

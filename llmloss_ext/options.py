@@ -73,6 +73,12 @@ OPTIONS = {
         0.0,
         "Factor of lse^2, >= 0 (PaLM, Chowdhery et al. 2022; ST-MoE, Zoph et al. 2022).",
     ),
+    "focal_gamma": Option(
+        "float",
+        0.0,
+        "A token's cross entropy, smoothed and weighted, times (1 - p_y)^focal_gamma; >= 0, 0: not "
+        "(Lin et al. 2017). The z-loss is not multiplied. For class indices.",
+    ),
     "softcap": Option(
         "float | None",
         None,
@@ -262,11 +268,17 @@ class LossOptions(NamedTuple):
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    focal_gamma: float = 0.0
     reduction: int = NONE
 
     @classmethod
     def of(
-        cls, *, label_smoothing: float = 0.0, z_loss: float = 0.0, reduction: str = "mean"
+        cls,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        focal_gamma: float = 0.0,
+        reduction: str = "mean",
     ) -> LossOptions:
         """The checked options.
 
@@ -281,7 +293,9 @@ class LossOptions(NamedTuple):
             raise ValueError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
         if not 0.0 <= z_loss < math.inf:
             raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
-        return cls(label_smoothing, z_loss, REDUCTIONS.index(reduction))
+        if not 0.0 <= focal_gamma < math.inf:
+            raise ValueError(f"focal_gamma must be a finite number >= 0, got {focal_gamma}")
+        return cls(label_smoothing, z_loss, focal_gamma, REDUCTIONS.index(reduction))
 
     def statistics(self, has_probabilities: bool = False) -> tuple[str, ...]:
         """The statistics that a token's loss is a function of."""
@@ -300,8 +314,8 @@ def pack(logits: LogitOptions, loss: LossOptions | None = None) -> Packed:
     scale, softcap, ignore_index, vocab_size, classes = logits
     if loss is None:
         return (scale, softcap), (ignore_index, vocab_size, classes)
-    label_smoothing, z_loss, reduction = loss
-    floats = (scale, softcap, label_smoothing, z_loss)
+    label_smoothing, z_loss, focal_gamma, reduction = loss
+    floats = (scale, softcap, label_smoothing, z_loss, focal_gamma)
     return floats, (ignore_index, vocab_size, classes, reduction)
 
 

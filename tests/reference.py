@@ -53,6 +53,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: Any = 1.0,
     token_weight: Tensor | None = None,
@@ -68,6 +69,7 @@ def cross_entropy(
     if weight is not None:
         w_y = weight.double()[torch.where(target == ignore_index, 0, target).long()] * valid
     rows = -(1 - label_smoothing) * w_y * s["log_prob"] - label_smoothing * s["mean_log_prob"]
+    rows = rows * (1 - s["log_prob"].exp()) ** focal_gamma
     rows = rows + z_loss * s["lse"] ** 2
     tokens = valid if token_weight is None else token_weight.double()
     rows = rows * tokens

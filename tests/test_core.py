@@ -152,17 +152,26 @@ def test_kernels(isa, dtype, columns):
     assert not grad[3].any()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fused_kernel_in_place(isa, dtype):
+def test_fused_kernel_in_place(isa, dtype, gamma):
     rng = np.random.default_rng(1)
     logits, x = stored(rng.normal(0, 4, (4, 1031)), dtype)
     targets, smoothing, z_loss = np.array([3, 1030, -100, 0]), 0.1, 0.01
-    stats = getattr(core, f"fused_{dtype}")(isa, logits, targets, 1031, smoothing, z_loss)
+    fused = getattr(core, f"fused_{dtype}")
+    stats = fused(isa, logits, targets, 1031, smoothing, z_loss, gamma)
     grad = as_float64(logits, dtype)
     for row in (0, 1, 3):
-        lse = oracle(x[row], targets[row], np.ones(1031))["lse"]
-        assert stats["lse"][row] == pytest.approx(lse, rel=VALUE.get(dtype, 3e-6))
-        upstream = {"log_prob": smoothing - 1, "lse": 2 * z_loss * lse, "mean_log_prob": -smoothing}
+        s = oracle(x[row], targets[row], np.full(1031, 1 / 1031))
+        assert stats["lse"][row] == pytest.approx(s["lse"], rel=VALUE.get(dtype, 3e-6))
+        p = np.exp(s["log_prob"])
+        factor, slope = (1 - p) ** gamma, -gamma * (1 - p) ** (gamma - 1) * p
+        ce = (smoothing - 1) * s["log_prob"] - smoothing * s["mean_log_prob"]
+        upstream = {
+            "log_prob": (smoothing - 1) * factor + slope * ce,
+            "mean_log_prob": -smoothing * factor,
+            "lse": 2 * z_loss * s["lse"],
+        }
         values = [upstream.get(name, 0) for name in STATISTICS]
         expected = oracle_gradient(x[row], targets[row], values)
         t = GRADIENT[dtype]

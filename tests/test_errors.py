@@ -18,6 +18,8 @@ CASES = [
     ({"label_smoothing": float("nan")}, ValueError, "label_smoothing"),
     ({"z_loss": -1.0}, ValueError, "z_loss must be"),
     ({"z_loss": float("inf")}, ValueError, "z_loss must be"),
+    ({"focal_gamma": -1.0}, ValueError, "focal_gamma must be"),
+    ({"focal_gamma": float("nan")}, ValueError, "focal_gamma must be"),
     ({"softcap": 0.0}, ValueError, "softcap must be"),
     ({"softcap": -30.0}, ValueError, "softcap must be"),
     ({"vocab_size": 0}, ValueError, r"vocab_size must be in \[1, 9\]"),

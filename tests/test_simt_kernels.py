@@ -370,6 +370,50 @@ def test_losses(kernels: Any, dtype: str, option: str, rows: int, schedule: Any)
     np.testing.assert_allclose(loss, expected.reduced("mean", 7.0), rtol=tolerance, atol=tolerance)
 
 
+def focal(problem: Problem, gamma: float, grad_loss: Any) -> tuple[Any, Any]:
+    """Each row's loss with the factor (1 - p_y)^gamma, and the gradient of grad_loss times it."""
+    stats = row_stats(problem)
+    at_target = (1 - problem.label_smoothing) * problem.target_weight
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ce = -at_target * stats.log_prob - problem.label_smoothing * stats.mean_log_prob
+        others = -np.expm1(stats.log_prob)
+        factor = others**gamma
+        slope = np.where(others == 0, 0, -gamma * factor / others * np.exp(stats.log_prob))
+        loss = problem.tokens * (factor * ce + problem.z_loss * stats.lse**2)
+        each = grad_loss * problem.tokens
+        gradient = stats_gradient(
+            problem,
+            log_prob=each * (slope * ce - at_target * factor),
+            mean_log_prob=-each * problem.label_smoothing * factor,
+            lse=2 * each * problem.z_loss * stats.lse,
+        )
+    return np.where(problem.ignored, 0, loss), gradient.logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+@pytest.mark.parametrize("option", ["no option", "weight", "softcap", "z-loss and smoothing"])
+def test_focal_losses(kernels: Any, dtype: str, gamma: float, option: str) -> None:
+    """The two kernels and the fused one, to the same bits; in a row of one column p is 1."""
+    rng = np.random.default_rng(1)
+    tolerance = VALUE.get(dtype, 3e-6)
+    for columns in (1, 61, 6200, 17 * TILE[dtype] + 5):
+        p = problem(columns, **OPTIONS[option])
+        grad_loss = rng.normal(0, 1, 3)
+        case = Case(kernels, dtype, p, gap=3, focal_gamma=gamma)
+        expected, gradient = focal(case.problem, gamma, grad_loss)
+        loss, _ = case.loss("none")
+        np.testing.assert_allclose(loss, expected, rtol=tolerance, atol=tolerance)
+        grad, _ = case.row_grad(grad_loss=grad_loss, skew=0)
+        check_gradient(case, grad, gradient)
+
+        separate, _ = case.row_grad(grad_loss=np.ones(3))
+        for device in ((1, 227 << 10, 1), (1, 16 << 10, 8)):
+            fused = Case(kernels, dtype, p, gap=3, focal_gamma=gamma, device=device)
+            wanted = PLAIN if p.label_smoothing == 0 else (*PLAIN, "mean_log_prob")
+            np.testing.assert_array_equal(fused.fused(wanted)[1], separate)
+
+
 @pytest.mark.parametrize(("dtype", "columns"), SIZES)
 def test_scale(kernels: Any, dtype: str, columns: int) -> None:
     for skew in (None, 1):

@@ -24,6 +24,7 @@ OPTIONS = [
     {},
     {"reduction": "sum", "label_smoothing": 0.2},
     {"reduction": "none", "z_loss": 0.1},
+    {"focal_gamma": 1.5, "label_smoothing": 0.1},
     {"softcap": 3.0, "logit_scale": 1.4, "vocab_size": 11, "label_smoothing": 0.1},
 ]
 BY_NAME = {"ids": lambda o: "+".join(o) or "plain"}

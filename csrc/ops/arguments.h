@@ -174,11 +174,16 @@ struct CrossEntropyOptions {
   void each(Visit& visit) {
     visit("label_smoothing", loss.label_smoothing);
     visit("z_loss", loss.z_loss);
+    visit("focal_gamma", loss.focal_gamma);
     visit("reduction", reduction);
   }
 
   template <typename Real>
   LossOptions<Real> checked(bool probability_targets) const {
+    STD_TORCH_CHECK(loss.focal_gamma >= 0, "llmloss: focal_gamma must not be negative, got ",
+                    loss.focal_gamma);
+    STD_TORCH_CHECK(loss.focal_gamma == 0 || !probability_targets,
+                    "llmloss: focal_gamma needs class indices as targets");
     LossOptions<Real> options = loss.as<Real>();
     options.probability_targets = probability_targets;
     return options;

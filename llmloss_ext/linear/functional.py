@@ -56,6 +56,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     z_loss: float = 0.0,
+    focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
@@ -105,7 +106,10 @@ def linear_cross_entropy(
         >>> loss = linear_cross_entropy(hidden, model.head.weight, tokens, shift=1)
         >>> loss.backward()
     """
-    loss = LossOptions.of(label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction)
+    loss = LossOptions.of(
+        label_smoothing=label_smoothing, z_loss=z_loss, focal_gamma=focal_gamma,
+        reduction=reduction,
+    )  # fmt: skip
     if options is not None:
         chunk_tokens, weight_grad_dtype = _torchs_options(options, chunk_tokens, weight_grad_dtype)
     logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)

@@ -140,12 +140,12 @@ void row_grad(int isa, py::array logits, Indices targets, int64_t vocab_size, Ar
 // The gradient of the summed loss written over the logits; returns the statistics that it reads.
 template <typename T>
 py::dict fused(int isa, py::array logits, Indices targets, int64_t vocab_size,
-               double label_smoothing, double z_loss) {
+               double label_smoothing, double z_loss, double focal_gamma) {
   using Real = real_t<T>;
   Call<T> call(isa, logits, targets, vocab_size);
   GradSource<Real> source;
   source.from_loss = true;
-  source.options = {Real(label_smoothing), Real(z_loss)};
+  source.options = {Real(label_smoothing), Real(z_loss), Real(focal_gamma)};
   call.ask_for(source.options);
   call.kernels.fused(call.in, call.out, source,
                      {static_cast<T*>(logits.mutable_data()), call.in.layout, nullptr},

@@ -194,6 +194,52 @@ void test_loss_and_its_upstream() {
   CHECK(row_loss(options, loss_stats(-inf, 3.0, -5.0), 1.0) == 5.0);
 }
 
+// (1 - p)^gamma times the smoothed and weighted part alone; derivatives by central differences.
+void test_focal_loss() {
+  for (const double gamma : {0.3, 1.0, 2.0, 5.5}) {
+    LossOptions<double> options;
+    options.label_smoothing = 0.1;
+    options.z_loss = 0.01;
+    options.focal_gamma = gamma;
+    for (const double log_prob : {-20.0, -2.0, -0.3, -1e-4}) {
+      const auto stats = loss_stats(log_prob, 3.0, -5.0);
+      const double factor = std::pow(1 - std::exp(log_prob), gamma);
+      const double expected = factor * (0.9 * 1.5 * -log_prob + 0.1 * 5.0) + 0.01 * 9.0;
+      CHECK_CLOSE(row_loss(options, stats, 1.5), expected, 1e-12);
+      const auto upstream = loss_upstream(options, 2.0, stats, 1.5);
+      for (int stat = 0; stat < Stat::float_count; ++stat) {
+        const double h = stat == Stat::log_prob ? 1e-6 * -log_prob : 1e-6;
+        auto above = stats, below = stats;
+        above[stat] += h;
+        below[stat] -= h;
+        const double difference =
+            (row_loss(options, above, 1.5) - row_loss(options, below, 1.5)) / (2 * h);
+        CHECK_CLOSE(upstream[stat], 2.0 * difference, 1e-6);
+      }
+    }
+    // p = 1: factor and slope 0. p = 0: factor 1.
+    const auto sure = loss_stats(0.0, 3.0, -5.0);
+    CHECK(row_loss(options, sure, 1.5) == 0.01 * 3.0 * 3.0);
+    CHECK(loss_upstream(options, 2.0, sure, 1.5)[Stat::log_prob] == 0);
+    const auto lost = loss_stats(-inf, 3.0, -5.0);
+    CHECK(row_loss(options, lost, 1.5) == inf);
+    CHECK_CLOSE(loss_upstream(options, 2.0, lost, 1.5)[Stat::log_prob], -2.0 * 0.9 * 1.5, 1e-15);
+    options.label_smoothing = 1.0;  // finite without focal_gamma
+    CHECK_CLOSE(row_loss(options, lost, 1.5), 5.0 + 0.01 * 9.0, 1e-15);
+    const auto spoilt = loss_stats(std::nan(""), 3.0, -5.0);
+    CHECK(std::isnan(row_loss(options, spoilt, 1.5)));
+    CHECK(std::isnan(loss_upstream(options, 2.0, spoilt, 1.5)[Stat::mean_log_prob]));
+  }
+  // p -> 1, where 1 - p has no digits left: the loss is (1 - p)^(gamma + 1).
+  LossOptions<float> options;
+  options.focal_gamma = 0.5f;
+  FloatStats<float> stats;
+  stats[Stat::log_prob] = -1e-9f;
+  CHECK_CLOSE(row_loss(options, stats, 1.0f) / std::pow(1e-9, 1.5), 1.0, 1e-6);
+  const float slope = loss_upstream(options, 1.0f, stats, 1.0f)[Stat::log_prob];
+  CHECK_CLOSE(slope / -(1.5 * std::sqrt(1e-9)), 1.0, 1e-6);
+}
+
 // What the gradient does not need is not handed to it, so that the kernels do not read it.
 void test_values_that_a_gradient_needs() {
   const double array[1] = {};
@@ -211,6 +257,10 @@ void test_values_that_a_gradient_needs() {
   source.options.label_smoothing = 0.1;
   source.options.z_loss = 0.1;
   for (const double* values : needed().at) CHECK(values == nullptr);
+  source.options.focal_gamma = 2.0;
+  CHECK(needed()[Stat::log_prob] == array && needed()[Stat::mean_log_prob] == array);
+  source.options.label_smoothing = 0;
+  CHECK(needed()[Stat::log_prob] == array && needed()[Stat::mean_log_prob] == nullptr);
 }
 
 // A shard's statistics taken back to a state: what threads would have merged.
@@ -323,6 +373,7 @@ int main() {
   test_gradient();
   test_target_gradient_near_one();
   test_loss_and_its_upstream();
+  test_focal_loss();
   test_values_that_a_gradient_needs();
   test_finalized_states_merge_as_states_do();
   test_transform();

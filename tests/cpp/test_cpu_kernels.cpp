@@ -154,6 +154,7 @@ void run(cpu::Isa isa, const Case<T>& c) {
   loss.from_loss = true;
   loss.options.label_smoothing = Real(0.1);
   loss.options.z_loss = Real(0.01);
+  if (c.scale != Real(1)) loss.options.focal_gamma = Real(1.5);
   kernels.row_grad(in, SavedStats<Real>::needed_by(loss, outputs), loss,
                    {grad.data(), {c.rows, 0, c.columns}, nullptr}, order.data(), c.rows);
   std::vector<T> before = z;

@@ -26,10 +26,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sum": {"reduction": "sum"},
     "label smoothing": {"label_smoothing": 0.1},
     "z-loss": {"z_loss": 1e-2},
+    "focal": {"focal_gamma": 2.0},
     "softcap and scale": {"softcap": 5.0, "logit_scale": 0.7},
     "vocab_size": {"vocab_size": 90},
     "num_items": {"num_items": 50},
-    "everything": {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 9.0, "num_items": 7},
+    "everything": {
+        "label_smoothing": 0.1,
+        "z_loss": 1e-2,
+        "softcap": 9.0,
+        "num_items": 7,
+        "focal_gamma": 0.7,
+    },
 }
 
 

@@ -13,6 +13,7 @@ OPTIONS = {
     "none": {},
     "label_smoothing": {"label_smoothing": 0.2},
     "z_loss": {"z_loss": 1e-2},
+    "focal_gamma": {"focal_gamma": 2.0, "label_smoothing": 0.1},
     "softcap": {"softcap": 5.0},
     "weight": {"weight": True, "label_smoothing": 0.1},
     "token_weight": {"token_weight": True},

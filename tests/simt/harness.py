@@ -125,6 +125,7 @@ class Case:
     int64: bool = True
     scale_on_device: bool = False
     device: tuple[int, int, int] = ONE
+    focal_gamma: float = 0.0
     logits: Rows = field(init=False)
     told: dict[str, Any] = field(init=False, default_factory=dict)
 
@@ -163,6 +164,7 @@ class Case:
             "of_shard": p.of_shard,
             "label_smoothing": p.label_smoothing,
             "z_loss": p.z_loss,
+            "focal_gamma": self.focal_gamma,
             "beta": 1 / p.vocab,
             "device": self.device,
         }

@@ -74,7 +74,7 @@ RowOutputs<Real> outputs(const py::dict& d) {
 
 LossOptions<Real> loss_options(const py::dict& d) {
   return {number<Real>(d, "label_smoothing", 0), number<Real>(d, "z_loss", 0),
-          d.contains("probabilities")};
+          number<Real>(d, "focal_gamma", 0), d.contains("probabilities")};
 }
 
 GradSource<Real> source(const py::dict& d) {
