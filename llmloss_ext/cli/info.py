@@ -64,6 +64,8 @@ def plan(rows: str, vocab_size: str, dtype: str) -> str:
         n, v = int(rows), int(vocab_size)
     except ValueError:
         raise UserError(f"--plan: N and V must be integers, got {rows} and {vocab_size}") from None
+    if max(abs(n), abs(v)) >= 2**63:
+        raise UserError("--plan: N and V must be below 2^63")
     name, limits = _limits()
     try:
         text = torch.ops.llmloss.launch_plan(n, v, ELEMENT_BYTES[dtype], *limits)
@@ -111,7 +113,7 @@ def facts() -> list[tuple[str, str]]:
     from .. import ops
 
     return [
-        ("llmloss_ext", _version("llmloss_ext")),
+        ("llmloss_ext", version()),
         ("torch", torch.__version__),
         ("python", platform.python_version()),
         ("library", str(ops.LIBRARY)),
@@ -123,11 +125,12 @@ def facts() -> list[tuple[str, str]]:
     ]
 
 
-def _version(package: str) -> str:
+def version() -> str:
+    """The version of the installed package."""
     try:
-        return metadata.version(package)
+        return metadata.version("llmloss_ext")
     except metadata.PackageNotFoundError:
-        return "not installed: built in place"
+        return "unknown (not installed, built in place)"
 
 
 def _isa() -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import cross_entropy, linear_cross_entropy, token_stats
 from ..tolerances import GRADIENT, VALUE
+from .devices import open_device
 from .info import ISAS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,7 +70,7 @@ class Check(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 1 if a check failed."""
-    device = torch.device(args.device)
+    device = open_device(args.device)
     failed = total = 0
     print(f"{'check':<40} {'dtype':<9} {'value':>9} {'torch':>9} {'gradient':>9} {'torch':>9}")
     for check in checks(device):
