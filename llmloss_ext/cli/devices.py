@@ -9,13 +9,13 @@ from .errors import UserError
 
 
 def open_device(name: str) -> torch.device:
-    """The device, if torch can use it and this build has kernels for it.
+    """Returns a device that torch can use and that this build has kernels for.
 
     Args:
         name: "cpu", "cuda" or "cuda:1".
 
     Raises:
-        UserError: It cannot be used; the message says why.
+        UserError: The device cannot be used; the message says why.
     """
     try:
         device = torch.device(name)

@@ -1,4 +1,4 @@
-"""`llmloss <command>`: picks the command, and turns errors into one line on stderr."""
+"""`llmloss <command>`: selects the command, and reports an error in one line on stderr."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ COMMANDS = {
     "train": Command(
         "llmloss_train.command", "train a small GPT on real text with a large vocabulary"
     ),
-    "info": Command(".info", "print versions, instruction sets and what is available"),
+    "info": Command(".info", "print versions, instruction sets and devices"),
     "verify": Command(".verify", "check every operator against float64 on this machine"),
-    "plan": Command(".plan", "say what a linear loss costs: chunks, products, FLOPs and memory"),
+    "plan": Command(".plan", "print the cost of a linear loss: chunks, FLOPs and memory"),
 }
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser, command = _parser(arguments)
         options = parser.parse_args(arguments)
         if command is None:
-            parser.error("a command is missing: " + ", ".join(COMMANDS))
+            parser.error("no command given: choose " + ", ".join(COMMANDS))
         status = int(command.run(options))
         sys.stdout.flush()  # fails here rather than at exit, where the status is already 0
         return status
