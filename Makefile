@@ -27,8 +27,8 @@ SOURCES := setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o
 EXTENSION := build/.extension
 CXX_FILES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
-# What a file that names the interpreter and LLMLOSS_CUDA should say; it changes only when they do.
-BUILT_FOR := $(PY) LLMLOSS_CUDA=$(LLMLOSS_CUDA)
+# The content of build/.built-for, which changes only when the interpreter or these options do.
+BUILT_FOR := $(PY) LLMLOSS_CUDA=$(LLMLOSS_CUDA)$(if $(LLMLOSS_DEBUG), LLMLOSS_DEBUG=$(LLMLOSS_DEBUG))
 ifneq ($(shell cat build/.built-for 2> /dev/null),$(BUILT_FOR))
   .PHONY: build/.built-for
 endif
@@ -41,7 +41,7 @@ QUIET := 2>&1 | { grep -v '^WARNING: Location' || true; }
 needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
-.PHONY: help setup build demo test check format lint types style cpp-test sanitize bench bench-readme clean
+.PHONY: help setup build debug demo test check format lint types style cpp-test sanitize bench bench-readme clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -81,6 +81,9 @@ $(EXTENSION): $(SETUP) $(SOURCES) pyproject.toml build/.built-for
 
 setup: $(SETUP)  ## Makes .venv
 build: $(EXTENSION) $(INSTALL)  ## Builds the extension in place
+
+debug:  ## Builds it for gdb instead (-O0 -g, assertions), until the next make build
+	@$(MAKE) --no-print-directory build LLMLOSS_DEBUG=1
 
 demo: build  ## Trains a small GPT on real text with a vocabulary of 131,072 (under 4 minutes)
 	@$(PY) -m llmloss_ext train --out runs/demo --overwrite

@@ -1,6 +1,8 @@
 """Builds llmloss_ext._C: the CPU kernels always, the CUDA kernels where nvcc is found.
 
 LLMLOSS_CUDA=0 leaves CUDA out. MAX_JOBS limits the compilers that run at once.
+LLMLOSS_DEBUG=1 builds for gdb: not optimised, with symbols and assertions. It leaves CUDA out, for
+which nvcc takes minutes, unless LLMLOSS_CUDA=1 asks for it.
 """
 
 import importlib.util
@@ -14,6 +16,10 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 os.chdir(ROOT)
+DEBUG = os.environ.get("LLMLOSS_DEBUG", "0") not in ("", "0")
+# Separate folders, so that switching between the two builds only has to link.
+OBJECTS = "build/debug/objects" if DEBUG else "build/objects"
+CUDA_OBJECTS = ROOT / ("build/debug/cuda" if DEBUG else "build/cuda")
 
 try:
     import torch
@@ -42,6 +48,8 @@ def load_cuda_build():
     script = Path("csrc/cuda/build.py")
     if os.environ.get("LLMLOSS_CUDA") == "0":
         reason = "LLMLOSS_CUDA=0"
+    elif DEBUG and os.environ.get("LLMLOSS_CUDA") != "1":
+        reason = "a debug build; LLMLOSS_CUDA=1 adds it"
     elif not script.exists():
         reason = "no CUDA sources"
     else:
@@ -49,6 +57,11 @@ def load_cuda_build():
         cuda = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(cuda)
         if cuda.find_nvcc() is not None:
+            if DEBUG:
+                # Line numbers for cuda-gdb and compute-sanitizer. Not -G, which changes registers
+                # and timing, and with them the failure that one is looking for.
+                given = os.environ.get("NVCC_APPEND_FLAGS", "")
+                os.environ["NVCC_APPEND_FLAGS"] = f"{given} -lineinfo"
             return cuda
         reason = "no nvcc on PATH or in CUDA_HOME"
     print(f"llmloss_ext: CUDA is left out ({reason})")
@@ -60,7 +73,9 @@ def extension() -> CppExtension:
     sources = [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/ops").glob("*.cpp")]
     # The oldest torch whose stable ABI the sources need: 2.13's where it is there, else 2.11's.
     minor = 13 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13) else 11
-    flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    # Python's own flags, which come first, have -DNDEBUG.
+    flags += ["-O0", "-g", "-UNDEBUG", "-D_GLIBCXX_ASSERTIONS"] if DEBUG else ["-O3", "-g0"]
     flags += ["-DPy_LIMITED_API=0x030A0000", f"-DTORCH_TARGET_VERSION=0x02{minor:02x}000000000000"]
     objects, libraries = [], []
     cuda = load_cuda_build()
@@ -68,8 +83,8 @@ def extension() -> CppExtension:
         sources = [path for path in sources if not path.name.startswith("cuda_")]
     else:
         flags += ["-DLLMLOSS_CUDA=1", "-DUSE_CUDA", *cuda.include_flags()]
-        objects = [str(path) for path in cuda.compile_cuda(ROOT / "build" / "cuda")]
-        shutil.copy(ROOT / "build" / "cuda" / cuda.REPORT, ROOT / "llmloss_ext")
+        objects = [str(path) for path in cuda.compile_cuda(CUDA_OBJECTS)]
+        shutil.copy(CUDA_OBJECTS / cuda.REPORT, ROOT / "llmloss_ext")
         libraries = cuda.link_flags()
         if minor < 13 and torch.version.cuda:
             # For the current stream alone, which is not enough for the linker to keep it.
@@ -90,7 +105,7 @@ setup(
     cmdclass={"build_ext": BuildExtension},
     options={
         # One place for objects, whoever builds (make, pip, an editable install): all re-use them.
-        "build_ext": {"build_temp": "build/objects"},
+        "build_ext": {"build_temp": OBJECTS},
         "bdist_wheel": {"py_limited_api": "cp310"},
     },
 )

@@ -1,4 +1,4 @@
-"""Metrics of language models, from the row statistics."""
+"""Metrics for language models."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from llmloss_ext import functional
-from llmloss_ext.losses.shapes import classes_last
+from . import functional
+from .losses.shapes import classes_last
 
 __all__ = [
     "CorpusPerplexity",
@@ -34,14 +34,14 @@ def perplexity(loss: Tensor) -> Tensor: ...
 
 
 def perplexity(loss: float | Tensor) -> float | Tensor:
-    """exp(loss) of a mean loss in nats: inf where that overflows, nan for nan, never an error.
+    """Perplexity, exp(loss), of a mean loss in nats; inf on overflow, nan for nan.
 
     Args:
         loss: A number, or a tensor of any shape.
 
     Returns:
-        A number for a number, a tensor of the same shape for a tensor; no unit: as many equally
-        likely tokens would be as hard to guess.
+        A number or a tensor, like ``loss``: the number of equally likely tokens that would be as
+        hard to predict.
     """
     if isinstance(loss, Tensor):
         return torch.exp(loss)
@@ -52,13 +52,13 @@ def perplexity(loss: float | Tensor) -> float | Tensor:
 
 
 class CorpusPerplexity:
-    """Perplexity over many batches: of the sums, so that each token weighs the same.
+    """Perplexity over many batches, in which every token has the same weight.
 
     The sums stay on the device; only `compute` waits for it.
     """
 
     def __init__(self) -> None:
-        """No tokens yet."""
+        """Starts without tokens."""
         self._sum: Tensor | None = None
         self._tokens: Tensor | None = None
 
@@ -66,8 +66,8 @@ class CorpusPerplexity:
         """Adds tokens.
 
         Args:
-            log_probs: log p of each token, any shape, nats.
-            mask: Which of them count; None: all.
+            log_probs: log p of each token in nats, any shape.
+            mask: Which tokens to count; all if None.
 
         Raises:
             ValueError: The shapes differ.
@@ -85,28 +85,29 @@ class CorpusPerplexity:
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
 
     def compute(self) -> float:
-        """exp(- mean log p); nan without tokens, inf where it overflows."""
+        """exp(-mean log p); nan without tokens, inf on overflow."""
         if self._sum is None or self._tokens is None or int(self._tokens) == 0:
             return math.nan
         return perplexity(-float(self._sum) / int(self._tokens))
 
 
 def top_k_accuracy(logits: Tensor, target: Tensor, k: int, *, ignore_index: int = -100) -> Tensor:
-    """The share of tokens with fewer than k logits strictly above their target's.
+    """The fraction of tokens whose target is among the k largest logits.
 
-    Ties do not count against the target; ignored tokens are left out.
+    The target is among them if fewer than k logits are strictly greater: ties do not count against
+    it. Ignored tokens are left out.
 
     Args:
         logits: (..., V).
         target: (...).
-        k: >= 1.
-        ignore_index: Tokens that take no part.
+        k: At least 1.
+        ignore_index: Targets with this value are ignored.
 
     Returns:
-        0-d float64; nan if no token takes part.
+        0-d float64, in [0, 1]; nan if all tokens are ignored.
 
     Raises:
-        ValueError: k < 1, or the shapes do not fit.
+        ValueError: k < 1, or the shapes do not match.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -118,18 +119,18 @@ def top_k_accuracy(logits: Tensor, target: Tensor, k: int, *, ignore_index: int 
 
 
 def accuracy(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """The share of tokens whose target has the largest logit: `top_k_accuracy` with k = 1.
+    """The fraction of tokens whose target has the largest logit: `top_k_accuracy` with k = 1.
 
     Args:
         logits: (..., V).
         target: (...).
-        ignore_index: Tokens that take no part.
+        ignore_index: Targets with this value are ignored.
 
     Returns:
-        0-d float64, in [0, 1]; nan if no token takes part.
+        0-d float64, in [0, 1]; nan if all tokens are ignored.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not match.
     """
     return top_k_accuracy(logits, target, 1, ignore_index=ignore_index)
 
@@ -137,21 +138,22 @@ def accuracy(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Ten
 def length_normalized_score(
     log_probs: Tensor, alpha: float = 0.6, lengths: Tensor | Sequence[int] | None = None
 ) -> Tensor:
-    """Sum log p / |Y|^alpha, for ranking candidates of different length.
+    """The sum of log p divided by length^alpha, to rank candidates of different lengths.
 
-    alpha 0 is the sum, 1 the mean, 0.6 what GNMT found best (Wu et al. 2016, without the 5 + 1).
+    alpha 0 gives the sum and 1 the mean. The default is that of GNMT (Wu et al. 2016), without the
+    constants that its penalty adds to the length.
 
     Args:
         log_probs: (S) of one sequence, or (B, S) of a padded batch, in nats.
         alpha: Any finite number.
-        lengths: (B) whole numbers: tokens of each sequence, those behind are padding, whatever they
-            hold; None: all S.
+        lengths: (B) integers: the number of tokens of each sequence. What follows in its row is
+            padding, of any value. None: each sequence has S tokens.
 
     Returns:
-        0-d, or (B): the larger, the likelier.
+        0-d for (S), (B) for (B, S). A larger score is a likelier candidate.
 
     Raises:
-        ValueError: A sequence is empty, a length exceeds S or is no whole number, or alpha is not
+        ValueError: A sequence is empty, a length exceeds S or is not an integer, or alpha is not
             finite.
     """
     if not math.isfinite(alpha):
@@ -165,11 +167,11 @@ def length_normalized_score(
     else:
         counts = torch.as_tensor(lengths, device=batch.device).reshape(-1)
     if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
-        raise ValueError(f"lengths must be whole numbers, got {counts.dtype}")
+        raise ValueError(f"lengths must be integers, got {counts.dtype}")
     if counts.shape != batch.shape[:1]:
         raise ValueError(f"expected {batch.shape[0]} lengths, got {counts.numel()}")
     if bool((counts < 1).any()):
-        raise ValueError("a sequence is empty: it has no score")
+        raise ValueError("an empty sequence has no score")
     if bool((counts > size).any()):
         raise ValueError(f"a length exceeds the {size} tokens of the batch")
     inside = torch.arange(size, device=batch.device) < counts.unsqueeze(1)
@@ -178,23 +180,23 @@ def length_normalized_score(
 
 
 def token_f1(prediction: Sequence[Any], reference: Sequence[Any]) -> float:
-    """F1 of two bags of tokens, as SQuAD's (Rajpurkar et al. 2016): 1 if both are empty.
+    """F1 of two bags of tokens, as in SQuAD (Rajpurkar et al. 2016); 1 if both are empty.
 
-    2 common / (tokens of the prediction + tokens of the reference); a token that occurs n times in
-    one and m times in the other is common min(n, m) times.
+    It is 2 common / (tokens of the prediction + tokens of the reference). A token that occurs n
+    times in one and m times in the other is common min(n, m) times.
 
     Args:
-        prediction: Tokens: words, ids, anything that can be hashed.
+        prediction: Tokens: words, ids or anything else that can be hashed.
         reference: Tokens.
 
     Returns:
         In [0, 1].
 
     Raises:
-        ValueError: An argument is a text and no sequence of tokens.
+        ValueError: An argument is a string instead of a sequence of tokens.
     """
     if isinstance(prediction, str) or isinstance(reference, str):
-        raise ValueError("token_f1 compares tokens: split the texts, e.g. by text.split()")
+        raise ValueError("token_f1 compares tokens: split the texts, e.g. with text.split()")
     if not prediction or not reference:
         return float(not prediction and not reference)
     common = sum((Counter(prediction) & Counter(reference)).values())
@@ -202,19 +204,19 @@ def token_f1(prediction: Sequence[Any], reference: Sequence[Any]) -> float:
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU (Papineni et al. 2002), by sacrebleu and with its defaults (Post 2018).
+    """Corpus BLEU (Papineni et al. 2002), computed by sacrebleu with its defaults (Post 2018).
 
     Args:
-        predictions: One text each.
-        references: For each prediction, its references: at least one.
+        predictions: Texts.
+        references: For each prediction, a list of at least one reference.
 
     Returns:
         In [0, 100].
 
     Raises:
         ImportError: sacrebleu is not installed.
-        ValueError: There are no predictions, not as many references, or a prediction has none; or
-            a text stands where a list of texts belongs.
+        ValueError: There are no predictions, the two lists differ in length, a prediction has no
+            reference, or an argument is a string instead of a list.
     """
     _same_length(predictions, references)
     for of_one in references:
@@ -227,24 +229,25 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     except ImportError as error:
         raise ImportError("bleu needs sacrebleu: pip install 'llmloss_ext[metrics]'") from error
     most = max(len(r) for r in references)
-    # sacrebleu wants one stream for each reference; None where a prediction has fewer.
+    # sacrebleu takes a stream per reference, with None where a prediction has fewer.
     streams: Any = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
     return float(sacrebleu.corpus_bleu(list(predictions), streams).score)
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, -2 and -L in [0, 1], by rouge-score (Lin 2004).
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004), computed by rouge-score.
 
     Args:
-        predictions: One text each.
-        references: One reference each.
+        predictions: Texts.
+        references: One text for each prediction.
 
     Returns:
-        "rouge1", "rouge2" and "rougeL".
+        The scores "rouge1", "rouge2" and "rougeL", each in [0, 1].
 
     Raises:
         ImportError: rouge-score is not installed.
-        ValueError: There are no predictions, or not as many references; or an argument is one text.
+        ValueError: There are no predictions, the two lists differ in length, or an argument is a
+            string instead of a list.
     """
     _same_length(predictions, references)
     try:

@@ -1,4 +1,4 @@
-"""Helpers of training loops."""
+"""Helpers for training loops."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ def count_items(
     weights: Iterable[Tensor] | None = None,
     group: Any = None,
 ) -> Tensor:
-    """The tokens that take part in a step: what every micro-batch's sum is to be divided by.
+    """Counts the tokens of a step that have a loss: the divisor for every micro-batch's sum.
 
-    With it as ``num_items``, the gradient of k micro-batches is that of the one large batch,
-    however unequal they are; dividing each micro-batch's mean by k is not.
+    Passed as ``num_items``, it makes the accumulated gradient of k micro-batches equal to that of
+    one large batch, even if their numbers of tokens differ. The mean of the micro-batches' means
+    does not have this property.
 
     Args:
-        targets: Of each micro-batch of the step.
-        ignore_index: Tokens that take no part.
+        targets: The targets of each micro-batch of the step.
+        ignore_index: Targets with this value are not counted.
         shift: As in `llmloss_ext.linear_cross_entropy`: the first ``shift`` targets (..., S) of
-            each sequence are nobody's.
-        weights: Token weights of each micro-batch, shaped like its targets, whose sum over the
-            tokens that take part is returned instead of their number.
-        group: A process group of torch.distributed, whose ranks' tokens are added. Gradients
-            that data parallelism averages over its ranks then have to be multiplied by their
-            number: divide the returned count by it.
+            each sequence are not predicted, and not counted.
+        weights: The token weights of each micro-batch, shaped like its targets. If given, the sum
+            of the counted tokens' weights is returned instead of their number.
+        group: A process group of torch.distributed whose ranks' counts are added. Where data
+            parallelism averages the gradients over these ranks, divide the result by the number
+            of ranks.
 
     Returns:
-        0-d int64, or float64 for weights, on the targets' device. Does not wait for it.
+        0-d int64, or float64 with ``weights``, on the targets' device. The host does not wait for
+        the device.
 
     Raises:
-        ValueError: There is no micro-batch, not as many weights, or their shapes differ; or
-            ``shift`` is negative.
+        ValueError: There is no micro-batch, the weights do not match the targets in number or
+            shape, or ``shift`` is negative.
     """
     if shift < 0:
         raise ValueError(f"shift must be at least 0, got {shift}")
@@ -63,7 +65,7 @@ def count_items(
 
 
 def _weight_of(target: Tensor, weight: Tensor, ignore_index: int, shift: int) -> Tensor:
-    """The sum of the weights of the targets, the first ``shift`` of which are gone."""
+    """Sums the weights of targets whose first ``shift`` columns have been cut off."""
     whole = (*target.shape[:-1], target.shape[-1] + shift) if target.dim() else ()
     if weight.shape != whole:
         raise ValueError(
@@ -82,20 +84,21 @@ def accumulate_gradients(
     shift: int = 0,
     group: Any = None,
 ) -> Tensor:
-    """Runs forward and backward of all micro-batches of a step; the optimiser's step is yours.
+    """Runs forward and backward of all micro-batches of a step, but not the optimiser.
 
     Args:
-        loss: ``loss(batch, num_items)`` returns the micro-batch's sum over tokens divided by
-            ``num_items``, e.g. by `llmloss_ext.cross_entropy`'s argument of that name.
-        batches: Of each micro-batch, what ``loss`` takes, and its targets.
-        ignore_index: Targets that take no part.
+        loss: ``loss(batch, num_items)`` returns the sum of the micro-batch's token losses divided
+            by ``num_items``, e.g. `llmloss_ext.cross_entropy` with the argument of that name.
+        batches: For each micro-batch, the first argument of ``loss`` and the targets.
+        ignore_index: Targets with this value are not counted.
         shift: As in `count_items`.
-        group: The process group over which data parallelism averages the gradients (as
-            DistributedDataParallel does, which needs as many micro-batches on each rank): they are
-            then those of one batch with all ranks' tokens.
+        group: The process group over which data parallelism averages the gradients, as
+            DistributedDataParallel does (it needs the same number of micro-batches on each rank).
+            The gradients are then those of one batch with the tokens of all ranks.
 
     Returns:
-        The mean loss over all tokens of the step, of all ranks, 0-d and detached; 0 without any.
+        The mean loss over the tokens of the step on all ranks, 0-d and detached; 0 if there are no
+        tokens.
 
     Raises:
         ValueError: There is no micro-batch.
@@ -112,7 +115,7 @@ def accumulate_gradients(
         part = loss(batch, items)
         part.backward()  # type: ignore[no-untyped-call]
         total = part.detach() if total is None else total + part.detach()
-    assert total is not None  # count_items has seen a micro-batch
+    assert total is not None  # count_items requires a micro-batch
     if group is not None:
         torch.distributed.all_reduce(total, group=group)
         total = total / ranks
@@ -120,28 +123,28 @@ def accumulate_gradients(
 
 
 class LossMonitor:
-    """Notices when the loss jumps.
+    """Detects spikes of the training loss.
 
-    A spike is a loss above mean + spike_threshold * std of the recent history (std: of the
-    population, the sum divided by its size), or one that is not finite. Where the history is flat
-    (its std is rounding), it is a loss above mean + `least_jump` * |mean|, or above `least_jump` if
-    the mean is 0. Spikes do not enter the history. The training loop decides what to do: skip the
-    step, or lower the rate.
+    A spike is a loss that is not finite, or that exceeds mean + spike_threshold * std of the recent
+    losses (std is the population standard deviation). If the recent losses are equal up to
+    rounding, the limit is mean + `least_jump` * |mean|, or `least_jump` if the mean is 0. Spikes
+    are not added to the history. The training loop decides how to react: it can skip the step, or
+    lower the learning rate.
 
     Args:
-        spike_threshold: > 0, in standard deviations.
-        history_size: Losses that are remembered, at least 10.
+        spike_threshold: In standard deviations, above 0.
+        history_size: The number of recent losses to keep, at least 10.
 
     Raises:
         ValueError: An argument is out of range.
     """
 
     warm_up = 10
-    """Losses that are only remembered."""
+    """The number of losses to record before any finite loss is called a spike."""
     least_jump = 1e-3
-    """Of the mean: what a real jump is where the history is flat."""
+    """The smallest jump that is a spike after equal losses, relative to their mean."""
     rounding = 1e-9
-    """Of the mean: a history whose std is not above that is flat."""
+    """Losses are equal if their std is at most this, relative to their mean."""
 
     def __init__(self, spike_threshold: float = 2.0, history_size: int = 100) -> None:
         if not 0.0 < spike_threshold < math.inf:
@@ -152,13 +155,13 @@ class LossMonitor:
         self.history: deque[float] = deque(maxlen=history_size)
 
     def check_spike(self, loss: float | Tensor) -> bool:
-        """Whether the loss is a spike; if not, it enters the history.
+        """Tests whether a loss is a spike, and adds it to the history if it is not.
 
         Args:
-            loss: In any unit, the same at each call. A tensor is waited for.
+            loss: In any unit that stays the same. Reading a tensor waits for its device.
 
         Returns:
-            False for the first `warm_up` finite losses.
+            Whether it is a spike. Never true for the first `warm_up` finite losses.
         """
         value = float(loss)
         if not math.isfinite(value):
@@ -169,11 +172,11 @@ class LossMonitor:
         return False
 
     def limit(self) -> float:
-        """Above this a loss is a spike; inf while the history is short."""
+        """The largest loss that is not a spike; inf during warm-up."""
         count = len(self.history)
         if count < self.warm_up:
             return math.inf
-        # In units of the largest, so that no square and no sum overflows.
+        # Scaled by the largest value, so that neither squares nor sums overflow.
         unit = max(map(abs, self.history)) or 1.0
         values = [x / unit for x in self.history]
         mean = math.fsum(values) / count
@@ -183,7 +186,7 @@ class LossMonitor:
         return (mean + jump) * unit
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: plain numbers and lists."""
+        """The state for a checkpoint: numbers and lists."""
         return {
             "spike_threshold": self.spike_threshold,
             "history_size": self.history.maxlen,
@@ -191,6 +194,6 @@ class LossMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from what `state_dict` returned, with its settings."""
+        """Restores the state and the settings that `state_dict` returned."""
         self.spike_threshold = state["spike_threshold"]
         self.history = deque(state["history"], maxlen=state["history_size"])

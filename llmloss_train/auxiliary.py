@@ -1,4 +1,4 @@
-"""Losses beside the next token's: on the same micro-batch, with the same weights."""
+"""Auxiliary losses, on the same micro-batch and with the same weights."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _MASK_TOKEN = 0
 
 
 class Auxiliary:
-    """The auxiliary terms that a run asks for: their shares in a step, micro-batch by micro-batch.
+    """The auxiliary terms of a run, computed one micro-batch at a time.
 
     Attributes:
-        weights: Of each term, by name.
+        weights: The weight of each term, by name.
     """
 
     def __init__(self, config: TrainConfig, model: GPT, separator: int) -> None:
-        """Prepares those whose weight is not 0."""
+        """Selects the terms whose weight is not 0."""
         self._model = model
         self._separator = separator
         self._micro_batches = config.accumulate
-        self._hidden_tokens: list[tuple[Tensor, Tensor]] = []
+        self._masked_tokens: list[tuple[Tensor, Tensor]] = []
         self._items = torch.ones((), dtype=torch.int64)
         every = {"contrastive": config.contrastive, "mlm": config.mlm}
         self.weights = {name: weight for name, weight in every.items() if weight}
 
     def begin_step(self, inputs: list[Tensor]) -> None:
-        """Hides tokens in each micro-batch: how many in all, every one of their losses must know.
+        """Masks tokens in each micro-batch, and counts them: the divisor of all their losses.
 
         Args:
             inputs: Token ids (B, S) of each micro-batch.
@@ -44,18 +44,18 @@ class Auxiliary:
         if "mlm" not in self.weights:
             return
         vocab_size = self._model.head.weight.shape[0]
-        # Drawn on the host, whose random state a checkpoint keeps.
-        self._hidden_tokens = [
+        # Drawn on the host, because a checkpoint stores the random state of the host.
+        self._masked_tokens = [
             mask_tokens(ids.cpu(), _MASK_TOKEN, vocab_size, special_tokens=[self._separator])
             for ids in inputs
         ]
-        self._items = count_items(labels for _, labels in self._hidden_tokens).clamp_min(1)
+        self._items = count_items(labels for _, labels in self._masked_tokens).clamp_min(1)
 
     def terms(self, micro_batch: int, hidden: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """A function for each term, whose values add up to the step's term.
+        """A function for each term. Its values for all micro-batches add up to the step's term.
 
         Args:
-            micro_batch: Its number in the step.
+            micro_batch: The index of the micro-batch in the step.
             hidden: Its hidden states (B, S, D).
         """
         every = {
@@ -65,14 +65,14 @@ class Auxiliary:
         return {name: every[name] for name in self.weights}
 
     def _contrastive(self, hidden: Tensor) -> Tensor:
-        """The two halves of a sequence belong together; those of others do not."""
+        """The two halves of a sequence are a positive pair, all other halves are negatives."""
         middle = hidden.shape[1] // 2
         first, second = hidden[:, :middle].mean(1), hidden[:, middle:].mean(1)
         return contrastive_loss(first, second, symmetric=True) / self._micro_batches
 
     def _masked(self, micro_batch: int, device: torch.device) -> Tensor:
-        """Hidden tokens, predicted from both sides: attention is not causal here."""
-        masked, labels = (t.to(device) for t in self._hidden_tokens[micro_batch])
+        """Predicts the masked tokens from both sides: attention is not causal here."""
+        masked, labels = (t.to(device) for t in self._masked_tokens[micro_batch])
         hidden = self._model.hidden(masked, causal=False)
         weight = self._model.head.weight
         return mlm_loss(hidden, labels, weight, num_items=self._items.to(device))

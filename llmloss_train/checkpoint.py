@@ -1,4 +1,4 @@
-"""Checkpoints that continue a run bit for bit."""
+"""Checkpoints, from which a run continues bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FORMAT = 2
 
 
 def save(folder: Path, state: dict[str, Any]) -> Path:
-    """Writes the state of a run, complete or not at all.
+    """Writes the state of a run atomically.
 
     Args:
         folder: The run's output folder.
@@ -26,7 +26,7 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
         The file.
 
     Raises:
-        UserError: If it cannot be written; the previous checkpoint is as it was.
+        UserError: The file cannot be written; an earlier checkpoint is kept.
     """
     path = folder / NAME
     with writing(path):
@@ -38,7 +38,7 @@ def load(folder: Path) -> dict[str, Any]:
     """Reads what `save` wrote.
 
     Raises:
-        UserError: If there is none, or it is not one of ours.
+        UserError: There is no checkpoint, or it cannot be read.
     """
     path = folder / NAME
     if not path.exists():

@@ -1,4 +1,4 @@
-"""``llmloss train``: a small GPT on real text with a large vocabulary."""
+"""``llmloss train``: trains a small GPT on real text with a large vocabulary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the command's options; what is not given is the demo's."""
+    """Adds the command's options. The defaults are those of the demo."""
     from .config import DTYPES, LOSSES, SPIKES, TrainConfig
 
     defaults = TrainConfig()
@@ -35,39 +35,52 @@ def add_parser(subparsers: Any) -> None:
         "--text",
         nargs="+",
         metavar="PATH",
-        help="files and folders to train on (default: Python's own reference and sources)",
+        help="files and folders to train on (default: Python's reference and library sources)",
     )
-    add("max-tokens", _positive, "tokens of the text to use, from its start")
+    add("max-tokens", _positive, "use this many tokens from the start of the text")
     add("steps", _positive, "optimiser steps")
-    add("batch-size", _positive, "sequences in a micro-batch")
-    add("seq-len", _positive, "tokens in a sequence")
-    add("accumulate", _positive, "micro-batches in a step")
+    add("batch-size", _positive, "sequences per micro-batch")
+    add("seq-len", _positive, "tokens per sequence")
+    add("accumulate", _positive, "micro-batches per step")
     add("lr", _positive_number, "peak learning rate")
-    add("clip", _positive_number, "largest norm of the gradient")
+    add("clip", _positive_number, "clip the gradient to this norm")
     add("layers", _positive, "transformer blocks")
     add("heads", _positive, "attention heads")
     add("dim", _positive, "width of the model")
-    add("seed", _not_negative, "of the weights and of the order of the data")
-    add("dtype", str, "of the matrix products; bfloat16 by autocast", choices=DTYPES)
-    add("loss", str, "from hidden states, from logits, or torch's own", choices=LOSSES)
-    add("label-smoothing", _share, "of the uniform distribution in the targets")
-    add("z-loss", _weight, "factor of lse^2")
-    add("confidence-penalty", _weight, "factor of -entropy")
-    add("contrastive", _weight, "weight of a contrastive loss between the halves of sequences")
+    add("seed", _not_negative, "seed of the weights and of the data order")
+    add("dtype", str, "dtype of the matrix products; bfloat16 uses autocast", choices=DTYPES)
+    add(
+        "loss",
+        str,
+        "linear: from hidden states; logits: from logits; torch: torch's own",
+        choices=LOSSES,
+    )
+    add("label-smoothing", _share, "weight of the uniform distribution in the targets")
+    add("z-loss", _weight, "weight of lse^2")
+    add("confidence-penalty", _weight, "weight of -entropy")
+    add("contrastive", _weight, "weight of a contrastive loss between the halves of each sequence")
     add("mlm", _weight, "weight of a masked language modelling loss")
-    add("on-spike", str, "what to do about a loss that jumps: mark it, skip the step, or "
-        "lower the rate by half; a step that is not finite is always skipped",
+    add("on-spike", str, "reaction to a spike of the loss: mark it, skip the step, lower the "
+        "learning rate by half, or off; a step that is not finite is always skipped",
         choices=SPIKES)  # fmt: skip
-    add("spike-threshold", _positive_number, "standard deviations that make a spike")
+    add(
+        "spike-threshold",
+        _positive_number,
+        "standard deviations above the recent mean at which a spike begins",
+    )
     add("device", str, "cpu or cuda")
-    add("threads", _not_negative, "CPU threads, 0: torch's choice")
+    add("threads", _not_negative, "CPU threads; 0: torch's default")
     add("eval-every", _positive, "steps between validations")
     add("log-every", _positive, "steps between log lines")
     add("save-every", _positive, "steps between checkpoints")
-    parser.add_argument("--out", type=Path, default=Path("runs/train"), help="output folder")
-    parser.add_argument("--resume", action="store_true", default=False, help="continue --out's run")
     parser.add_argument(
-        "--overwrite", action="store_true", default=False, help="discard --out's earlier run"
+        "--out", type=Path, default=Path("runs/train"), help="output folder (default: runs/train)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", default=False, help="continue the run in --out"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", default=False, help="discard an earlier run in --out"
     )
 
 
@@ -104,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> Run:
-    """Settings, tokens and folder, checked before anything is written."""
+    """Makes the run; checks settings, text and folder before anything is written."""
     import torch
 
     from . import checkpoint
@@ -148,7 +161,7 @@ def _prepare(args: argparse.Namespace) -> Run:
 
 
 class _progress:  # noqa: N801
-    """A bar on a terminal, plain lines elsewhere; called with each metrics record."""
+    """Shows the metrics records: with a progress bar on a terminal, as plain lines elsewhere."""
 
     def __init__(self, training: Run) -> None:
         from rich.console import Console

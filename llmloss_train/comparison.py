@@ -1,4 +1,4 @@
-"""The kinds of loss side by side: the same micro-batch and weights, time and memory of each."""
+"""Compares the time and memory of the losses on one micro-batch, with the same weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ ROUNDS = 3
 
 @dataclass
 class Measurement:
-    """One kind of loss.
+    """The measurement of one loss.
 
     Attributes:
         kind: One of `LOSSES`.
         loss: The mean over the micro-batch, in nats.
-        seconds: In projection and loss, forward and backward: the median.
-        peak_bytes: Of forward and backward of the whole model, beyond model and optimiser.
+        seconds: The median time in projection and loss, forward and backward.
+        peak_bytes: The peak memory of the whole model's forward and backward, beyond the model and
+            the optimiser; None if the system does not report it.
     """
 
     kind: str
@@ -35,7 +36,7 @@ class Measurement:
 
 
 def compare(run: Run) -> list[Measurement]:
-    """Runs forward and backward of the first micro-batch with every kind, and changes nothing."""
+    """Runs the first micro-batch forward and backward with each loss; updates nothing."""
     size = min(run.config.batch_size, len(run.training))
     inputs, targets = run.batch(run.training, list(range(size)))
     items = max(int((targets != IGNORED).sum()), 1)
@@ -62,7 +63,7 @@ def compare(run: Run) -> list[Measurement]:
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """The run in figures: losses before and after, speed, memory, and the kinds side by side."""
+    """The figures of the run: losses before and after, speed, memory, and the comparison."""
     totals = run.totals
     summary: dict[str, Any] = {"run": run.config.describe(), "steps": run.step}
     for kind in ("train", "validation"):

@@ -1,4 +1,4 @@
-"""The settings of a run, with their defaults, which are the demo's."""
+"""The settings of a run. The defaults are those of the demo."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ DTYPES = ("float32", "bfloat16")
 LOSSES = ("linear", "logits", "torch")
 SPIKES = ("mark", "skip", "lower", "off")
 
-# What the weights and the order of the data depend on: a resumed run cannot change them.
+# The weights and the data order depend on these, so a resumed run cannot change them.
 _FIXED = ("layers", "heads", "dim", "seq_len", "seed")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings that a checkpoint remembers.
+    """The settings of a run, which its checkpoints store.
 
-    The defaults fit four minutes on two cores. Nearly all of the time goes into the head
-    (6 * dim * 131072 operations a token), so the model is narrow.
+    The defaults take less than four minutes on two cores. Nearly all of this time goes into the
+    head (6 * dim * 131072 operations per token), so the model is narrow.
     """
 
     text: tuple[str, ...] = ()
@@ -51,10 +51,10 @@ class TrainConfig:
     save_every: int = 45
 
     def __post_init__(self) -> None:
-        """Checks what no single option can know.
+        """Checks the options against each other.
 
         Raises:
-            UserError: If the heads do not divide the width, or a sequence has no halves.
+            UserError: The heads do not divide the width, or sequences are too short to be halved.
         """
         if self.dim % self.heads:
             raise UserError(f"--dim {self.dim} is not divisible by --heads {self.heads}")
@@ -64,11 +64,11 @@ class TrainConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the checkpoint."""
+        """The settings as plain values, for a checkpoint."""
         return asdict(self) | {"text": list(self.text)}
 
     def describe(self) -> str:
-        """One line for people: the model and how it is trained."""
+        """Describes the model and its training in one line."""
         batch = f"{self.batch_size} x {self.seq_len}"
         if self.accumulate > 1:
             batch = f"{self.accumulate} x {batch}"
@@ -79,14 +79,14 @@ class TrainConfig:
 
 
 def resumed(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
-    """The settings of a resumed run: those of the checkpoint, but for the options given now.
+    """The settings of a resumed run: those of the checkpoint, overridden by the given options.
 
     Args:
-        saved: What `TrainConfig.to_dict` returned.
+        saved: The result of `TrainConfig.to_dict`.
         given: The options on the command line, by field name.
 
     Raises:
-        UserError: If an option differs that the checkpoint's weights or data order depend on.
+        UserError: An option that a resumed run cannot change differs from the checkpoint's.
     """
     for name in _FIXED:
         if name in given and given[name] != saved[name]:

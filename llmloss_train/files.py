@@ -1,4 +1,4 @@
-"""Files that are there complete or not at all, and errors that name them."""
+"""Atomic writes, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file beside ``path``, then moves it there in one step.
+    """Writes a temporary file beside ``path``, then renames it to ``path``.
 
-    A reader, or a run that is resumed after a crash, sees the old content or the new, never half.
+    A reader sees the old content or the new, even after a crash, and never a part of it.
 
     Args:
         path: The file to create or replace.
         write: Called with the open file.
 
     Raises:
-        OSError: If it cannot be written; ``path`` is as before, and nothing is left beside it.
+        OSError: The file cannot be written; ``path`` is unchanged, and no other file remains.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -31,7 +31,7 @@ _WEIGHT_DECAY = 0.1
 _BETAS = (0.9, 0.95)
 _WARM_UP = 0.1  # share of the steps
 _FINAL_RATE = 0.1  # share of the peak rate
-_LEAST_FACTOR = 1 / 64  # to which spikes may lower the rate
+_LEAST_FACTOR = 1 / 64  # spikes lower the rate to this share of the schedule at most
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -40,7 +40,7 @@ class Interrupted(Exception):  # noqa: N818
 
 @dataclass
 class Totals:
-    """What the closing table tells."""
+    """Totals for the closing table."""
 
     steps: int = 0
     tokens: int = 0
@@ -64,7 +64,7 @@ class Run:
             config: The settings.
             text: The tokens.
             folder: Where checkpoints and metrics go.
-            state: What `checkpoint.load` returned, to continue.
+            state: The result of `checkpoint.load`, to resume a run.
         """
         self.config, self.folder = config, folder
         self.device = torch.device(config.device)
@@ -78,7 +78,7 @@ class Run:
         self.loss = create_loss(config.loss, self.device, objective)
         self.auxiliary = Auxiliary(config, self.model, text.separator)
         self.monitor = LossMonitor(config.spike_threshold)
-        self.rate_factor = 1.0  # lowered by spikes
+        self.rate_factor = 1.0  # lowered at spikes
         self.optimiser = torch.optim.AdamW(
             self.model.parameter_groups(_WEIGHT_DECAY), lr=config.lr, betas=_BETAS, fused=True
         )
@@ -107,7 +107,7 @@ class Run:
             self.metrics.close()
 
     def _advance(self, show: Callable[[dict[str, Any]], None]) -> None:
-        """One step, and what is due after it."""
+        """Runs one step, and then the logging, validation and checkpoint that are due."""
         record = self._train_step()
         if record is not None:
             self._record(record, show)
@@ -161,7 +161,7 @@ class Run:
         return self.config.lr * (_FINAL_RATE + (1 - _FINAL_RATE) * cosine)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of the matrix products."""
+        """The context in which matrix products have the dtype of the settings."""
         if self.config.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.config.dtype))
@@ -172,7 +172,7 @@ class Run:
         return inputs.to(self.device), targets.to(self.device)
 
     def _train_step(self) -> dict[str, Any] | None:
-        """One optimiser step over all micro-batches; a record when one is due."""
+        """Runs one optimiser step over all micro-batches; returns a record if one is due."""
         config, started = self.config, time.perf_counter()
         batches = []
         for _ in range(config.accumulate):
@@ -181,7 +181,7 @@ class Run:
             )
             self.position += config.batch_size
         items = sum(int((targets != IGNORED).sum()) for _, targets in batches)
-        items = max(items, 1)  # no valid token in the step: no gradient, rather than 0 / 0
+        items = max(items, 1)  # without valid tokens the gradient is 0, not 0 / 0
         last = self.step + 1
         logs = last % config.log_every == 0 or last == config.steps
         total, watched = torch.zeros(2, device=self.device)
@@ -236,11 +236,11 @@ class Run:
         }
 
     def _react(self, loss: float, norm: float) -> tuple[bool, bool]:
-        """Whether the step is a spike, and whether it is skipped; may lower the rate.
+        """Decides whether the step is a spike and whether to skip it; may lower the rate.
 
         Args:
-            loss: All terms of the step.
-            norm: Of its gradient.
+            loss: The weighted sum of the step's terms.
+            norm: The norm of its gradient.
         """
         finite = math.isfinite(loss) and math.isfinite(norm)
         reaction = self.config.on_spike
@@ -248,7 +248,7 @@ class Run:
         spike = jumps or (reaction != "off" and not finite)
         if spike and reaction == "lower":
             self.rate_factor = max(self.rate_factor / 2, _LEAST_FACTOR)
-        # What is not finite would destroy the weights, whatever was asked for.
+        # A step that is not finite would destroy the weights: skip it whatever the reaction.
         return spike, not finite or (spike and reaction == "skip")
 
     @torch.no_grad()
@@ -276,7 +276,7 @@ class Run:
 
 
 def _accuracies(scores: list[tuple[TokenScores, Tensor]]) -> dict[str, float]:
-    """Shares of the valid tokens whose target ranks first, and among the first five."""
+    """The fractions of valid tokens whose target ranks first, and among the first five."""
     parts = [score.rank[targets != IGNORED] for score, targets in scores]
     ranks = torch.cat(parts) if parts else torch.empty(0)
     if not len(ranks):
@@ -300,7 +300,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
     try:
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals go to whoever runs it
+    except ValueError:  # only the main thread can handle signals
         before = {}
     try:
         yield lambda: asked

@@ -1,6 +1,6 @@
-"""The loss behind one small interface: hidden states and projection weight in, a scalar out.
+"""The losses behind one interface: hidden states and the projection's weight in, a scalar out.
 
-What is timed is the same for every kind: the projection and the loss, forward and backward.
+For each, projection and loss are timed together, forward and backward.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .windows import IGNORED
 class Objective(NamedTuple):
     """The terms of a token's loss besides -log p.
 
-    The library has each of them, but no one function with all three: this is how a loss of one's
-    own is written, as a differentiable expression over the row statistics.
+    The library offers each term by itself. To combine them, this class does what any user can do:
+    it writes the loss as a differentiable expression over the token statistics.
     """
 
     label_smoothing: float = 0.0
@@ -46,16 +46,16 @@ class Objective(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """How well each token was predicted; shaped like the targets, meaningless where ignored."""
+    """How well each token was predicted. Shaped like the targets; undefined at ignored tokens."""
 
     log_prob: Tensor
     """log p_target in nats."""
     rank: Tensor
-    """Logits strictly greater than the target's: 0 is correct, below 5 is a top-5 hit."""
+    """The number of logits greater than the target's: 0 is a correct prediction."""
 
 
 class TokenLoss(Protocol):
-    """A way to get from hidden states to the loss."""
+    """Computes the loss of tokens, and their scores, from hidden states."""
 
     clock: LossClock
     objective: Objective
@@ -63,42 +63,42 @@ class TokenLoss(Protocol):
     def train(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
     ) -> tuple[Tensor, TokenScores | None]:
-        """The loss to differentiate, and the scores on request.
+        """Computes the loss, and on request the scores.
 
         Args:
             hidden: (B, S, D).
             weight: The head's (V, D).
-            targets: (B, S), IGNORED where there is none.
-            num_items: What the sum over tokens is divided by: the valid tokens of all
+            targets: (B, S), IGNORED where a token has no target.
+            num_items: The divisor of the sum over tokens: the number of valid tokens in all
                 micro-batches of the step, so that accumulation is exact.
-            with_scores: Whether to return the scores too.
+            with_scores: Whether to return the scores as well.
         """
         ...
 
     def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
-        """The scores alone, for validation; call it without gradients."""
+        """Computes the scores alone, for validation. Call it under `torch.no_grad`."""
         ...
 
 
 class LossClock:
-    """Adds up the time between `start` and `stop`, on the device's own clock if it has one."""
+    """Sums the time between `start` and `stop`, by CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """A clock at zero."""
+        """Starts at zero."""
         self._cuda = device.type == "cuda"
         self._seconds = 0.0
         self._started = 0.0
         self._events: list[torch.cuda.Event] = []
 
     def start(self, *_: object) -> None:
-        """Starts a span. Takes any arguments, to serve as a hook."""
+        """Begins an interval. Takes any arguments, so that it can be a hook."""
         if self._cuda:
             self._record()
         else:
             self._started = time.perf_counter()
 
     def stop(self, *_: object) -> None:
-        """Ends the span."""
+        """Ends the interval."""
         if self._cuda:
             self._record()
         else:
@@ -111,7 +111,7 @@ class LossClock:
             loss.register_hook(self.start)  # type: ignore[no-untyped-call]
 
     def take(self) -> float:
-        """The seconds since the last call; waits for the device."""
+        """Returns the seconds since the last call. Waits for the device."""
         if self._events:
             self._events[-1].synchronize()
             pairs = zip(self._events[::2], self._events[1::2], strict=True)
@@ -127,7 +127,7 @@ class LossClock:
 
 
 class _LossOfLogits(TokenLoss):
-    """What the kinds that make the logits have in common: the projection and the timing."""
+    """The base of the losses that compute logits: the projection and the timing."""
 
     def __init__(self, device: torch.device, objective: Objective) -> None:
         self.clock = LossClock(device)
@@ -140,7 +140,7 @@ class _LossOfLogits(TokenLoss):
         logits = F.linear(hidden, weight)
         self.clock.stop()
         scores = None
-        if with_scores:  # first: the loss may overwrite the logits
+        if with_scores:  # before the loss, which may overwrite the logits
             with torch.no_grad():
                 scores = self._scores(logits, targets)
         self.clock.start()
@@ -160,13 +160,13 @@ class _LossOfLogits(TokenLoss):
 
 
 class LinearLoss(TokenLoss):
-    """llmloss_ext's own, straight from the hidden states: no logits in memory."""
+    """llmloss_ext from hidden states: the logits are never in memory."""
 
     def __init__(self, device: torch.device, objective: Objective) -> None:
-        """Checks that the operators exist for the device.
+        """Checks that this build has kernels for the device.
 
         Raises:
-            UserError: If this build has none.
+            UserError: This build has no kernels for the device.
         """
         _require_kernels(device)
         self.clock = LossClock(device)
@@ -177,7 +177,7 @@ class LinearLoss(TokenLoss):
     def train(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
     ) -> tuple[Tensor, TokenScores | None]:
-        """The gradients are formed here; backward hands them out."""
+        """Computes the gradients too; backward only scales and returns them."""
         scores = None
         if with_scores:
             with torch.no_grad():
@@ -201,7 +201,7 @@ class LinearLoss(TokenLoss):
         return loss, scores
 
     def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
-        """From the row statistics."""
+        """Takes the scores from the token statistics."""
         stats = self._token_stats(hidden, weight, targets, ignore_index=IGNORED, with_rank=True)
         assert stats.rank is not None  # with_rank
         return TokenScores(stats.log_prob, stats.rank)
@@ -219,13 +219,13 @@ def _require_kernels(device: torch.device) -> None:
 
 
 class LogitsLoss(_LossOfLogits):
-    """llmloss_ext's own: the gradient overwrites the logits, ranks come from the row statistics."""
+    """llmloss_ext from logits, which the gradient overwrites."""
 
     def __init__(self, device: torch.device, objective: Objective) -> None:
-        """Checks that the operators exist for the device.
+        """Checks that this build has kernels for the device.
 
         Raises:
-            UserError: If this build has none.
+            UserError: This build has no kernels for the device.
         """
         super().__init__(device, objective)
         _require_kernels(device)
@@ -277,7 +277,7 @@ class TorchLoss(_LossOfLogits):
 
 
 def create_loss(kind: str, device: torch.device, objective: Objective) -> TokenLoss:
-    """The loss called ``kind``, one of `llmloss_train.config.LOSSES`."""
+    """Makes the loss called ``kind``, one of `llmloss_train.config.LOSSES`."""
     kinds: dict[str, Callable[[torch.device, Objective], TokenLoss]] = {
         "linear": LinearLoss,
         "logits": LogitsLoss,

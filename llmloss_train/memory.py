@@ -1,4 +1,4 @@
-"""Peak memory: of the allocator on a GPU, of the process on a CPU."""
+"""Peak memory: of torch's allocator on a GPU, of the process on a CPU."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes since the process began."""
+    """The peak since the process started, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class PeakMeter:
-    """The peak beyond what is held at the start."""
+    """Measures the peak beyond the memory that is in use at the start."""
 
     def __init__(self, device: torch.device) -> None:
-        """Starts."""
+        """Starts to measure."""
         self._cuda = device.type == "cuda"
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(device)
             self._device, self._before = device, torch.cuda.memory_allocated(device)
         elif _CLEAR.exists():
-            _CLEAR.write_text("5")  # the resident set's peak counts from here
+            _CLEAR.write_text("5")  # resets the peak of the resident set
             self._before = _resident("VmRSS")
 
     def peak(self) -> int | None:
-        """Bytes, or None where the system does not tell."""
+        """Returns the bytes, or None if the system does not report them."""
         if self._cuda:
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return _resident("VmHWM") - self._before if _CLEAR.exists() else None

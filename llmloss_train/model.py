@@ -7,7 +7,7 @@ from torch import Tensor, arange, nn
 
 
 class Attention(nn.Module):
-    """Self-attention, causal unless said otherwise."""
+    """Self-attention, causal by default."""
 
     def __init__(self, dim: int, heads: int) -> None:
         """``heads`` divides ``dim``."""
@@ -28,7 +28,7 @@ class Block(nn.Module):
     """Attention and a feed-forward layer, each added to its input."""
 
     def __init__(self, dim: int, heads: int) -> None:
-        """A block of width ``dim``."""
+        """Makes a block of width ``dim``."""
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
@@ -45,12 +45,12 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Predicts the next token.
 
-    The model stops at the hidden states: what follows, the projection by ``head.weight`` and the
-    loss, belongs together and is the business of `llmloss_train.losses`.
+    The model returns hidden states. `llmloss_train.losses` computes the projection by
+    ``head.weight`` and the loss together.
 
-    The embedding is tied to the head. At 131,072 tokens the two would hold nearly all of the
-    parameters; tied, they cost half the memory and half of the optimiser's time, and the vectors
-    of rare tokens learn from every step through the head.
+    The embedding is tied to the head. With 131,072 tokens, the two hold nearly all parameters:
+    tying them halves the memory and the optimiser's time. It also trains the vectors of rare tokens
+    at every step, through the head.
     """
 
     def __init__(self, vocab_size: int, seq_len: int, dim: int, layers: int, heads: int) -> None:
@@ -65,7 +65,7 @@ class GPT(nn.Module):
         self._initialise(layers)
 
     def _initialise(self, layers: int) -> None:
-        """GPT-2's: std 0.02, and less where 2 * layers branches add up in the residual stream."""
+        """As in GPT-2: std 0.02, scaled down where 2 * layers branches join the residual."""
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 continue
@@ -80,7 +80,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
-        """For the optimiser: matrices decay, the norms' scales and shifts do not."""
+        """Groups for the optimiser: matrices decay; scales and shifts of the norms do not."""
         parameters = list(self.parameters())
         return [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},

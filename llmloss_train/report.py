@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics as JSON lines, a curve, a table."""
+"""The files that a run writes: metrics as JSON lines, a summary and a loss curve."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SUMMARY = "summary.json"
 
 
 class Metrics:
-    """One JSON object a line, on disk as soon as it is added."""
+    """The metrics file: JSON lines, each on disk as soon as it is added."""
 
     def __init__(self, folder: Path, resume_at: int | None) -> None:
         """Opens the file.
 
         Args:
             folder: The run's output folder.
-            resume_at: Lines of later steps are dropped, those up to here are kept; None starts
-                with an empty file.
+            resume_at: The step to resume at: records of later steps are dropped. None: starts
+                an empty file.
         """
         self._path = folder / METRICS
         self.records: list[dict[str, Any]] = []
@@ -37,7 +37,7 @@ class Metrics:
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
 
     def add(self, record: dict[str, Any]) -> None:
-        """Appends a record; it has at least ``step`` and ``kind``."""
+        """Appends a record, which has at least ``step`` and ``kind``."""
         self.records.append(record)
         with writing(self._path):
             self._file.write(_line(record))
@@ -57,7 +57,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The records; a last line that a crash cut short is left out."""
+    """Reads the records, except a last line that a crash has cut short."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -68,7 +68,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _mark_spikes(axes: Any, records: list[dict[str, Any]]) -> None:
-    """A cross on the curve; a line over the whole height where the loss is no number."""
+    """Marks spikes by crosses, and by vertical lines where the loss is not finite."""
     spikes = [(r["step"], r["loss"]) for r in records if r.get("spike") or r.get("skipped")]
     finite = [(step, loss) for step, loss in spikes if math.isfinite(loss)]
     if finite:
@@ -80,7 +80,7 @@ def _mark_spikes(axes: Any, records: list[dict[str, Any]]) -> None:
 
 
 def save_summary(folder: Path, summary: dict[str, Any]) -> Path:
-    """Writes what the closing table shows, for programs."""
+    """Writes the figures of the closing table as JSON."""
     path = folder / SUMMARY
     with writing(path):
         replace_file(path, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))

@@ -1,4 +1,4 @@
-"""The text to train on: the user's files, or Python's own reference and sources."""
+"""The text to train on: the user's files, or Python's reference and library sources."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from llmloss_ext.cli import UserError
 
-# Tests and third-party packages differ between installations; encodings holds generated tables;
-# pydoc_data is the reference itself, which would then appear twice.
+# Tests and third-party packages differ between installations, encodings holds generated tables, and
+# pydoc_data is the reference, which is included already.
 _SKIPPED = {
     "__pycache__",
     "dist-packages",
@@ -25,13 +25,13 @@ _SKIPPED = {
 
 
 def documents(paths: Iterable[str]) -> Iterator[str]:
-    """The texts of the files and folders, or the default text if there are none.
+    """The texts of the files and folders, or the default text if no path is given.
 
-    Folders are walked in sorted order; in them, hidden files and files that are not text are
-    passed over, while a file that was named must be text.
+    Folders are walked in sorted order, without hidden files and files that are not text. A file
+    that is itself named must be text.
 
     Raises:
-        UserError: If a path does not exist, cannot be read, or holds no text.
+        UserError: A path does not exist, cannot be read, or contains no text.
     """
     names = list(paths)
     if not names:
@@ -46,7 +46,7 @@ def documents(paths: Iterable[str]) -> Iterator[str]:
 
 def _default_documents() -> Iterator[str]:
     """The topics of Python's reference, then the standard library's sources, sorted by path."""
-    with suppress(ImportError):  # some distributions leave it out
+    with suppress(ImportError):  # some distributions omit it
         yield from import_module("pydoc_data.topics").topics.values()
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):

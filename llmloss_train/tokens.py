@@ -1,4 +1,4 @@
-"""Text as token ids: the Tekken vocabulary, and a cache of what was tokenised before."""
+"""Tokenises text with the Tekken vocabulary, and caches the result."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class TokenText:
     """A tokenised text.
 
     Attributes:
-        ids: The token ids, int32, documents one after the other.
-        vocab_size: Ids are below this.
+        ids: The token ids of all documents in order, int32.
+        vocab_size: The number of tokens in the vocabulary.
         separator: The id that ends each document.
-        key: Hash of the text and of the tokenizer: equal keys mean equal ids.
+        key: A hash of the text and the tokenizer; equal keys mean equal ids.
         cached: Whether the ids came from the cache.
     """
 
@@ -43,14 +43,14 @@ class TokenText:
 
 
 def load_tokens(documents: Iterable[str], max_tokens: int) -> TokenText:
-    """Tokenises the documents, or takes the ids from the cache.
+    """Tokenises the documents, or reads the ids from the cache.
 
     Args:
         documents: The texts.
-        max_tokens: Only so many tokens, the first ones, are made.
+        max_tokens: The number of tokens to stop after.
 
     Raises:
-        UserError: If the installed mistral-common brings no Tekken vocabulary.
+        UserError: The installed mistral-common contains no Tekken vocabulary.
     """
     texts = list(documents)
     vocabulary = _vocabulary_file()
@@ -60,13 +60,13 @@ def load_tokens(documents: Iterable[str], max_tokens: int) -> TokenText:
     if cached is not None:
         return cached
     tokens = _tokenise(vocabulary, texts, max_tokens, key)
-    with suppress(OSError):  # a cache saves seconds; a run does not fail by it
+    with suppress(OSError):  # the cache only saves time: do not fail without it
         _write_cache(path, tokens)
     return tokens
 
 
 def _vocabulary_file() -> Path:
-    """The newest Tekken vocabulary in the wheel of mistral-common (131,072 tokens, 19 MB)."""
+    """The newest Tekken vocabulary in the mistral-common package (131,072 tokens, 19 MB)."""
     folder = Path(str(resources.files("mistral_common"))) / "data"
     found = sorted(folder.glob("tekken_*.json"))
     if not found:
@@ -97,9 +97,9 @@ def _tokenise(vocabulary: Path, texts: list[str], max_tokens: int, key: str) -> 
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Parts of a long text, cut at line ends where there are any.
+    """Splits a long text, at line ends where possible.
 
-    The limit on tokens then takes effect early, and the tokenizer's time stays linear.
+    The limit on tokens then takes effect early, and the tokenizer takes linear time.
     """
     start = 0
     while start < len(text):
@@ -121,7 +121,7 @@ def _key(vocabulary: Path, texts: list[str], max_tokens: int) -> str:
 
 def _cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(home):  # unset, empty, or invalid by the XDG specification
+    if not os.path.isabs(home):  # unset, empty, or relative, which the XDG specification forbids
         home = os.path.expanduser("~/.cache")
     return Path(home) / "llmloss"
 
@@ -138,7 +138,7 @@ def _write_cache(path: Path, tokens: TokenText) -> None:
 
 
 def _read_cache(path: Path, key: str) -> TokenText | None:
-    """The ids, or None if the file is missing or does not hold what was written."""
+    """Reads the ids; None if the file is missing or damaged."""
     try:
         line, _, payload = path.read_bytes().partition(b"\n")
         header = json.loads(line)

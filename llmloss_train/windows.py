@@ -18,9 +18,9 @@ _VALIDATION_TOKENS = 8192
 class Windows:
     """Consecutive windows of ``seq_len`` inputs, each with its next tokens as targets.
 
-    Every token but the first is a target once. Targets that carry no information are ignored: the
-    first token of a document, which nothing before it predicts, and the padding of the last
-    window. So batches have different numbers of valid tokens, as real ones do.
+    Every token but the first is a target once. Two kinds of targets are ignored: the first token of
+    a document, which has no context, and the padding of the last window. So the number of valid
+    tokens varies between batches, as it does in practice.
     """
 
     def __init__(self, ids: Tensor, seq_len: int, separator: int) -> None:
@@ -44,9 +44,9 @@ class Windows:
 
 
 class Order:
-    """A new random order of the windows in each epoch, known from the seed and a position.
+    """A random order of the windows, new in each epoch and determined by the seed.
 
-    Nothing but the position (windows visited so far) must be saved to continue exactly.
+    To continue exactly, a run only needs the position: the number of windows visited so far.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -57,7 +57,7 @@ class Order:
         self._order: list[int] = []
 
     def take(self, position: int, size: int) -> list[int]:
-        """The windows at ``position`` and after, ``size`` of them, across epochs if need be."""
+        """The ``size`` windows from ``position`` on, across epochs if necessary."""
         return [self._at(position + i) for i in range(size)]
 
     def _at(self, position: int) -> int:
@@ -70,10 +70,10 @@ class Order:
 
 
 def split(ids: Tensor, seq_len: int, separator: int) -> tuple[Windows, Windows]:
-    """Training and validation windows; the tail of the text is held out.
+    """Splits a text into windows for training and for validation, which gets the end of the text.
 
     Raises:
-        UserError: If the text does not fill one window of each.
+        UserError: The text is too short for a window of each.
     """
     if len(ids) < 2 * (seq_len + 1):
         raise UserError(

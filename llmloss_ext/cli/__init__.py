@@ -1,6 +1,6 @@
 """The command line: `llmloss train`, `llmloss info`, `llmloss verify` and `llmloss plan`.
 
-The names here are all that a command in another package needs; `llmloss_train` is one.
+A command in another package, such as `llmloss_train`, needs only the names exported here.
 """
 
 from .errors import INTERRUPTED, UserError

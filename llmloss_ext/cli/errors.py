@@ -1,4 +1,4 @@
-"""How a command ends other than by success."""
+"""The exception and the exit status that the commands share."""
 
 from __future__ import annotations
 

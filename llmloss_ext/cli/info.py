@@ -1,4 +1,4 @@
-"""``llmloss info``: versions, instruction sets, what is available, and how kernels are launched."""
+"""``llmloss info``: versions, instruction sets, devices, and how the kernels are launched."""
 
 from __future__ import annotations
 
@@ -16,25 +16,23 @@ ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-# Multiprocessors, bytes of shared memory a block and a multiprocessor, blocks of a cluster.
+# Multiprocessors, shared-memory bytes per block and per multiprocessor, blocks per cluster.
 H100 = (132, 227 << 10, 228 << 10, 16)
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds the command's options."""
-    parser = subparsers.add_parser(
-        "info", help="print versions, instruction sets and what is available"
-    )
+    parser = subparsers.add_parser("info", help="print versions, instruction sets and devices")
     parser.add_argument(
         "--plan",
         nargs=3,
         metavar=("N", "V", "DTYPE"),
-        help="how the CUDA kernels are launched for N x V logits, e.g. 8192 128256 bfloat16",
+        help="print how the CUDA kernels are launched for N x V logits, e.g. 8192 128256 bfloat16",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one fact a line."""
+    """Prints one fact per line."""
     if args.plan is not None:
         print(plan(*args.plan))
         return 0
@@ -46,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(rows: str, vocab_size: str, dtype: str) -> str:
-    """How the CUDA kernels are launched, on this machine's device or else on an H100.
+    """Describes how the CUDA kernels are launched on this machine's GPU, or else on an H100.
 
     Args:
-        rows: Tokens, N.
-        vocab_size: Columns, V.
-        dtype: Of the logits, a key of `ELEMENT_BYTES`.
+        rows: The number of tokens, N.
+        vocab_size: The vocabulary size, V.
+        dtype: The dtype of the logits, a key of `ELEMENT_BYTES`.
 
     Raises:
         UserError: An argument is not a number, is out of range, or names no dtype.
@@ -64,6 +62,8 @@ def plan(rows: str, vocab_size: str, dtype: str) -> str:
         n, v = int(rows), int(vocab_size)
     except ValueError:
         raise UserError(f"--plan: N and V must be integers, got {rows} and {vocab_size}") from None
+    if max(abs(n), abs(v)) >= 2**63:
+        raise UserError("--plan: N and V must be below 2^63")
     name, limits = _limits()
     try:
         text = torch.ops.llmloss.launch_plan(n, v, ELEMENT_BYTES[dtype], *limits)
@@ -76,7 +76,7 @@ def _limits() -> tuple[str, tuple[int, int, int, int]]:
     import torch
 
     if not torch.cuda.is_available():
-        return "an H100 (there is no CUDA device here)", H100
+        return "an H100 (this machine has no CUDA device)", H100
     # Any: torch's type stubs leave out half of the properties.
     device: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     cluster = {9: 16, 10: 16}.get(device.major, 8 if device.major > 8 else 1)
@@ -85,7 +85,7 @@ def _limits() -> tuple[str, tuple[int, int, int, int]]:
 
 
 def kernels() -> list[str]:
-    """The CUDA kernels of this build: registers for each architecture, spilled bytes if any."""
+    """Lists the CUDA kernels of this build, with registers and spills for each architecture."""
     report = Path(__file__).parents[1] / "cuda_kernels.json"
     if not _has_cuda() or not report.exists():
         return []
@@ -97,7 +97,7 @@ def kernels() -> list[str]:
             cell += f" {kernel['shared_bytes']} B shared"
         table.setdefault(kernel["kernel"], {})[kernel["architecture"]] = cell
     architectures = sorted({name for row in table.values() for name in row}, key=int)
-    lines = ["", "registers a thread; shared memory is asked for at launch: see --plan"]
+    lines = ["", "registers per thread; for the shared memory of a launch see --plan"]
     lines.append(f"{'CUDA kernel':<34}" + "".join(f"{'sm_' + name:>8}" for name in architectures))
     for name, row in sorted(table.items()):
         lines.append(f"{name:<34}" + "".join(f"{row.get(arch, '-'):>8}" for arch in architectures))
@@ -105,13 +105,13 @@ def kernels() -> list[str]:
 
 
 def facts() -> list[tuple[str, str]]:
-    """Name and value of what decides how the library runs here."""
+    """The facts that decide how the library runs here, as pairs of name and value."""
     import torch
 
     from .. import ops
 
     return [
-        ("llmloss_ext", _version("llmloss_ext")),
+        ("llmloss_ext", version()),
         ("torch", torch.__version__),
         ("python", platform.python_version()),
         ("library", str(ops.LIBRARY)),
@@ -123,11 +123,12 @@ def facts() -> list[tuple[str, str]]:
     ]
 
 
-def _version(package: str) -> str:
+def version() -> str:
+    """The version of the installed package."""
     try:
-        return metadata.version(package)
+        return metadata.version("llmloss_ext")
     except metadata.PackageNotFoundError:
-        return "not installed: built in place"
+        return "unknown (not installed, built in place)"
 
 
 def _isa() -> str:

@@ -1,4 +1,4 @@
-"""`llmloss <command>`: picks the command, and turns errors into one line on stderr."""
+"""`llmloss <command>`: selects the command, and reports an error in one line on stderr."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 from .errors import INTERRUPTED, UserError
+from .info import version
 
 
 class Command(NamedTuple):
-    """A command, as the list of commands shows it, and the module that is imported to run it."""
+    """A command: where it is implemented, and its line in ``llmloss --help``."""
 
     module: str
-    """Has ``add_parser(subparsers)`` and ``run(args) -> int``; a leading dot: of this package."""
+    """Imported on demand; defines ``add_parser(subparsers)`` and ``run(args) -> int``."""
     summary: str
 
 
@@ -25,9 +27,9 @@ COMMANDS = {
     "train": Command(
         "llmloss_train.command", "train a small GPT on real text with a large vocabulary"
     ),
-    "info": Command(".info", "print versions, instruction sets and what is available"),
+    "info": Command(".info", "print versions, instruction sets and devices"),
     "verify": Command(".verify", "check every operator against float64 on this machine"),
-    "plan": Command(".plan", "say what a linear loss costs: chunks, products, FLOPs and memory"),
+    "plan": Command(".plan", "print the cost of a linear loss: chunks, FLOPs and memory"),
 }
 
 
@@ -36,11 +38,14 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with status 2."""
-        self.exit(2, f"llmloss: error: {message} (see: {self.prog} --help)\n")
+        self.exit(2, f"{_error_line(message)} (see: {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
+
+    An error prints one line. With ``LLMLOSS_TRACEBACK=1`` in the environment, an error that the
+    user did not cause shows its traceback as well.
 
     Args:
         argv: The arguments after the program's name; by default those of the process.
@@ -49,16 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 after an error, 130 after an interruption.
 
     Raises:
-        SystemExit: After ``--help`` (0) or a wrong option (2), as argparse does.
+        SystemExit: After ``--help`` or ``--version`` (0) or a wrong option (2), as in argparse.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         parser, command = _parser(arguments)
         options = parser.parse_args(arguments)
         if command is None:
-            parser.error("a command is missing: " + ", ".join(COMMANDS))
+            parser.error("no command given: choose " + ", ".join(COMMANDS))
         status = int(command.run(options))
-        sys.stdout.flush()  # here, where a closed pipe can still be told from success
+        sys.stdout.flush()  # fails here rather than at exit, where the status is already 0
         return status
     except UserError as error:
         return _fail(str(error))
@@ -66,21 +71,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("llmloss: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # `llmloss ... | head`: nobody reads on. Python would complain again when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()  # `llmloss ... | head`: nobody reads the rest
         return 1
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_stdout()
         place = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{place}")
+    except Exception as error:
+        if os.environ.get("LLMLOSS_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
+        hint = "(LLMLOSS_TRACEBACK=1 shows the traceback)"
+        return _fail(f"{type(error).__name__}: {str(error).strip() or 'no message'} {hint}")
 
 
 def _parser(arguments: Sequence[str]) -> tuple[OneLineParser, ModuleType | None]:
-    """The parser, with the options of the one command that is asked for.
+    """The parser, with the options of the requested command.
 
-    The other commands appear by name only: their modules are not imported, so that one command
-    neither waits for nor fails by another.
+    The other commands are listed by name only. Their modules are not imported, so a command does
+    not pay for another's imports and does not fail when they fail.
     """
     parser = OneLineParser(prog="llmloss", description="Losses of large language models.")
+    parser.add_argument("--version", action="version", version=f"llmloss {version()}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     asked = next((word for word in arguments if not word.startswith("-")), None)
     command = None
@@ -106,9 +120,18 @@ def _import(module: str, command: str) -> ModuleType:
         ) from error
 
 
+def _error_line(message: str) -> str:
+    return "llmloss: error: " + " ".join(message.split())
+
+
 def _fail(message: str) -> int:
-    print("llmloss: error: " + " ".join(message.split()), file=sys.stderr)
+    print(_error_line(message), file=sys.stderr)
     return 1
+
+
+def _drop_stdout() -> None:
+    """Sends what is still buffered nowhere, or Python would report it again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

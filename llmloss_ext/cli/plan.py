@@ -1,4 +1,4 @@
-"""``llmloss plan``: what a linear loss of a given size costs, before it is run."""
+"""``llmloss plan``: the cost of a linear loss of a given size, without running it."""
 
 from __future__ import annotations
 
@@ -17,32 +17,42 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command's options."""
     parser = subparsers.add_parser(
         "plan",
-        help="say what a linear loss costs: chunks, products, FLOPs and memory",
-        description="For N tokens with D features and a vocabulary of V: linear_cross_entropy with "
-        "its gradients.",
+        help="print the cost of a linear loss: chunks, FLOPs and memory",
+        description="Prints the cost of linear_cross_entropy, forward and backward.",
     )
-    for name, text in (("N", "tokens"), ("D", "features"), ("V", "vocabulary")):
+    for name, text in (("N", "tokens"), ("D", "features per token"), ("V", "vocabulary size")):
         parser.add_argument(name, type=int, help=text)
-    parser.add_argument("dtype", choices=DTYPES, nargs="?", default="bfloat16")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--chunk-tokens", type=int, help="tokens of a chunk")
-    parser.add_argument("--max-chunk-bytes", type=int, help="the most that a chunk's logits take")
     parser.add_argument(
-        "--recompute", action="store_true", help='reduction="none", or functions of the statistics'
-    )
+        "dtype", choices=DTYPES, nargs="?", default="bfloat16",
+        help="of the matrix products (default: bfloat16)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.add_argument("--chunk-tokens", type=int, help="tokens per chunk")
+    parser.add_argument("--max-chunk-bytes", type=int, help="upper limit for a chunk's logits")
     parser.add_argument(
-        "--frozen", choices=("hidden", "weight"), action="append", default=[],
-        help="what gets no gradient; may be given twice",
+        "--recompute", action="store_true",
+        help="backward computes the logits again, as with reduction=\"none\" and with losses from "
+        "the token statistics",
     )  # fmt: skip
     parser.add_argument(
-        "--weight-grad-dtype", choices=DTYPES, help="in which the weight's gradient is accumulated"
+        "--frozen", choices=("hidden", "weight"), action="append", default=[],
+        help="an operand without a gradient; may be given twice",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weight-grad-dtype",
+        choices=DTYPES,
+        help="dtype in which the weight's gradient is accumulated",
     )
-    parser.add_argument("--weight-dtype", choices=DTYPES, help="of a weight that autocast converts")
-    parser.add_argument("--drop-ignored", action="store_true", help="some tokens are left out")
+    parser.add_argument(
+        "--weight-dtype", choices=DTYPES, help="dtype of the weight before autocast"
+    )
+    parser.add_argument(
+        "--drop-ignored", action="store_true", help="some tokens are ignored and skipped"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one fact a line."""
+    """Prints one fact per line."""
     import torch
 
     from .. import plan
@@ -72,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         ("chunk's logits", _mebibytes(planned.chunk_bytes)),
         ("gradients", _mebibytes(planned.gradient_bytes)),
         ("peak beyond inputs", _mebibytes(planned.peak_bytes)),
-        ("whole logits would", f"{_mebibytes(planned.unfused_bytes)}, {saved:.1f} times as much"),
+        ("with whole logits", f"{_mebibytes(planned.unfused_bytes)}, {saved:.1f} times as much"),
     ):
         print(f"{name:<18} {value}")
     return 0

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .. import cross_entropy, linear_cross_entropy, token_stats
 from ..tolerances import GRADIENT, VALUE
+from .devices import open_device
 from .info import ISAS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ROWS, COLUMNS = 24, 5003  # a prime width: no row but the first is aligned
+ROWS, COLUMNS = 24, 5003  # a prime width, so that only the first row is aligned
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "reduction sum": {"reduction": "sum"},
@@ -35,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 LINEAR_OPTIONS: dict[str, dict[str, Any]] = {
     "mean": {},
-    "one at a time": {"chunk_tokens": 1},
+    "one token per chunk": {"chunk_tokens": 1},
     "no reduction": {"reduction": "none", "chunk_tokens": 7},
     "smoothing, z-loss": {"label_smoothing": 0.1, "z_loss": 1e-3, "chunk_tokens": 7},
 }
@@ -61,15 +62,15 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Within the table of tolerances, or no worse than torch on the same numbers."""
+        """Whether the errors are within the tolerances, or no larger than torch's own."""
         value = max(VALUE[self.dtype], self.torch_value)
         gradient = max(GRADIENT[self.dtype], self.torch_gradient)
         return self.value <= value and self.gradient <= gradient
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; 1 if a check failed."""
-    device = torch.device(args.device)
+    """Prints the table; returns 1 if a check failed."""
+    device = open_device(args.device)
     failed = total = 0
     print(f"{'check':<40} {'dtype':<9} {'value':>9} {'torch':>9} {'gradient':>9} {'torch':>9}")
     for check in checks(device):
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def checks(device: torch.device) -> Iterator[Check]:
-    """Every option and dtype, then every instruction set."""
+    """Runs every option with every dtype, then every instruction set."""
     for name, options in OPTIONS.items():
         for dtype in DTYPES:
             yield _check_loss(name, dtype, device, dict(options))
@@ -123,7 +124,7 @@ def _inputs(dtype: torch.dtype, options: dict[str, Any]) -> tuple[Tensor, Tensor
 def torch_stats(
     logits: Tensor, target: Tensor, softcap: float, scale: float, vocab: int, weight: Tensor | None
 ) -> dict[str, Tensor]:
-    """The statistics in plain torch, all in the dtype of the logits."""
+    """Computes the statistics in plain torch, in the dtype of the logits throughout."""
     x = logits[:, :vocab] * scale
     if softcap:
         x = softcap * torch.tanh(x / softcap)
@@ -141,7 +142,7 @@ def torch_stats(
 
 
 def torch_loss(logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
-    """The loss in plain torch, all in the dtype of the logits."""
+    """Computes the loss in plain torch, in the dtype of the logits throughout."""
     eps, weight = options.get("label_smoothing", 0.0), options.get("weight")
     if target.is_floating_point():
         q = target.to(logits.dtype) * (1 - eps) + eps / COLUMNS
@@ -167,7 +168,7 @@ def torch_loss(logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tenso
 def _errors(
     function: Callable[[Tensor], Tensor], logits: Tensor, value: Tensor, gradient: Tensor
 ) -> tuple[float, float]:
-    """Largest errors of value and gradient, relative to max(1, |expected|)."""
+    """The largest errors of value and gradient, relative to max(1, |expected|)."""
     actual_value, actual_gradient = _value_and_gradient(function, logits)
 
     def largest(actual: Tensor, expected: Tensor) -> float:
@@ -240,7 +241,7 @@ def _check_statistic(name: str, dtype: torch.dtype, device: torch.device) -> Che
 def _check_linear(
     name: str, dtype: torch.dtype, device: torch.device, options: dict[str, Any]
 ) -> Check:
-    """Hidden states and weight in one leaf, so that both gradients count."""
+    """Puts hidden states and weight into one leaf, so that both gradients are checked."""
     generator = torch.Generator().manual_seed(2)
     both = torch.randn(ROWS + COLUMNS, FEATURES, generator=generator, dtype=torch.float64)
     both[ROWS:] *= 0.5
@@ -251,7 +252,7 @@ def _check_linear(
         return linear_cross_entropy(z[:ROWS], z[ROWS:], target, **options)
 
     def plain(z: Tensor) -> Tensor:
-        # In the same chunks: how a matrix library sums, and so its error, depends on the shape.
+        # In the same chunks: the order in which a matrix library sums depends on the shape.
         size = options.get("chunk_tokens", ROWS)
         chunks = [z[begin : min(begin + size, ROWS)] for begin in range(0, ROWS, size)]
         logits = torch.cat([chunk @ z[ROWS:].t() for chunk in chunks])

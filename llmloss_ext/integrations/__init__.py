@@ -1,1 +1,1 @@
-"""Other libraries' models with the losses of this one; each needs that library, and says so."""
+"""Integrations with other libraries; each module needs the library that it is named after."""

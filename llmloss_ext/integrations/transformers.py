@@ -1,15 +1,15 @@
-"""Causal language models of Hugging Face's transformers, trained with the losses of this library.
+"""Trains causal language models of Hugging Face transformers with the losses of this library.
 
-From logits, which the model then computes as ever::
+From the logits, which the model computes as before::
 
     model.loss_function = causal_lm_loss
 
-Straight from hidden states, so that a training step never holds the logits::
+From the hidden states, so that the logits of a training step are never in memory::
 
     use_linear_cross_entropy(model)
     model(input_ids=input_ids, labels=labels).loss.backward()
 
-Both understand the number of items that `transformers.Trainer` passes with each micro-batch.
+Both use the ``num_items_in_batch`` that `transformers.Trainer` passes with each micro-batch.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmloss_ext.functional import cross_entropy
-from llmloss_ext.linear import linear_cross_entropy
+from ..functional import cross_entropy
+from ..linear import linear_cross_entropy
 
 __all__ = ["causal_lm_loss", "stop_linear_cross_entropy", "use_linear_cross_entropy"]
 
 _PATCH = "_llmloss_linear_cross_entropy"
-_OTHERWISE = (
-    "use_linear_cross_entropy: this model makes its logits otherwise than by its output layer, a "
-    "scale and a softcap of its base model's hidden states; use causal_lm_loss"
+_UNKNOWN_LOGITS = (
+    "use_linear_cross_entropy: the model's logits are not what its output layer, scale and softcap "
+    "make of its base model's hidden states; use causal_lm_loss"
 )
-# Options of the losses that a model's call does not decide.
-_DECIDED = {"input", "target", "reduction", "num_items", "ignore_index"}
-_FROM_LOGITS = inspect.signature(cross_entropy).parameters.keys() - _DECIDED
-_FROM_HIDDEN = inspect.signature(linear_cross_entropy).parameters.keys() - _DECIDED
+# The options of the losses, except those that a model's call determines.
+_DETERMINED = {"input", "target", "reduction", "num_items", "ignore_index"}
+_FROM_LOGITS = inspect.signature(cross_entropy).parameters.keys() - _DETERMINED
+_FROM_HIDDEN = inspect.signature(linear_cross_entropy).parameters.keys() - _DETERMINED
 _FROM_HIDDEN -= {"linear_weight", "linear_bias", "shift", "options"}
 
 
@@ -49,25 +49,25 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """A model's ``loss_function``: that of transformers without a float32 copy of the logits.
+    """A ``loss_function`` for a model: like transformers' own, without its float32 copy of logits.
 
-    With other options by `functools.partial`, e.g. ``partial(causal_lm_loss, z_loss=1e-4)``.
+    Set options with `functools.partial`, e.g. ``partial(causal_lm_loss, z_loss=1e-4)``.
 
     Args:
         logits: (B, S, V).
         labels: (B, S); the logits at position i predict the label at i + 1.
         vocab_size: V.
-        num_items_in_batch: Replaces the denominator of the mean.
-        ignore_index: Labels that take no part.
-        shift_labels: (B, S), shifted already: the logits at i predict the label at i.
-        options: Of `llmloss_ext.cross_entropy`, but for what is above. A model passes more, which
-            is not looked at.
+        num_items_in_batch: Replaces the number of tokens as the denominator of the mean.
+        ignore_index: Labels with this value are ignored.
+        shift_labels: (B, S), already shifted: the logits at i predict the label at i.
+        options: Other options of `llmloss_ext.cross_entropy`. Further keyword arguments, which
+            models pass, have no effect.
 
     Returns:
         The loss, 0-d float32.
 
     Raises:
-        ValueError: Neither labels nor shift_labels; and as `llmloss_ext.cross_entropy`.
+        ValueError: Neither labels nor shift_labels are given; and as `llmloss_ext.cross_entropy`.
     """
     return cross_entropy(
         logits.reshape(-1, vocab_size),
@@ -79,39 +79,41 @@ def causal_lm_loss(
 
 
 def use_linear_cross_entropy(model: Any, **options: Any) -> None:
-    """Lets a causal language model compute its training loss straight from hidden states.
+    """Makes a causal language model compute its training loss from the hidden states.
 
-    While ``model.training``, a call with labels computes the logits of one token per sequence only,
-    and returns those; its ``loss_function`` is `llmloss_ext.linear_cross_entropy` of all hidden
-    states. What a model adds to its loss (a router's balance) it still adds. Evaluation, generation
-    and calls without labels are as they were.
+    While ``model.training``, a call with labels computes and returns the logits of the last token
+    of each sequence only, and its ``loss_function`` is `llmloss_ext.linear_cross_entropy` of all
+    hidden states. Terms that the model adds to its loss, such as a router's load balancing, are
+    kept. Evaluation, generation and calls without labels do not change.
 
-    A final softcap or scale of the logits is taken from the model's config, and the first call
-    compares what it makes of them with the model's own logits.
+    A final softcap or scale of the logits is read from the model's config. The first call compares
+    the logits that result with those of the model.
 
     Args:
-        model: A ``...ForCausalLM``, whose output layer is a `torch.nn.Linear`, whose ``forward``
-            takes ``logits_to_keep``, and which calls its ``loss_function``. Before it is wrapped
-            (PEFT, DistributedDataParallel, torch.compile); `torch.nn.DataParallel` is refused.
-        options: Of `llmloss_ext.linear_cross_entropy`: label_smoothing, z_loss, max_chunk_bytes ...
+        model: A ``...ForCausalLM`` whose output layer is a `torch.nn.Linear`, whose ``forward``
+            takes ``logits_to_keep``, and which calls its ``loss_function``. Call this before
+            wrapping the model (PEFT, DistributedDataParallel, torch.compile).
+            `torch.nn.DataParallel` is not supported.
+        options: Options of `llmloss_ext.linear_cross_entropy`, such as label_smoothing, z_loss or
+            max_chunk_bytes.
 
     Raises:
-        ValueError: A model that is none of that, or an option that there is not; and in the first
-            call, a model whose logits are something else yet.
+        ValueError: The model does not meet these requirements, or an option does not exist. Raised
+            by the first call if the model computes its logits in another way.
     """
     kind = type(model)
     _check_head(model.get_output_embeddings())
     if "logits_to_keep" not in inspect.signature(kind.forward).parameters:
         raise ValueError(f"{kind.__name__}.forward takes no logits_to_keep")
     if model.base_model is model:
-        raise ValueError(f"{kind.__name__} has no base model that ends in hidden states")
+        raise ValueError(f"{kind.__name__} has no base model that returns hidden states")
     if getattr(model.config, "z_loss_coefficient", 0):
-        raise ValueError(f"{kind.__name__} makes a z-loss of its logits; use causal_lm_loss")
+        raise ValueError(f"{kind.__name__} computes a z-loss of its logits; use causal_lm_loss")
     unknown = options.keys() - _FROM_HIDDEN
     if unknown:
         raise ValueError(
-            f"use_linear_cross_entropy has no option {', '.join(sorted(unknown))}; a model's calls "
-            "say what is ignored, and how many items there are"
+            f"use_linear_cross_entropy has no option {', '.join(sorted(unknown))}; labels, "
+            "ignore_index and the number of items come from the model's calls"
         )
     if "loss_function" not in inspect.unwrap(kind.forward).__code__.co_names:
         raise ValueError(f"{kind.__name__} does not call its loss_function; use causal_lm_loss")
@@ -120,7 +122,7 @@ def use_linear_cross_entropy(model: Any, **options: Any) -> None:
 
 
 def stop_linear_cross_entropy(model: Any) -> None:
-    """Undoes `use_linear_cross_entropy`, if it was done."""
+    """Undoes `use_linear_cross_entropy`; does nothing where it is not in use."""
     patch = getattr(model, _PATCH, None)
     if patch is not None:
         patch.remove(model)
@@ -128,19 +130,20 @@ def stop_linear_cross_entropy(model: Any) -> None:
 
 
 class _Patch:
-    """A model's forward and loss_function, and between the two the hidden states of a call.
+    """Replaces a model's forward and loss_function, and hands hidden states from one to the other.
 
-    It keeps no model, and what it puts there are methods: a copy of a model has a copy of it.
+    It holds no reference to the model, and the replacements are bound methods, so that a deep copy
+    of the model works with its own copy of the patch.
     """
 
     def __init__(self, model: Any, options: dict[str, Any]) -> None:
         self._options = options
-        self._is_checked = self._is_awaited = False
+        self._is_checked = self._is_active = False
         self._head: torch.nn.Linear | None = None
         self._hidden: Tensor | None = None
         own = vars(model)
-        self._before = {name: own[name] for name in ("forward", "_loss_function") if name in own}
-        self._otherwise = model.loss_function
+        self._replaced = {name: own[name] for name in ("forward", "_loss_function") if name in own}
+        self._original_loss = model.loss_function
         self._handles = [
             model.register_forward_pre_hook(_refuse_replicas),
             model.base_model.register_forward_hook(self.after_base),
@@ -149,7 +152,7 @@ class _Patch:
         @functools.wraps(type(model).forward)
         def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
             patch = getattr(model, _PATCH, None)
-            if patch is None:  # stopped, but somebody has wrapped this meanwhile
+            if patch is None:  # removed, but still called by a wrapper installed since
                 return type(model).forward(model, *args, **kwargs)
             return patch.call(model, args, kwargs)
 
@@ -158,33 +161,33 @@ class _Patch:
         model.loss_function = self.loss
 
     def remove(self, model: Any) -> None:
-        """Puts back what was there, but for what somebody else has put there since."""
+        """Restores the model's attributes, except those that others have replaced since."""
         for handle in self._handles:
             handle.remove()
         ours = {"forward": types.MethodType(self._forward, model), "_loss_function": self.loss}
         for name, mine in ours.items():
             if vars(model).get(name) == mine:
                 delattr(model, name)
-                if name in self._before:
-                    setattr(model, name, self._before[name])
+                if name in self._replaced:
+                    setattr(model, name, self._replaced[name])
 
     def call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's forward, with the last token's logits only if it is to compute a loss."""
+        """Runs the model's forward; a training loss needs the last token's logits only."""
         kind = type(model)
-        inner = self._before.get("forward") or functools.partial(kind.forward, model)
+        inner = self._replaced.get("forward") or functools.partial(kind.forward, model)
         names = list(inspect.signature(kind.forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
         if not model.training or given.get("labels") is None:
             return inner(*args, **kwargs)
-        self._is_awaited, self._head = True, model.get_output_embeddings()
+        self._is_active, self._head = True, model.get_output_embeddings()
         try:
             return inner(**given | {"logits_to_keep": 1})
         finally:
-            self._is_awaited, self._head, self._hidden = False, None, None
+            self._is_active, self._head, self._hidden = False, None, None
 
     def after_base(self, _base: Any, _args: Any, output: Any) -> None:
-        """Keeps the hidden states of the call."""
-        if self._is_awaited:
+        """Keeps the hidden states of a training call."""
+        if self._is_active:
             self._hidden = output[0]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -198,18 +201,18 @@ class _Patch:
         shift_labels: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        """The model's loss_function: of the hidden states; where that was not asked for, as ever.
+        """The model's loss_function: from hidden states in a training call, else the original.
 
-        Run eagerly by torch.compile: what was kept of the call is no graph's.
+        torch.compile runs it eagerly, because the hidden states do not come through its arguments.
         """
         hidden, head = self._hidden, self._head
-        if not self._is_awaited or head is None:
-            told = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
-            return self._otherwise(
-                logits, labels, vocab_size, shift_labels=shift_labels, **told, **others
+        if not self._is_active or head is None:
+            named = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+            return self._original_loss(
+                logits, labels, vocab_size, shift_labels=shift_labels, **named, **others
             )
         if hidden is None:
-            raise ValueError(_OTHERWISE)
+            raise ValueError(_UNKNOWN_LOGITS)
         _check_head(head)
         if not self._is_checked:
             self._is_checked = self._check(head, hidden, logits)
@@ -225,10 +228,13 @@ class _Patch:
         )
 
     def _check(self, head: torch.nn.Linear, hidden: Tensor, logits: Tensor) -> bool:
-        """Whether the loss is of the logits that the model would have computed; if it can be said.
+        """Compares the model's last logits with those that the loss assumes.
+
+        Returns:
+            True if they agree; False if they are not finite, so that the next call checks again.
 
         Raises:
-            ValueError: It is not.
+            ValueError: They differ.
         """
         with torch.no_grad():
             last = hidden[:, -1:].to(head.weight.device, head.weight.dtype)
@@ -242,7 +248,7 @@ class _Patch:
                     return False
                 if ((ours - logits.float()).abs() <= 2e-2 * size).all():
                     return True
-        raise ValueError(_OTHERWISE)
+        raise ValueError(_UNKNOWN_LOGITS)
 
 
 def _refuse_replicas(model: Any, _args: Any) -> None:
@@ -254,7 +260,7 @@ def _refuse_replicas(model: Any, _args: Any) -> None:
 
 
 def _check_head(head: Any) -> None:
-    """Raises a ValueError unless the output layer is its weight and bias, and nothing else."""
+    """Raises a ValueError unless the output layer is a plain linear layer without hooks."""
     if (
         not isinstance(head, torch.nn.Linear)
         or type(head).forward is not torch.nn.Linear.forward
@@ -268,7 +274,7 @@ def _check_head(head: Any) -> None:
 
 
 def _logit_options(config: Any) -> dict[str, float]:
-    """What a config says is done to the logits: Gemma's softcap, Cohere's and Granite's scale."""
+    """The logits' transform in a config: Gemma's softcap, Cohere's and Granite's scale."""
     text = config.get_text_config()
     options = {}
     if getattr(text, "final_logit_softcapping", None):
@@ -287,5 +293,5 @@ def _shifted(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: i
 
 
 def _items(items: int | Tensor | None, like: Tensor) -> int | Tensor | None:
-    """The number of items on the device of the loss."""
+    """Moves the number of items to the device of the loss."""
     return items.to(like.device) if isinstance(items, Tensor) else items

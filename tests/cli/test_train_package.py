@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from llmloss_ext.cli import info, verify
 from llmloss_ext.cli.main import main
+from llmloss_train import missing_packages
+
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +61,7 @@ def test_the_check_of_the_public_interface_can_fail(tmp_path):
 import llmloss_ext, llmloss_ext.ops as ops
 from llmloss_ext.losses.objective import Objective
 from llmloss_ext.cli.main import main
+from llmloss_train import missing_packages
 x = llmloss_ext.functional.FLOATS
 y = llmloss_ext.losses.dpo_loss
 from llmloss_ext import cross_entropy
