@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
+from ranks import Ranks
 
 from llmloss_ext.cli.info import ISAS
 
@@ -40,3 +42,24 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if ISAS[torch.ops.llmloss.cpu_isa()] != request.param:
         pytest.skip(f"this processor has no {request.param}")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[dict[int, Ranks]]:
+    """Two processes of one group, and three; they start when a test first sends them something."""
+    every = {size: Ranks(size) for size in (2, 3)}
+    yield every
+    for group in every.values():
+        group.stop()
+
+
+@pytest.fixture(params=[2, 3])
+def ranks(request: pytest.FixtureRequest, groups: dict[int, Ranks]) -> Ranks:
+    """Two ranks, then three."""
+    return groups[request.param]
+
+
+@pytest.fixture
+def two(groups: dict[int, Ranks]) -> Ranks:
+    """Two ranks."""
+    return groups[2]

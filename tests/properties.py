@@ -1,4 +1,4 @@
-"""Hypothesis, where it is installed, and how often a property is tried."""
+"""Hypothesis, where it is installed: how often a property is tried, with no regard to the time."""
 
 from __future__ import annotations
 
@@ -9,4 +9,9 @@ from hypothesis import strategies as st  # noqa: E402
 
 __all__ = ["SETTINGS", "hypothesis", "st"]
 
-SETTINGS = hypothesis.settings(max_examples=25, deadline=None)
+# On a busy machine any example, and the making of examples, may take long.
+hypothesis.settings.register_profile(
+    "llmloss", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("llmloss")
+SETTINGS = hypothesis.settings(max_examples=25)

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 np = pytest.importorskip("numpy")
-hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import strategies as st  # noqa: E402
+from properties import hypothesis, st  # noqa: E402
 
 BUILD = Path(__file__).parents[1] / "build" / "core"
 sys.path.insert(0, str(BUILD))

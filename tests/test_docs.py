@@ -78,7 +78,7 @@ def test_an_example_runs(path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(path)], capture_output=True, text=True, env=environment, check=False,
-        timeout=300,
+        timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     wanted = {

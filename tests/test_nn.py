@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import datetime
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
 from linear.problem import D, N, Problem, V
-from ranks import leave_group
+from ranks import same_on_every_rank
 from torch import Tensor
 
 from llmloss_ext import cross_entropy
+from llmloss_ext.nn import CrossEntropyLoss, LinearCrossEntropyLoss
 
 
 def test_module_with_tied_embeddings(device):
-    from llmloss_ext.nn import LinearCrossEntropyLoss
-
     embedding = torch.nn.Embedding(V, D, device=device)
     loss = LinearCrossEntropyLoss(D, V, linear_weight=embedding.weight, label_smoothing=0.1)
     assert loss.linear_weight is embedding.weight
@@ -39,8 +36,6 @@ def test_module_with_tied_embeddings(device):
 
 
 def test_module_with_a_borrowed_head_and_an_accumulator(device):
-    from llmloss_ext.nn import LinearCrossEntropyLoss
-
     head = torch.nn.Linear(D, V, device=device)
     loss = LinearCrossEntropyLoss(D, V, linear_weight=head.weight, linear_bias=head.bias)
     assert loss.linear_bias is head.bias
@@ -58,26 +53,22 @@ def test_module_with_a_borrowed_head_and_an_accumulator(device):
 
 def test_tensors_of_modules_that_are_no_parameters_are_buffers():
     """So they move with the module; those it borrowed stay out of its state dict."""
-    from llmloss_ext import nn
-
     scale = torch.tensor(0.5)
-    linear_loss = nn.LinearCrossEntropyLoss(
+    linear_loss = LinearCrossEntropyLoss(
         D, V, linear_weight=torch.randn(V, D), linear_bias=torch.randn(V), logit_scale=scale
     )
-    for module in (linear_loss, nn.CrossEntropyLoss(logit_scale=scale)):
+    for module in (linear_loss, CrossEntropyLoss(logit_scale=scale)):
         assert set(module.state_dict()) == {"logit_scale"}
         assert module.to(torch.float64).logit_scale.dtype == torch.float64
         assert not list(module.parameters())
     assert linear_loss.linear_weight.dtype == torch.float64
     learned = torch.nn.Parameter(scale)
-    for module in (nn.LinearCrossEntropyLoss(D, V, logit_scale=learned),
-                   nn.CrossEntropyLoss(logit_scale=learned)):  # fmt: skip
+    for module in (LinearCrossEntropyLoss(D, V, logit_scale=learned),
+                   CrossEntropyLoss(logit_scale=learned)):  # fmt: skip
         assert module.logit_scale is learned
 
 
 def test_attributes_of_the_module():
-    from llmloss_ext.nn import LinearCrossEntropyLoss
-
     loss = LinearCrossEntropyLoss(D, V, reduction="sum", ignore_index=3, label_smoothing=0.1)
     assert (loss.reduction, loss.ignore_index, loss.label_smoothing) == ("sum", 3, 0.1)
     hidden, target = torch.randn(N, D), torch.arange(N)
@@ -98,8 +89,6 @@ def test_attributes_of_the_module():
      ({"smoothing": 0.1}, TypeError, "has no option smoothing")],
 )  # fmt: skip
 def test_the_modules_constructor_refuses(options, kind, words):
-    from llmloss_ext.nn import CrossEntropyLoss, LinearCrossEntropyLoss
-
     with pytest.raises(kind, match=words):
         LinearCrossEntropyLoss(D, V, **options)
     if options.keys() & {"label_smoothing", "z_loss", "reduction"}:
@@ -107,45 +96,36 @@ def test_the_modules_constructor_refuses(options, kind, words):
             CrossEntropyLoss(**options)
 
 
-def test_data_parallel(tmp_path):
+class Model(torch.nn.Module):
+    """A layer before the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(D, D)
+        self.loss = LinearCrossEntropyLoss(D, V, bias=True)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.loss(self.body(x), target)
+
+
+def rank_alone(rank, ranks):
+    model = Model()
+    group, _ = torch.distributed.new_subgroups(1)
+    parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model), process_group=group)
+    problem = Problem("cpu")
+    for one in (model, parallel):
+        one(problem.hidden, problem.target).backward()
+    for (name, p), q in zip(model.named_parameters(), parallel.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+def test_data_parallel(two):
     """The gradients pass through DistributedDataParallel's hooks, whichever backward it is."""
-    from llmloss_ext.nn import LinearCrossEntropyLoss
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = torch.nn.Linear(D, D)
-            self.loss = LinearCrossEntropyLoss(D, V, bias=True)
-
-        def forward(self, x: Tensor, target: Tensor) -> Tensor:
-            return self.loss(self.body(x), target)
-
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
-    try:
-        model = Model()
-        parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model))
-        problem = Problem("cpu")
-        for one in (model, parallel):
-            one(problem.hidden, problem.target).backward()
-        for (name, p), q in zip(model.named_parameters(), parallel.parameters(), strict=True):
-            assert torch.equal(p.grad, q.grad), name
-    finally:
-        leave_group()
+    two.run(rank_alone)
 
 
-def rank_of_two(rank: int, folder: str) -> None:
-    """One of two data-parallel ranks: their tokens differ, and one has none for the last loss."""
-    from llmloss_ext.nn import LinearCrossEntropyLoss
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    results = []
+def rank_of_two(rank, ranks):
+    """The ranks' tokens differ, and one of them has none for the last loss."""
     for reduction, with_items in (("mean", False), ("none", False), ("mean", True)):
         model = LinearCrossEntropyLoss(D, V, bias=True, reduction=reduction)
         parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -157,29 +137,12 @@ def rank_of_two(rank: int, folder: str) -> None:
         alone.zero_grad()
         for x, y in zip(hidden, target, strict=True):
             (alone(x, y, num_items=items).sum() / 2).backward()
-        results.append([(p.grad, q.grad) for p, q in
-                        zip(model.parameters(), alone.parameters(), strict=True)])  # fmt: skip
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()  # no rank leaves before the other is done
-    leave_group()
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            same_on_every_rank(p.grad)
+            assert_close(p.grad, q.grad, 1e-6)
+            assert p.grad.abs().sum() > 0
 
 
-@pytest.mark.slow
-def test_data_parallel_with_two_ranks(tmp_path):
+def test_data_parallel_with_two_ranks(two):
     """Each gets the mean of both gradients; a rank without tokens keeps nobody waiting."""
-    context = torch.multiprocessing.start_processes(
-        rank_of_two, args=(str(tmp_path),), nprocs=2, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + 120
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < deadline, "the ranks hang"
-    finally:
-        for process in context.processes:
-            process.kill()
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for one, two in zip(*ranks, strict=True):
-        for (grad, expected), (other, _) in zip(one, two, strict=True):
-            assert torch.equal(grad, other)
-            assert_close(grad, expected, 1e-6)
-            assert grad.abs().sum() > 0
+    two.run(rank_of_two)

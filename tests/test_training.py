@@ -11,7 +11,6 @@ import torch
 from helpers import assert_close
 from losses.problem import D, V
 from properties import SETTINGS, hypothesis, st
-from ranks import leave_group
 
 import llmloss_ext
 from llmloss_ext import cross_entropy
@@ -116,15 +115,14 @@ def test_count_items(device):
         accumulate_gradients(lambda batch, items: batch, [])
 
 
-def test_count_items_over_ranks(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
-    try:
-        group = torch.distributed.group.WORLD
-        assert count_items([torch.tensor([1, -100])], group=group) == 1
-    finally:
-        leave_group()
+def rank_count(rank, ranks):
+    targets = [torch.tensor([1, -100]), torch.tensor([2])][: rank + 1]
+    assert count_items(targets) == rank + 1
+    assert count_items(targets, group=torch.distributed.group.WORLD) == 3
+
+
+def test_count_items_over_ranks(two):
+    two.run(rank_count)
 
 
 def test_count_items_of_shifted_and_weighted_targets(device):
@@ -150,55 +148,27 @@ def test_count_items_of_shifted_and_weighted_targets(device):
             count_items([targets], **wrong)
 
 
-def _rank(rank: int, folder: str, results: object) -> None:
-    """One of two processes: DistributedDataParallel over unequal micro-batches."""
-    from llmloss_ext import cross_entropy
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2
-    )
-    try:
-        model, x, y = _model_and_data()
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-        mine = ((0, 3), (3, 12)) if rank == 0 else ((12, 13), (13, 20))
-        total = accumulate_gradients(
-            lambda batch, items: cross_entropy(parallel(batch[0]), batch[1], num_items=items),
-            [((x[a:b], y[a:b]), y[a:b]) for a, b in mine],
-            group=torch.distributed.group.WORLD,
-        )
-        results.put((rank, float(total), model.weight.grad.tolist()))
-        torch.distributed.barrier()  # no rank leaves before the other is done
-    finally:
-        leave_group()
-
-
-def _model_and_data():
+def rank_accumulate(rank, ranks):
+    """DistributedDataParallel over unequal micro-batches."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 9).double()
     x, y = torch.randn(20, 4).double(), torch.randint(0, 9, (20,))
     y[1:9] = -100
-    return model, x, y
-
-
-def test_ranks_with_unequal_tokens_equal_the_large_batch(tmp_path):
-    from llmloss_ext import cross_entropy
-
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(r, str(tmp_path), results)) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
-    model, x, y = _model_and_data()
     loss = cross_entropy(model(x), y)
-    loss.backward()
-    for _ in ranks:
-        _, total, grad = results.get()
-        assert total == pytest.approx(loss.item(), rel=1e-12)
-        torch.testing.assert_close(torch.tensor(grad, dtype=torch.float64), model.weight.grad)
+    (expected,) = torch.autograd.grad(loss, model.weight)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    mine = ((0, 3), (3, 12)) if rank == 0 else ((12, 13), (13, 20))
+    total = accumulate_gradients(
+        lambda batch, items: cross_entropy(parallel(batch[0]), batch[1], num_items=items),
+        [((x[a:b], y[a:b]), y[a:b]) for a, b in mine],
+        group=torch.distributed.group.WORLD,
+    )
+    assert float(total) == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(model.weight.grad, expected)
+
+
+def test_ranks_with_unequal_tokens_equal_the_large_batch(two):
+    two.run(rank_accumulate)
 
 
 @SETTINGS

@@ -11,12 +11,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from helpers import FLOATS, VALUE, assert_close
+from ranks import same_on_every_rank
 
 import llmloss_ext
 from llmloss_ext import parallel
 from llmloss_ext.shard import ShardedRows
 
-from .problem import COLUMNS, OPTIONS, ROWS, Problem, leaf, same_on_every_rank
+from .problem import COLUMNS, OPTIONS, ROWS, Problem, leaf
 
 
 def rank_linear(rank, ranks, dtype, option, reduction, how):

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import FLOATS, GRADIENT, VALUE, assert_close
+from ranks import same_on_every_rank
 
 import llmloss_ext
 from llmloss_ext import parallel
 
-from .problem import COLUMNS, OPTIONS, ROWS, D, Problem, leaf, same_on_every_rank
+from .problem import COLUMNS, OPTIONS, ROWS, D, Problem, leaf
 
 
 def rank_cross_entropy(rank, ranks, dtype, option, reduction, inplace):
