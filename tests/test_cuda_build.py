@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from llmloss_ext._library import LIBRARY
 
 import llmloss_ext
-from llmloss_ext._library import LIBRARY
 from llmloss_ext.cli import info, main
 
 ROOT = Path(__file__).parents[1]

@@ -5,18 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
-from llmloss_ext.cli import info, verify
 from llmloss_ext.cli.main import main
-from llmloss_train import missing_packages
-
 
 ROOT = Path(__file__).parents[2]
 
