@@ -47,7 +47,7 @@ class _LossModule(torch.nn.Module):
         unknown = sorted(others.keys() - set(known))
         if unknown:
             raise TypeError(f"{function.__name__} has no option {', '.join(unknown)}")
-        options = {name: OPTIONS[name].default for name in known} | others | named
+        options = named | {name: OPTIONS[name].default for name in known} | others
         of_loss = {name: options[name] for name in LossOptions._fields}
         LossOptions.of(**of_loss)
         for name, value in options.items():
@@ -175,8 +175,8 @@ class LinearCrossEntropyLoss(_LossModule):
         self._keep(
             linear_cross_entropy,
             others,
-            ignore_index=ignore_index,
             reduction=reduction,
+            ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             options=options,
         )
