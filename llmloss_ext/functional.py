@@ -182,15 +182,16 @@ class DenseCall:
         self.has_probabilities = not is_plain and target.is_floating_point()
         if is_plain:
             # The common case, spared the general one's cost.
-            if target.shape[0] != input.shape[0]:
-                raise ValueError(
-                    f"Expected input batch_size ({input.shape[0]}) to match target batch_size "
-                    f"({target.shape[0]})."
-                )
             self.rows, self.targets, self.shape = input, target, target.shape
+            tokens, columns = input.shape
+            if self.shape[0] != tokens:
+                raise ValueError(
+                    f"Expected input batch_size ({tokens}) to match target batch_size "
+                    f"({self.shape[0]})."
+                )
         else:
             self._bring_into_shape(input, target, classes_last=shard is not None)
-        columns = self.rows.shape[-1]
+            columns = self.rows.shape[-1]
         if self.rows.stride(-1) != 1 and columns != 1:
             self.rows = self.rows.contiguous()
         self.options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)

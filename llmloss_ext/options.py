@@ -162,9 +162,9 @@ OPTIONS = {
 }
 
 _PLACE = "Options: each is described in `llmloss_ext.options`."
-REDUCTIONS = ("none", "mean", "sum")
-"""By their number in the kernels."""
 NONE, MEAN, SUM = range(3)
+_REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+"""Their numbers in the kernels: Reduction of csrc/core/loss_rows.h."""
 
 
 def option_names(function: Callable[..., Any]) -> list[str]:
@@ -260,7 +260,9 @@ class LogitOptions(NamedTuple):
                     f"got {vocab_size}"
                 )
         scale = 1.0 if isinstance(logit_scale, Tensor) else float(logit_scale)
-        return cls(scale, softcap, as_integer("ignore_index", ignore_index), vocab_size)
+        if type(ignore_index) is not int:
+            ignore_index = as_integer("ignore_index", ignore_index)
+        return cls(scale, softcap, ignore_index, vocab_size)
 
 
 class LossOptions(NamedTuple):
@@ -285,7 +287,8 @@ class LossOptions(NamedTuple):
         Raises:
             ValueError: An option is out of range.
         """
-        if reduction not in REDUCTIONS:
+        number = _REDUCTIONS.get(reduction)
+        if number is None:
             raise ValueError(
                 f'{reduction!r} is not a valid value for reduction: "none", "mean", "sum"'
             )
@@ -295,7 +298,7 @@ class LossOptions(NamedTuple):
             raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
         if not 0.0 <= focal_gamma < math.inf:
             raise ValueError(f"focal_gamma must be a finite number >= 0, got {focal_gamma}")
-        return cls(label_smoothing, z_loss, focal_gamma, REDUCTIONS.index(reduction))
+        return cls(label_smoothing, z_loss, focal_gamma, number)
 
     def statistics(self, has_probabilities: bool = False) -> tuple[str, ...]:
         """The statistics that a token's loss is a function of."""

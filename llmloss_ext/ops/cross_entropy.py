@@ -65,9 +65,8 @@ class _Saved(NamedTuple):
 
     @classmethod
     def of(cls, inputs: LossInputs, state: Tensor, denominator: Tensor) -> _Saved:
-        named = inputs._asdict()
-        del named["num_items"]
-        return cls(**named, state=state, denominator=denominator)
+        input, target, weight, token_weight, _num_items, logit_scale = inputs
+        return cls(input, target, weight, token_weight, logit_scale, state, denominator)
 
     def gradients(self, grad_loss: Tensor, call: _Call, with_scale: bool, into: Any) -> Any:
         """What the gradient kernel ``into`` returns."""
@@ -98,15 +97,28 @@ def _composite(call: _Call, saved: _Saved) -> Composite:
 class CrossEntropy(Function):
     """`cross_entropy` with its first derivatives by kernels, its second by `composite`."""
 
+    # A small call pays for every line of these two.
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        token_weight: Tensor | None,
+        num_items: Tensor | None,
+        logit_scale: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
         """The loss."""
-        *inputs, call = args
-        value, state, denominator = kernels.cross_entropy(*inputs, *call.packed)
+        loss: Tensor
+        loss, state, denominator = kernels.cross_entropy(
+            input, target, weight, token_weight, num_items, logit_scale, *pack(*call)
+        )
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*_Saved.of(LossInputs(*inputs), state, denominator))
-        loss: Tensor = value
+        ctx.save_for_backward(
+            *_Saved(input, target, weight, token_weight, logit_scale, state, denominator)
+        )
         return loss
 
     @staticmethod
@@ -118,10 +130,12 @@ class CrossEntropy(Function):
         # The gradient of probability targets is not a kernel's work.
         if needs.target or needs_differentiable_backward():
             return (*LossInputs(**_composite(ctx.call, saved).vjp((grad_loss,))), None)
-        grad_input, grad_scale = saved.gradients(
-            grad_loss, ctx.call, needs.logit_scale, kernels.cross_entropy_backward
-        )
-        scale = like_parameter(grad_scale, saved.logit_scale) if needs.logit_scale else None
+        input, target, weight, token_weight, logit_scale, state, denominator = saved
+        grad_input, grad_scale = kernels.cross_entropy_backward(
+            grad_loss, input, target, weight, token_weight, logit_scale, *pack(*ctx.call), state,
+            denominator, needs.logit_scale,
+        )  # fmt: skip
+        scale = like_parameter(grad_scale, logit_scale) if needs.logit_scale else None
         return (*LossInputs(input=grad_input, logit_scale=scale), None)
 
 
