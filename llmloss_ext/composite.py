@@ -59,6 +59,7 @@ def token_stats(
     lse = torch.logsumexp(x, dim=-1)
     log_p = x - lse.unsqueeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
+    sum_sq = torch.logsumexp(2 * log_p, dim=-1)
     class_weight = None if weight is None else weight[: options.vocab_size].to(real)
     if is_indices(target):
         valid = target != options.ignore_index
@@ -67,13 +68,13 @@ def token_stats(
         log_prob = log_p.gather(-1, index).squeeze(-1)
         terms = log_p if class_weight is None else log_p * class_weight
         mean = terms.sum(-1) / options.vocab_size
-        stats = FloatStats(log_prob=log_prob, lse=lse, entropy=entropy, mean_log_prob=mean)
+        stats = FloatStats(log_prob, lse, entropy, mean, sum_sq)
         zero = torch.zeros((), dtype=real, device=input.device)
         return FloatStats(*(torch.where(valid, x, zero) for x in stats))
     assert weights is not None
     a = weights.share_of_target * target[..., : options.vocab_size].to(real) + weights.uniform_share
     mean = ((a if class_weight is None else a * class_weight) * log_p).sum(-1)
-    return FloatStats(log_prob=torch.zeros_like(lse), lse=lse, entropy=entropy, mean_log_prob=mean)
+    return FloatStats(torch.zeros_like(lse), lse, entropy, mean, sum_sq)
 
 
 def target_weights(

@@ -29,6 +29,7 @@ class FloatStats(NamedTuple):
     lse: Any = None
     entropy: Any = None
     mean_log_prob: Any = None
+    log_sum_sq_probs: Any = None
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -46,7 +47,7 @@ class FloatStats(NamedTuple):
         return [x if name in needed else x.new_empty(0) for name, x in pairs]
 
 
-_READ_BY_THEIR_GRADIENT = {"entropy"}
+_READ_BY_THEIR_GRADIENT = {"entropy", "log_sum_sq_probs"}
 _INDICES = ("argmax", "rank")
 STATISTICS = (*FloatStats._fields, *_INDICES)
 _ALWAYS = ("log_prob", "lse", "entropy", "mean_log_prob")
@@ -118,6 +119,8 @@ class TokenStats(NamedTuple):
     rank: Tensor | None
     """int64: logits strictly greater than the target's. ``rank == 0`` is a correct prediction,
     ``rank < k`` a top-k hit. The vocabulary size in a row that holds nan or +inf."""
+    log_sum_sq_probs: Tensor | None = None
+    """log sum_j p_j^2, minus the Renyi entropy of order 2, in nats: an ``extra``."""
 
     @classmethod
     def shaped(cls, rows: RowStats, wanted: int, shape: torch.Size) -> TokenStats:

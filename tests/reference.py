@@ -37,6 +37,7 @@ def stats(
         "lse": torch.logsumexp(x, -1),
         "entropy": torch.special.entr(log_p.exp()).sum(-1),
         "mean_log_prob": terms.sum(-1) / vocab,
+        "log_sum_sq_probs": torch.logsumexp(2 * log_p, -1),
         "argmax": x.argmax(-1),
         "rank": (x > at_target).sum(-1),
     }

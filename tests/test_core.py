@@ -58,6 +58,7 @@ def oracle(x, target: int, weights):
         "log_prob": log_p[target],
         "lse": top + log_sum,
         "entropy": -(p[p > 0] * log_p[p > 0]).sum(),
+        "log_sum_sq_probs": np.log((p**2).sum()),
         "mean_log_prob": (weights[used] * log_p[used]).sum(),
         "argmax": int(x.argmax()),
         "rank": int((x > x[target]).sum()),
@@ -73,6 +74,7 @@ def oracle_gradient(x, target: int, upstream):
     up = dict(zip(STATISTICS, upstream, strict=True))
     gradient = up["log_prob"] * (at_target - p) + up["lse"] * p
     gradient += up["mean_log_prob"] * (1 / x.size - p)
+    gradient += up["log_sum_sq_probs"] * 2 * p * (p / (p**2).sum() - 1)
     return gradient - up["entropy"] * p * (np.where(p > 0, log_p, 0) + s["entropy"])
 
 
@@ -115,7 +117,16 @@ def test_any_split_in_any_order_merges_to_the_same_statistics(case):
 def test_the_empty_state_is_the_identity_to_the_bit(case):
     x, target, weights, parts, _ = case
     state = core.state_of(x, weights, np.concatenate(parts).astype(np.int64), x[target])
-    fields = ["max", "sum_exp", "sum_x_exp", "sum_weighted", "sum_weights", "argmax", "rank"]
+    fields = [
+        "max",
+        "sum_exp",
+        "sum_x_exp",
+        "sum_sq_exp",
+        "sum_weighted",
+        "sum_weights",
+        "argmax",
+        "rank",
+    ]
     for merged in (core.merge(state, core.PartialState()), core.merge(core.PartialState(), state)):
         assert [getattr(merged, f) for f in fields] == [getattr(state, f) for f in fields]
 

@@ -73,7 +73,10 @@ def test_gradcheck_of_statistics(device, shape):
     weight = torch.rand(13, dtype=DOUBLE, device=device)
 
     def stats(x, s):
-        return token_stats(x, target, logit_scale=s, softcap=4.0, weight=weight)[:4]
+        stats = token_stats(
+            x, target, logit_scale=s, softcap=4.0, weight=weight, extra=("log_sum_sq_probs",)
+        )
+        return (*stats[:4], stats.log_sum_sq_probs)
 
     inputs = (input.requires_grad_(), scale)
     assert torch.autograd.gradcheck(stats, inputs)
@@ -186,8 +189,9 @@ def test_compile_statistics(device):
     torch._dynamo.reset()
     input, target = make(device)
     input.requires_grad_()
-    compiled = torch.compile(lambda x: token_stats(x * 1.0, target, with_rank=True), fullgraph=True)
-    actual, expected = compiled(input), token_stats(input, target, with_rank=True)
+    options = {"with_rank": True, "extra": ("log_sum_sq_probs",)}
+    compiled = torch.compile(lambda x: token_stats(x * 1.0, target, **options), fullgraph=True)
+    actual, expected = compiled(input), token_stats(input, target, **options)
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
     (grad,) = torch.autograd.grad(actual.entropy.sum(), input)
@@ -207,7 +211,9 @@ def operator_calls(device):
     state, *floats, _argmax, _rank = ops.token_stats(
         input, target, weight, scale, *logits, asked(STATISTICS)
     )
-    grads = FloatStats(log_prob=tokens, entropy=tokens, mean_log_prob=tokens)
+    grads = FloatStats(
+        log_prob=tokens, entropy=tokens, mean_log_prob=tokens, log_sum_sq_probs=tokens
+    )
     where = (input, target, weight, tokens, None, scale, *loss)
     _, state_of_loss, denominator = ops.cross_entropy(*where)
     one = torch.ones((), dtype=DOUBLE, device=device)

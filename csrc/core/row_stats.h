@@ -19,6 +19,7 @@ struct PartialState {
   Real max = -infinity<Real>();  // m, the largest logit
   Real sum_exp = 0;              // sum e^(x - m)
   Real sum_x_exp = 0;            // sum (x - m) e^(x - m), for the entropy
+  Real sum_sq_exp = 0;           // sum e^(2 (x - m)), for the sum of squared probabilities
   Real sum_weighted = 0;         // sum a (x - m), for the weighted mean of log-probabilities
   Real sum_weights = 0;          // sum a
   int64_t argmax = -1;           // the first column that holds m
@@ -33,6 +34,7 @@ struct PartialState {
     const bool mean = wanted.floats[Stat::mean_log_prob];
     sum_exp = join(sum_exp);
     sum_x_exp = wanted.floats[Stat::entropy] ? join(sum_x_exp) : Real(0);
+    sum_sq_exp = wanted.floats[Stat::log_sum_sq_probs] ? join(sum_sq_exp) : Real(0);
     sum_weighted = mean ? join(sum_weighted) : Real(0);
     sum_weights = mean ? join(sum_weights) : Real(0);
   }
@@ -42,6 +44,7 @@ struct PartialState {
     return {.max = To(max),
             .sum_exp = To(sum_exp),
             .sum_x_exp = To(sum_x_exp),
+            .sum_sq_exp = To(sum_sq_exp),
             .sum_weighted = To(sum_weighted),
             .sum_weights = To(sum_weights),
             .argmax = argmax,
@@ -58,6 +61,7 @@ struct PartialState {
       const Real factor = exp_of(shift);
       sum_x_exp = factor * (sum_x_exp + shift * sum_exp);
       sum_exp *= factor;
+      sum_sq_exp *= factor * factor;
       // A part that underflows is gone; 0 * inf must not make it nan.
       if (factor == Real(0)) sum_x_exp = Real(0);
     }
@@ -76,6 +80,7 @@ LLMLOSS_HD PartialState<Real> merge(PartialState<Real> a, PartialState<Real> b) 
   b.rebase(max);
   a.sum_exp += b.sum_exp;
   a.sum_x_exp += b.sum_x_exp;
+  a.sum_sq_exp += b.sum_sq_exp;
   a.sum_weighted += b.sum_weighted;
   a.sum_weights += b.sum_weights;
   a.rank += b.rank;
@@ -101,12 +106,14 @@ LLMLOSS_HD RowStats<Real> finalize(const PartialState<Real>& state, Real target_
   const Real reference = state.reference();
   const Real log_sum = log_of(state.sum_exp);
   const Real entropy = log_sum - state.sum_x_exp / state.sum_exp;
+  const Real log_sum_sq = log_of(state.sum_sq_exp) - Real(2) * log_sum;
   const bool is_nan = !(state.sum_exp == state.sum_exp);
   RowStats<Real> stats;
   stats.floats[Stat::log_prob] = (target_logit - reference) - log_sum;
   stats.floats[Stat::lse] = reference + log_sum;
   stats.floats[Stat::entropy] = entropy < Real(0) ? Real(0) : entropy;  // rounding; nan stays nan
   stats.floats[Stat::mean_log_prob] = state.sum_weighted - state.sum_weights * log_sum;
+  stats.floats[Stat::log_sum_sq_probs] = log_sum_sq > Real(0) ? Real(0) : log_sum_sq;  // likewise
   stats.integers[Stat::argmax] = is_nan ? -1 : state.argmax;
   stats.integers[Stat::rank] = is_nan ? vocab_size : state.rank;
   stats.state[StateField::reference] = reference;
@@ -129,6 +136,7 @@ LLMLOSS_HD PartialState<Real> state_of(const RowStats<Real>& stats) {
   const Real log_sum = log_of(state.sum_exp);
   state.max = stats.state[StateField::reference];
   state.sum_x_exp = state.sum_exp * (log_sum - stats.floats[Stat::entropy]);
+  state.sum_sq_exp = exp_of(stats.floats[Stat::log_sum_sq_probs] + Real(2) * log_sum);
   state.sum_weighted = stats.floats[Stat::mean_log_prob] + state.sum_weights * log_sum;
   return state;
 }

@@ -7,7 +7,8 @@
 #include "macros.h"
 
 // Real numbers, which have gradients; integers, which have none; and the fields of the state.
-#define LLMLOSS_FLOAT_STATISTICS(X) X(log_prob) X(lse) X(entropy) X(mean_log_prob)
+#define LLMLOSS_FLOAT_STATISTICS(X) \
+  X(log_prob) X(lse) X(entropy) X(mean_log_prob) X(log_sum_sq_probs)
 #define LLMLOSS_INTEGER_STATISTICS(X) X(argmax) X(rank)
 #define LLMLOSS_STATE_FIELDS(X) X(reference) X(sum_exp) X(sum_weights)
 
@@ -17,12 +18,15 @@
 
 namespace llmloss {
 
-// log_prob       log p_target
-// lse            log sum e^x
-// entropy        - sum p log p, nats
-// mean_log_prob  sum a log p, with the weights a of ColumnWeights
-// argmax         the first of the largest; -1 where a nan or +inf leaves the row without statistics
-// rank           columns above the target's logit; vocab_size there, so that the row is in no top-k
+// log_prob          log p_target
+// lse               log sum e^x
+// entropy           - sum p log p, nats
+// mean_log_prob     sum a log p, with the weights a of ColumnWeights
+// log_sum_sq_probs  log sum p^2
+// argmax            the first of the largest; -1 where a nan or +inf leaves the row without
+//                   statistics
+// rank              columns above the target's logit; vocab_size there, so that the row is in no
+//                   top-k
 struct Stat {
   enum : int {
     LLMLOSS_FLOAT_STATISTICS(LLMLOSS_ENUMERATOR) LLMLOSS_INTEGER_STATISTICS(LLMLOSS_ENUMERATOR)

@@ -30,6 +30,7 @@ State columns_state(Array logits, Array weights, Indices columns, double target_
     one.max = logits.at(column);
     one.argmax = column;
     one.sum_exp = exp_of(one.max - one.reference());
+    one.sum_sq_exp = one.sum_exp * one.sum_exp;
     one.sum_weights = weights.at(column);
     if (one.sum_weights != 0) one.sum_weighted = one.sum_weights * (one.max - one.reference());
     one.rank = one.max > target_logit;
@@ -168,6 +169,7 @@ PYBIND11_MODULE(llmloss_core, m) {
       .def_readonly("max", &State::max)
       .def_readonly("sum_exp", &State::sum_exp)
       .def_readonly("sum_x_exp", &State::sum_x_exp)
+      .def_readonly("sum_sq_exp", &State::sum_sq_exp)
       .def_readonly("sum_weighted", &State::sum_weighted)
       .def_readonly("sum_weights", &State::sum_weights)
       .def_readonly("argmax", &State::argmax)

@@ -20,6 +20,7 @@ PartialState<double> column(double x, int64_t index, double a, double target_log
   state.max = x;
   state.argmax = index;
   state.sum_exp = std::exp(x - state.reference());
+  state.sum_sq_exp = state.sum_exp * state.sum_exp;
   state.sum_weights = a;
   state.sum_weighted = a == 0 ? 0 : a * (x - state.reference());
   state.rank = x > target_logit;
@@ -44,6 +45,7 @@ void check_same(const PartialState<double>& a, const PartialState<double>& b) {
   CHECK_CLOSE(a.max, b.max, 0);
   CHECK_CLOSE(a.sum_exp, b.sum_exp, 1e-13);
   CHECK_CLOSE(a.sum_x_exp, b.sum_x_exp, 1e-13);
+  CHECK_CLOSE(a.sum_sq_exp, b.sum_sq_exp, 1e-13);
   CHECK_CLOSE(a.sum_weighted, b.sum_weighted, 1e-13);
   CHECK_CLOSE(a.sum_weights, b.sum_weights, 1e-13);
   CHECK(a.argmax == b.argmax);
@@ -58,12 +60,13 @@ void test_statistics_of_a_row() {
     std::vector<double> x(101);
     for (double& v : x) v = normal(random) * 3 + offset;
     x[7] = -inf;
-    long double sum = 0, expected_entropy = 0;
+    long double sum = 0, expected_entropy = 0, squares = 0;
     for (const double v : x) sum += std::exp((long double)(v - offset));
     for (const double v : x) {
       if (v == -inf) continue;
       const long double log_p = (long double)(v - offset) - std::log(sum);
       expected_entropy -= std::exp(log_p) * log_p;
+      squares += std::exp(2 * log_p);
     }
     auto states = columns(x, x[3]);
     for (auto& state : states) {  // this sum has no -inf term in it
@@ -74,6 +77,7 @@ void test_statistics_of_a_row() {
                 1e-13);
     CHECK_CLOSE(stats.floats[Stat::lse], offset + double(std::log(sum)), 1e-13);
     CHECK_CLOSE(stats.floats[Stat::entropy], double(expected_entropy), 1e-12);
+    CHECK_CLOSE(stats.floats[Stat::log_sum_sq_probs], double(std::log(squares)), 1e-13);
     int64_t rank = 0, best = 0;
     for (size_t i = 0; i < x.size(); ++i) {
       rank += x[i] > x[3];
@@ -109,6 +113,7 @@ void test_rows_without_statistics() {
   // All -inf: the sum is 0, and every statistic but lse is nan, as in torch.
   const auto all = finalize(merge_all(columns({-inf, -inf}, -inf)), -inf, 2).floats;
   CHECK(std::isnan(all[Stat::log_prob]) && std::isnan(all[Stat::entropy]));
+  CHECK(std::isnan(all[Stat::log_sum_sq_probs]));
   CHECK(all[Stat::lse] == -inf);
   // nan and +inf spoil their row only.
   for (const double bad : {inf, std::numeric_limits<double>::quiet_NaN()}) {
@@ -116,6 +121,7 @@ void test_rows_without_statistics() {
     if (std::isnan(bad)) states[1].max = -inf;  // what the kernels' maxima make of nan
     const auto stats = finalize(merge_all(states), 1.0, 3);
     CHECK(std::isnan(stats.floats[Stat::log_prob]) && std::isnan(stats.floats[Stat::entropy]));
+    CHECK(std::isnan(stats.floats[Stat::log_sum_sq_probs]));
     CHECK(stats.integers[Stat::rank] == 3 && stats.integers[Stat::argmax] == -1);
   }
 }
@@ -137,6 +143,7 @@ void test_gradient() {
   upstream[Stat::lse] = -0.3;
   upstream[Stat::mean_log_prob] = 1.9;
   upstream[Stat::entropy] = 0.45;
+  upstream[Stat::log_sum_sq_probs] = -1.1;
   const auto value = [&](const std::vector<double>& at) {
     const auto s = statistics(at);
     double sum = 0;
@@ -166,6 +173,12 @@ void test_target_gradient_near_one() {
   const auto c = collapse(upstream, FloatStats<float>(), 0.0f);
   const float log_prob = -1e-9f;
   CHECK_CLOSE(target_gradient(c, log_prob, 0.0f) / -1e-9, 1.0, 1e-6);
+  // 2 p (p / s - 1), where log s = 2 log p.
+  FloatStats<float> squares, values;
+  squares[Stat::log_sum_sq_probs] = 0.5f;
+  values[Stat::log_sum_sq_probs] = 2 * log_prob;
+  const auto c_sq = collapse(squares, values, 0.0f);
+  CHECK_CLOSE(target_gradient(c_sq, log_prob, 0.0f) / 1e-9, 1.0, 1e-6);
 }
 
 FloatStats<double> loss_stats(double log_prob, double lse, double mean_log_prob) {
@@ -253,6 +266,8 @@ void test_values_that_a_gradient_needs() {
   for (const double* values : needed().at) CHECK(values == nullptr);
   source.grads[Stat::entropy] = array;
   CHECK(needed()[Stat::entropy] == array && needed()[Stat::log_prob] == nullptr);
+  source.grads[Stat::log_sum_sq_probs] = array;
+  CHECK(needed()[Stat::log_sum_sq_probs] == array);
   source.from_loss = true;
   source.options.label_smoothing = 0.1;
   source.options.z_loss = 0.1;

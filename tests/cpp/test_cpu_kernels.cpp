@@ -109,7 +109,7 @@ void run(cpu::Isa isa, const Case<T>& c) {
     }
     const LogitTransform<double> transform{double(c.scale), double(c.cap)};
     std::vector<double> x(size_t(c.vocab_size));
-    double max = -INFINITY, sum = 0, entropy = 0, mean = 0, weights = 0;
+    double max = -INFINITY, sum = 0, entropy = 0, squares = 0, mean = 0, weights = 0;
     for (int64_t i = 0; i < c.vocab_size; ++i) {
       x[size_t(i)] = transform.apply(to_real(first[row * c.stride + i]));
       max = std::fmax(max, x[size_t(i)]);
@@ -121,6 +121,7 @@ void run(cpu::Isa isa, const Case<T>& c) {
     };
     for (int64_t i = 0; i < c.vocab_size; ++i) {
       if (x[size_t(i)] > -INFINITY) entropy -= std::exp(log_p(i)) * log_p(i);
+      squares += std::exp(2 * log_p(i));
       if (a(i) != 0) mean += a(i) * log_p(i);
       weights += a(i);
     }
@@ -129,6 +130,7 @@ void run(cpu::Isa isa, const Case<T>& c) {
     CHECK_CLOSE(out[Stat::lse][r], max + std::log(sum), t);
     CHECK_CLOSE(out[Stat::entropy][r], entropy, t * 3);
     CHECK_CLOSE(out[Stat::mean_log_prob][r], mean, t * 3);
+    CHECK_CLOSE(out[Stat::log_sum_sq_probs][r], std::log(squares), t * 3);
     CHECK(x[size_t(argmax[r])] >= max - 1e-5);
     double expected_scale = 0;
     for (int64_t i = 0; i < c.columns; ++i) {
@@ -140,6 +142,7 @@ void run(cpu::Isa isa, const Case<T>& c) {
       double dx = up[Stat::lse][r] * p + up[Stat::mean_log_prob][r] * (a(i) - p * weights) +
                   up[Stat::log_prob][r] * ((i == targets[r]) - p);
       if (p > 0) dx -= up[Stat::entropy][r] * p * (log_p(i) + entropy);
+      dx += up[Stat::log_sum_sq_probs][r] * 2 * p * (p / squares - 1);
       const auto chain = transform.with_derivatives(to_real(first[row * c.stride + i]));
       CHECK_CLOSE(to_real(g[i]), dx * chain.dx_dz, store_tolerance<T>() * 20);
       if (chain.dx_dscale > -INFINITY && dx != 0) expected_scale += dx * chain.dx_dscale;

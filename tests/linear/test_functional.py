@@ -279,7 +279,8 @@ def test_a_learnable_scale(device):
 @pytest.mark.parametrize("with_rank", [False, True])
 def test_token_stats(device, with_rank):
     problem = Problem(device)
-    names = ("log_prob", "lse", "entropy", "mean_log_prob")
+    extra = ("log_sum_sq_probs",)
+    names = ("log_prob", "lse", "entropy", "mean_log_prob", *extra)
     upstreams = {name: torch.randn(N, device=device) for name in names}
 
     def total(stats):
@@ -287,10 +288,10 @@ def test_token_stats(device, with_rank):
 
     leaves = problem.leaves()
     stats = linear_token_stats(leaves[0], leaves[1], problem.target, linear_bias=leaves[2],
-                               with_rank=with_rank, chunk_tokens=8)  # fmt: skip
+                               with_rank=with_rank, extra=extra, chunk_tokens=8)  # fmt: skip
     grads = torch.autograd.grad(total(stats), leaves)
     exact = problem.leaves(True)
-    expected = token_stats(F.linear(*exact), problem.target, with_rank=with_rank)
+    expected = token_stats(F.linear(*exact), problem.target, with_rank=with_rank, extra=extra)
     for ours, theirs in zip(stats, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:

@@ -55,17 +55,20 @@ def rank_token_stats(rank, ranks, dtype, shape):
     logits = p.logits.repeat(2, 1).view(*shape, -1)
     target = p.target.repeat(2).view(shape)
     shard, whole = leaf(logits[..., p.columns]), leaf(logits.double())
-    stats = parallel.token_stats(shard, target, with_rank=True)
-    expected = llmloss_ext.token_stats(whole, target, with_rank=True)
-    upstream = torch.randn(4, *shape)
+    options = {"with_rank": True, "extra": ("log_sum_sq_probs",)}
+    stats = parallel.token_stats(shard, target, **options)
+    expected = llmloss_ext.token_stats(whole, target, **options)
+    names = ("log_prob", "lse", "entropy", "mean_log_prob", "log_sum_sq_probs")
+    upstream = torch.randn(len(names), *shape)
     for name, got, want in zip(stats._fields, stats, expected, strict=True):
         same_on_every_rank(got)
         if name in ("argmax", "rank"):
             assert torch.equal(got, want), name
         else:
             assert_close(got.detach(), want.detach(), VALUE[dtype])
-    sum(((u * s).sum() for u, s in zip(upstream, stats[:4], strict=True))).backward()
-    sum(((u * s).sum() for u, s in zip(upstream, expected[:4], strict=True))).backward()
+    for result in (stats, expected):
+        of = [getattr(result, name) for name in names]
+        sum((u * s).sum() for u, s in zip(upstream, of, strict=True)).backward()
     assert_close(shard.grad, whole.grad[..., p.columns], 4 * GRADIENT[dtype])
 
 

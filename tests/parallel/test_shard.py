@@ -25,7 +25,8 @@ def test_any_division_merges_to_the_whole(device, dtype):
     logits[2, 20:50] = -torch.inf
     logits[7, 3] = torch.nan
     target = torch.tensor([0, 59, 55, 20, 40, -100, 19, 30], device=device)
-    whole = llmloss_ext.token_stats(logits, target, with_rank=True)
+    extra = ("log_sum_sq_probs",)
+    whole = llmloss_ext.token_stats(logits, target, with_rank=True, extra=extra)
     for bounds in ([0, 60], [0, 20, 60], [0, 1, 20, 50, 60], [0, 13, 14, 59, 60]):
         of_ranks = []
         for begin, end in itertools.pairwise(bounds):

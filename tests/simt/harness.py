@@ -30,7 +30,10 @@ STORAGE = {
 # Multiprocessors, shared memory of a block in bytes, largest cluster. With one multiprocessor and
 # large blocks no row is split.
 ONE = (1, 227 << 10, 1)
-STATISTICS = ("log_prob", "lse", "entropy", "mean_log_prob", "argmax", "rank")
+STATISTICS = (
+    *("log_prob", "lse", "entropy", "mean_log_prob", "log_sum_sq_probs"),
+    *("argmax", "rank"),
+)
 STATE = ("reference", "sum_exp", "sum_weights")
 SCHEDULES = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1)}
 

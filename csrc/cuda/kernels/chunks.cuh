@@ -108,6 +108,7 @@ struct ColumnReducer {
       state.sum_x_exp =
           factor == Real(0) ? Real(0) : factor * (state.sum_x_exp + shift * state.sum_exp);
     }
+    if (!plain && wanted.floats[Stat::log_sum_sq_probs]) state.sum_sq_exp *= factor * factor;
     if (!plain && wanted.floats[Stat::mean_log_prob] && state.sum_weights != Real(0)) {
       state.sum_weighted += state.sum_weights * (reference_before - state.reference());
     }
@@ -164,7 +165,7 @@ struct ColumnReducer {
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
       const int column = first + v * stride;
-      Real sum_x_exp = 0, sum_shifted = 0;
+      Real sum_x_exp = 0, sum_sq_exp = 0, sum_shifted = 0;
       int count = 0;
 #pragma unroll
       for (int i = 0; i < width; ++i) {
@@ -173,6 +174,7 @@ struct ColumnReducer {
         sums[v] = i == 0 ? exp : sums[v] + exp;
         if (wanted.floats[Stat::entropy])
           sum_x_exp += max_of(lowest_log_prob<Real>(), shifted) * exp;
+        if (wanted.floats[Stat::log_sum_sq_probs]) sum_sq_exp = fma_of(exp, exp, sum_sq_exp);
         if (!wanted.floats[Stat::mean_log_prob] || !is_there(column + i)) continue;
         if (in.weights.is_constant()) {
           sum_shifted += shifted;
@@ -186,6 +188,7 @@ struct ColumnReducer {
         }
       }
       if (wanted.floats[Stat::entropy]) state.sum_x_exp += sum_x_exp;
+      if (wanted.floats[Stat::log_sum_sq_probs]) state.sum_sq_exp += sum_sq_exp;
       if (wanted.floats[Stat::mean_log_prob] && in.weights.is_constant()) {
         state.sum_weighted += in.weights.beta * sum_shifted;
         state.sum_weights += in.weights.beta * Real(count);
