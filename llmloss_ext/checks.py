@@ -7,16 +7,6 @@ from torch import Tensor
 
 from .ops.derivatives import in_transform
 
-__all__ = [
-    "FLOATS",
-    "check_range",
-    "check_scale",
-    "check_target",
-    "check_token_weight",
-    "check_weight",
-    "items_tensor",
-]
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

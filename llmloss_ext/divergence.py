@@ -13,14 +13,6 @@ from torch import Tensor
 
 from .composite import real_of
 
-__all__ = [
-    "COPIES",
-    "check_divergence",
-    "divergence",
-    "divergence_of",
-    "divergence_with_gradient",
-]
-
 COPIES = 8
 """Tensors of the size of its logits that a divergence and its gradient hold at once."""
 

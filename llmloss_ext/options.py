@@ -25,20 +25,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .shard import ShardedColumns
 
-__all__ = [
-    "LOSS_OPTIONS",
-    "OPTIONS",
-    "ChunkOptions",
-    "LogitOptions",
-    "LossOptions",
-    "Option",
-    "as_integer",
-    "documented",
-    "option_names",
-    "pack",
-    "spelled_out",
-    "unpack",
-]
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -19,8 +19,6 @@ from .linear.projection import chunk_rows
 from .ops import in_transform
 from .ops.rows import Rows, put, take
 
-__all__ = ["RowFunction", "by_rows", "masked"]
-
 RowFunction = Callable[..., Tensor]
 """Of logits (..., V) and of what else belongs to the tokens, (..., k) each: a number per token."""
 

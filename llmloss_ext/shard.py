@@ -268,26 +268,12 @@ class ShardedRows:
             write("argmax", torch.where(mine.argmax < 0, -1, mine.argmax + self.shard.start))
         return shard_stats
 
-    def gradient_(
-        self,
-        grads: FloatStats,
-        logits: Tensor,
-        target: Tensor,
-        stats: list[Tensor],
-        state: Tensor,
-        with_scale: bool,
-    ) -> Tensor:
+    def gradient_(self, *arguments: Any) -> Tensor:
         """Writes these columns' gradient over the logits; returns this rank's part of the scale's.
 
-        ``grads`` are those of the statistics, (N) each; ``stats`` and ``state`` are merged.
+        The arguments of `gradient`.
         """
-        if not self.shard.used:
-            logits.zero_()
-            return state.new_zeros(() if with_scale else 0)
-        scale: Tensor = kernels.token_stats_backward_(
-            *self._gradient_arguments(grads, logits, target, stats, state, with_scale)
-        )
-        return scale
+        return self.gradient(*arguments, inplace=True)[1]
 
     def gradient(
         self,
@@ -297,27 +283,22 @@ class ShardedRows:
         stats: list[Tensor],
         state: Tensor,
         with_scale: bool,
+        inplace: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The same, in new memory."""
-        if not self.shard.used:
-            return torch.zeros_like(logits), state.new_zeros(() if with_scale else 0)
-        gradient, scale = kernels.token_stats_backward(
-            *self._gradient_arguments(grads, logits, target, stats, state, with_scale)
-        )
-        return gradient, scale
+        """The gradient of these columns, and this rank's part of that of logit_scale.
 
-    def _gradient_arguments(
-        self,
-        grads: FloatStats,
-        logits: Tensor,
-        target: Tensor,
-        stats: list[Tensor],
-        state: Tensor,
-        with_scale: bool,
-    ) -> tuple[object, ...]:
+        ``grads`` are those of the statistics, (N) each; ``stats`` and ``state`` are merged.
+        """
+        if not self.shard.used:
+            zeros = logits.zero_() if inplace else torch.zeros_like(logits)
+            return zeros, state.new_zeros(() if with_scale else 0)
         column, _ = self.shard.localise(target, self.ignore_index)
         tensors = (logits, column, self.weight, self.logit_scale)
-        return (grads, *tensors, *pack(self.options), stats, state, with_scale)
+        arguments = (grads, *tensors, *pack(self.options), stats, state, with_scale)
+        if inplace:
+            return logits, kernels.token_stats_backward_(*arguments)
+        gradient, scale = kernels.token_stats_backward(*arguments)
+        return gradient, scale
 
     def losses(self, logits: Tensor, labels: Labels, divisor: Tensor, loss: LossOptions) -> Tensor:
         """The sum of the losses, divided by ``divisor`` (0-d)."""

@@ -11,16 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "STATISTICS",
-    "FloatStats",
-    "RowStats",
-    "TokenStats",
-    "asked",
-    "asked_by_user",
-    "is_asked",
-]
-
 
 class FloatStats(NamedTuple):
     """The differentiable statistics, or one tensor for each of them (a gradient); None: none."""

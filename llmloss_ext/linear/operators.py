@@ -36,8 +36,6 @@ from .walk import (
     stats_by_chunks,
 )
 
-__all__ = ["logits_of", "loss", "stats"]
-
 
 class _Options(NamedTuple):
     logits: LogitOptions

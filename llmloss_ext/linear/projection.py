@@ -17,16 +17,6 @@ from ..ops.library import kernels
 from ..ops.rows import Rows, put, take
 from .planning import block_rows, even_chunk, first_part_rows, row_stride
 
-__all__ = [
-    "Chunk",
-    "Gradients",
-    "Projection",
-    "as_rows",
-    "check_projection",
-    "chunk_rows",
-    "to_dtype_of_products",
-]
-
 _HUGE_PAGE = 2 << 20
 
 

@@ -22,18 +22,6 @@ from ..shard import ShardedRows
 from ..statistics import STATISTICS, FloatStats, RowStats, is_asked
 from .projection import Chunk, Gradients, Projection
 
-__all__ = [
-    "Inputs",
-    "LossResults",
-    "Targets",
-    "gradient_dtype",
-    "gradient_factor",
-    "gradients_by_chunks",
-    "loss_by_chunks",
-    "or_empty",
-    "stats_by_chunks",
-]
-
 
 class Inputs(NamedTuple):
     """What may have a gradient, or one thing for each of them, such as its gradient."""

@@ -9,18 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = [
-    "Composite",
-    "apply",
-    "each_sample",
-    "fold",
-    "in_transform",
-    "like_parameter",
-    "mark_written",
-    "merge_rows",
-    "needs_differentiable_backward",
-]
-
 Dims = tuple[int | None, ...]
 Tensors = tuple[Tensor, ...]
 MaybeTensors = tuple[Tensor | None, ...]

@@ -15,8 +15,6 @@ from ..options import LogitOptions, LossOptions, pack
 from ..statistics import FloatStats, RowStats
 from .library import kernels
 
-__all__ = ["Labels", "LocalRows", "Rows", "put", "take"]
-
 Rows = slice | Tensor
 """The rows of a chunk: neighbours, or the indices of those that are not ignored."""
 

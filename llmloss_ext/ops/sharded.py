@@ -22,8 +22,6 @@ from .derivatives import (
 )
 from .token_stats import StatsInputs
 
-__all__ = ["eagerly", "token_stats"]
-
 T = TypeVar("T")
 
 
@@ -67,12 +65,10 @@ class ShardedTokenStats(Function):
         ctx.spent = ctx.inplace
         rows = ShardedRows(ctx.shard, inputs.weight, inputs.logit_scale, ctx.logits)
         with_scale = StatsInputs(*ctx.needs_input_grad[:count]).logit_scale
-        where = (grads, inputs.input, inputs.target, stats, state, with_scale)
+        where = (grads, inputs.input, inputs.target, stats, state, with_scale, ctx.inplace)
+        gradient, scale = rows.gradient(*where)
         if ctx.inplace:
-            gradient, scale = inputs.input, rows.gradient_(*where)
             mark_written(gradient)
-        else:
-            gradient, scale = rows.gradient(*where)
         if with_scale:
             scale = like_parameter(ctx.shard.all_reduce_(scale), inputs.logit_scale)
         return (
