@@ -273,7 +273,7 @@ class ShardedRows:
 
         The arguments of `gradient`.
         """
-        return self.gradient(*arguments, inplace=True)[1]
+        return self.gradient(*arguments, True)[1]
 
     def gradient(
         self,
