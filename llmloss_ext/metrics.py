@@ -94,8 +94,8 @@ class CorpusPerplexity:
 def top_k_accuracy(logits: Tensor, target: Tensor, k: int, *, ignore_index: int = -100) -> Tensor:
     """The fraction of tokens whose target is among the k largest logits.
 
-    The target is among them if fewer than k logits are strictly greater: ties do not count against
-    it. Ignored tokens are left out.
+    Equal logits are ordered by class, as argmax does: a model whose logits are all equal is right
+    by chance only. Ignored tokens are left out.
 
     Args:
         logits: (..., V).
@@ -119,7 +119,7 @@ def top_k_accuracy(logits: Tensor, target: Tensor, k: int, *, ignore_index: int 
 
 
 def accuracy(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """The fraction of tokens whose target has the largest logit: `top_k_accuracy` with k = 1.
+    """The fraction of tokens whose target is the argmax: `top_k_accuracy` with k = 1.
 
     Args:
         logits: (..., V).

@@ -236,8 +236,10 @@ class ShardedRows:
         nothing, rank = whole.argmax.new_empty(0), whole.argmax.new_empty(0)
         if is_asked(wanted, "rank"):
             # A row without statistics has no rank either: it is ignored, or holds nan or inf.
-            above = self._rank(logits, column, owned)
-            rank = torch.where(whole.argmax < 0, self.shard.vocab_size, above)
+            before = self._rank(logits, target, column, owned)
+            # A softcap may make logits equal: the kernels' argmax has the last word.
+            before = torch.where(whole.argmax == classes, 0, before.clamp_min(1))
+            rank = torch.where(whole.argmax < 0, self.shard.vocab_size, before)
         argmax = whole.argmax if is_asked(wanted, "argmax") else nothing
         return RowStats(whole.state, floats, argmax, rank)
 
@@ -268,13 +270,6 @@ class ShardedRows:
             write("argmax", torch.where(mine.argmax < 0, -1, mine.argmax + self.shard.start))
         return shard_stats
 
-    def gradient_(self, *arguments: Any) -> Tensor:
-        """Writes these columns' gradient over the logits; returns this rank's part of the scale's.
-
-        The arguments of `gradient`.
-        """
-        return self.gradient(*arguments, True)[1]
-
     def gradient(
         self,
         grads: FloatStats,
@@ -283,7 +278,8 @@ class ShardedRows:
         stats: list[Tensor],
         state: Tensor,
         with_scale: bool,
-        inplace: bool = False,
+        *,
+        inplace: bool,
     ) -> tuple[Tensor, Tensor]:
         """The gradient of these columns, and this rank's part of that of logit_scale.
 
@@ -317,7 +313,9 @@ class ShardedRows:
             stats.floats, labels.target_weight, labels.token_weight, 1 / divisor, loss
         )
         kept = stats.floats.for_backward()
-        scale = self.gradient_(grads, logits, labels.target, kept, stats.state, with_scale)
+        _, scale = self.gradient(
+            grads, logits, labels.target, kept, stats.state, with_scale, inplace=True
+        )
         return composite.total(rows) / divisor, scale
 
     def sum_over_ranks(self, grad_hidden: Tensor | None, grad_scale: Tensor | None) -> None:
@@ -339,8 +337,8 @@ class ShardedRows:
             f"{what}: their vocab_start and numbers of columns do not cover the vocabulary once"
         )
 
-    def _rank(self, logits: Tensor, column: Tensor, owned: Tensor) -> Tensor:
-        """How many logits of all ranks are above the target's, (N).
+    def _rank(self, logits: Tensor, target: Tensor, column: Tensor, owned: Tensor) -> Tensor:
+        """How many classes of all ranks come before the target, (N): see `TokenStats`.
 
         Raw logits are compared: softcap and scale keep their order, or reverse it with a negative
         scale.
@@ -350,12 +348,14 @@ class ShardedRows:
         at_target = self.shard.all_reduce_(torch.where(owned, at_target, 0)).unsqueeze(-1)
         sign = logits.new_tensor(self.scale) if self.logit_scale is None else self.logit_scale
         counts = torch.zeros_like(column)
+        classes = torch.arange(self.shard.used, device=logits.device) + self.shard.start
         rows = max(_COMPARISONS // max(logits[:1].numel(), 1), 1)
         for part in range(0, len(logits), rows):
             one = slice(part, part + rows)
             x, y = logits[one, ..., : self.shard.used], at_target[one]
             above = torch.where(sign > 0, x > y, (x < y) & (sign < 0))
-            counts[one] = above.sum(-1)
+            equal = (x == y) | (sign == 0)
+            counts[one] = (above | (equal & (classes < target[one].unsqueeze(-1)))).sum(-1)
         return self.shard.all_reduce_(counts).reshape(-1)
 
 

@@ -107,8 +107,9 @@ class TokenStats(NamedTuple):
     argmax: Tensor | None
     """int64: the predicted token, the first of equals; -1 in a row that holds nan or +inf."""
     rank: Tensor | None
-    """int64: logits strictly greater than the target's. ``rank == 0`` is a correct prediction,
-    ``rank < k`` a top-k hit. The vocabulary size in a row that holds nan or +inf."""
+    """int64: classes that come before the target when sorted by logit, equal ones by class: logits
+    greater than the target's, or equal at a lower class. ``rank == 0`` exactly where ``argmax`` is
+    the target; ``rank < k`` is a top-k hit. The vocabulary size in a row that holds nan or +inf."""
     log_sum_sq_probs: Tensor | None = None
     """log sum_j p_j^2, minus the Renyi entropy of order 2, in nats: an ``extra``."""
 

@@ -184,7 +184,10 @@ def row_stats(problem: Problem) -> Stats:
             "sum_weights": a.sum(1),
         }
         argmax = np.where(broken, -1, np.where(np.isnan(x), -np.inf, x).argmax(1))
-        rank = np.where(broken, problem.vocab, (x > target_logit[:, None]).sum(1))
+        # Equal logits are ordered by column. Without a target column there is none before it.
+        column = np.where(problem.has_column, problem.index, 0)[:, None]
+        equal = (x == target_logit[:, None]) & (np.arange(x.shape[1]) < column)
+        rank = np.where(broken, problem.vocab, ((x > target_logit[:, None]) | equal).sum(1))
     for name, absent in (("ignored", 0.0), ("out_of_range", np.nan)):
         stats = {key: np.where(getattr(problem, name), absent, v) for key, v in stats.items()}
     argmax = np.where(problem.valid, argmax, -1)

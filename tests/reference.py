@@ -31,7 +31,9 @@ def stats(
     index = torch.where(valid, target, 0).long().unsqueeze(-1)
     w = torch.ones(vocab, dtype=torch.float64) if weight is None else weight.double()[:vocab]
     terms = torch.where(w.to(x.device) == 0, 0.0, w.to(x.device) * log_p)
-    at_target = x.gather(-1, index)
+    # By sorting: where the target stands, equal logits in the order of their columns.
+    order = torch.sort(x, dim=-1, descending=True, stable=True).indices
+    rank = (order == index).int().argmax(-1)
     out = {
         "log_prob": log_p.gather(-1, index).squeeze(-1),
         "lse": torch.logsumexp(x, -1),
@@ -39,7 +41,7 @@ def stats(
         "mean_log_prob": terms.sum(-1) / vocab,
         "log_sum_sq_probs": torch.logsumexp(2 * log_p, -1),
         "argmax": x.argmax(-1),
-        "rank": (x > at_target).sum(-1),
+        "rank": rank,
     }
     blank = {"argmax": -1, "rank": vocab}
     return {k: torch.where(valid, v, blank.get(k, 0)) for k, v in out.items()}

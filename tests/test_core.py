@@ -61,7 +61,7 @@ def oracle(x, target: int, weights):
         "log_sum_sq_probs": np.log((p**2).sum()),
         "mean_log_prob": (weights[used] * log_p[used]).sum(),
         "argmax": int(x.argmax()),
-        "rank": int((x > x[target]).sum()),
+        "rank": int((x > x[target]).sum() + (x[:target] == x[target]).sum()),
     }
 
 
@@ -100,7 +100,7 @@ def split_rows(draw):
 @hypothesis.given(split_rows())
 def test_any_split_in_any_order_merges_to_the_same_statistics(case):
     x, target, weights, parts, random = case
-    states = [core.state_of(x, weights, np.array(part, np.int64), x[target]) for part in parts]
+    states = [core.state_of(x, weights, np.array(part, np.int64), target) for part in parts]
     while len(states) > 1:  # a random tree of merges, empty parts included
         a = states.pop(random.randrange(len(states)))
         b = states.pop(random.randrange(len(states)))
@@ -116,7 +116,7 @@ def test_any_split_in_any_order_merges_to_the_same_statistics(case):
 @hypothesis.given(split_rows())
 def test_the_empty_state_is_the_identity_to_the_bit(case):
     x, target, weights, parts, _ = case
-    state = core.state_of(x, weights, np.concatenate(parts).astype(np.int64), x[target])
+    state = core.state_of(x, weights, np.concatenate(parts).astype(np.int64), target)
     fields = [
         "max",
         "sum_exp",
@@ -160,6 +160,24 @@ def test_kernels(isa, dtype, columns):
     assert [actual[name][3] for name in STATISTICS] == [0] * len(STATISTICS)
     assert actual["argmax"][3] == -1
     assert not grad[3].any()
+
+
+@pytest.mark.parametrize("columns", [1, 2, 40, 2048, 4099])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_logits_are_ordered_by_column(isa, dtype, columns):
+    """Rank 0 is argmax; of equals, each rank is taken once."""
+    rng = np.random.default_rng(columns)
+    for values in ([1.0], [1.0, 2.0], [-np.inf, -1.0, 0.0, 1.0]):
+        x = rng.choice(values, columns)
+        x[0] = values[-1]
+        targets = rng.choice(columns, min(columns, 50), replace=False)
+        targets[0] = columns - 1
+        logits, _ = stored(np.tile(x, (len(targets), 1)), dtype)
+        actual = getattr(core, f"row_stats_{dtype}")(isa, logits, targets, columns)
+        places = np.empty(columns, np.int64)
+        places[np.argsort(-x, kind="stable")] = np.arange(columns)
+        np.testing.assert_array_equal(actual["rank"], places[targets])
+        np.testing.assert_array_equal(actual["rank"] == 0, actual["argmax"] == targets)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])

@@ -12,7 +12,8 @@ from llmloss_ext import cross_entropy, token_stats
 def run(input, target):
     leaf = input.clone().requires_grad_()
     rows = cross_entropy(leaf, target, label_smoothing=0.1, z_loss=0.01, reduction="none")
-    stats = token_stats(leaf, target, softcap=9.0, with_rank=True)
+    extra = ("log_sum_sq_probs",)
+    stats = token_stats(leaf, target, softcap=9.0, with_rank=True, extra=extra)
     (grad,) = torch.autograd.grad(rows.sum() + stats.entropy.sum(), leaf)
     return [rows.detach(), *(s.detach() for s in stats), grad]
 

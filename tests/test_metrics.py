@@ -58,7 +58,10 @@ def test_accuracies(device, shape):
 def test_ties_and_nothing_to_count(device):
     logits = torch.zeros(2, 5, device=device)
     target = torch.tensor([4, -100], device=device)
-    assert metrics.accuracy(logits, target) == 1
+    assert metrics.accuracy(logits, target) == 0  # argmax is 0
+    assert metrics.accuracy(logits, torch.tensor([0, -100], device=device)) == 1
+    assert metrics.top_k_accuracy(logits, target, 4) == 0
+    assert metrics.top_k_accuracy(logits, target, 5) == 1
     assert metrics.accuracy(logits, target * 0 - 100).isnan()
     with pytest.raises(ValueError, match="k must be"):
         metrics.top_k_accuracy(logits, target, 0)

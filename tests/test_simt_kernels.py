@@ -17,7 +17,7 @@ pytest.importorskip("pybind11")
 from oracle import Problem, cross_entropy, cross_entropy_gradient  # noqa: E402
 from simt import build  # noqa: E402
 from simt.expected import row_stats, stats_gradient  # noqa: E402
-from simt.harness import SCHEDULES, STATISTICS, Case, library  # noqa: E402
+from simt.harness import ONE, SCHEDULES, STATISTICS, Case, library  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler")
 
@@ -191,6 +191,24 @@ def test_a_rows_bits_do_not_depend_on_its_place(kernels: Any, dtype: str, tiles:
             np.testing.assert_array_equal(values, results[0][name], name)
     for name, values in Case(kernels, dtype, alone).row_stats().items():
         assert values[0] == results[0][name][2], name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_logits_are_ordered_by_column(kernels: Any, dtype: str, schedule: Any) -> None:
+    """Rank 0 is argmax, wherever the target and its equals lie among vectors, chunks and blocks."""
+    kernels.set_schedule(*schedule)
+    rng = np.random.default_rng(1)
+    for columns, device in ((61, MANY), (4 * TILE[dtype] + 3, ONE), (17 * TILE[dtype] + 5, MANY)):
+        for values in ([1.0], [1.0, 2.0], [-np.inf, -1.0, 0.0]):
+            p = problem(columns, rows=5)
+            p.logits[:] = rng.choice(values, columns)
+            p.logits[:, 0] = values[-1]
+            p.target[[2, 3]] = 0, columns - 1
+            case = Case(kernels, dtype, p, 1, device=device)
+            out = case.row_stats(("argmax", "rank"))
+            check_stats(case, {name: out[name] for name in ("argmax", "rank")})
+            hit = (out["argmax"] == p.target)[p.valid]
+            np.testing.assert_array_equal(hit, (out["rank"] == 0)[p.valid])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -55,6 +55,11 @@ MUTANTS = {
         "return column < end;",
         "return true;",
     ),
+    "no order among equal logits": (
+        "kernels/chunks.cuh",
+        "const bool is_before = column + i < target;",
+        "const bool is_before = false;",
+    ),
     "sums not moved to a new maximum": (
         "kernels/chunks.cuh",
         "return factor;",

@@ -97,22 +97,23 @@ def test_stride_zero_and_broadcast_upstream(device):
     assert_close(leaf.grad, other.grad, 1e-12)
 
 
-def test_rank_counts_only_strictly_greater(device):
+def test_rank_counts_what_comes_before(device):
     input = torch.tensor([[1.0, 3.0, 3.0, 2.0]], device=device).expand(3, 4).contiguous()
     stats = token_stats(input, torch.tensor([1, 2, 3], device=device), with_rank=True)
-    assert stats.rank.tolist() == [0, 0, 2]
+    assert stats.rank.tolist() == [0, 1, 2]
     assert stats.argmax.tolist() == [1, 1, 1]
 
 
-def test_softcapped_ties_do_not_count_against_the_target(device):
+def test_softcapped_ties_are_ordered_by_column(device):
     """Saturated logits are equal after the cap; the target's must come out with the same bits."""
     input = torch.full((1, 40), 1e6, device=device)
     stats = token_stats(input, torch.tensor([17], device=device), softcap=30.0, with_rank=True)
-    assert stats.rank.item() == 0
+    assert stats.rank.item() == 17
     random = torch.randn(50, 333, device=device) * 40
     target = random.argmax(-1)
     stats = token_stats(random, target, softcap=7.0, logit_scale=1.1, with_rank=True)
-    assert (stats.rank == 0).all()
+    assert torch.equal(stats.rank == 0, stats.argmax == target)
+    assert (stats.rank == 0).any()
 
 
 def test_rows_without_statistics(device):
@@ -177,3 +178,24 @@ def test_extra_statistics_by_name(device, name):
     for wrong in ("rank", ("median",), ["rank", "x"]):
         with pytest.raises(ValueError, match="extra must hold names of statistics"):
             token_stats(logits, target, extra=wrong)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "options", [{}, {"logit_scale": -0.5}, {"softcap": 1.5}, {"vocab_size": 60}]
+)
+def test_equal_logits_are_ordered_by_column(device, dtype, options):
+    """rank is 0 exactly where argmax is the target, and k are among the k largest."""
+    columns = 61
+    logits = torch.randint(-2, 3, (columns, columns)).to(dtype).to(device)
+    logits[0] = 0
+    if "logit_scale" not in options:  # a negative one makes +inf of it
+        logits[1] = -torch.inf
+        logits[1, 7:9] = 1.0
+    classes = options.get("vocab_size", columns)
+    target = torch.arange(columns, device=device) % classes
+    stats = token_stats(logits, target, with_rank=True, **options)
+    assert torch.equal(stats.rank == 0, stats.argmax == target)
+    x = options.get("logit_scale", 1.0) * logits[:, :classes].float()
+    order = torch.sort(x, dim=-1, descending=True, stable=True).indices
+    assert torch.equal(stats.rank, (order == target.unsqueeze(-1)).int().argmax(-1))

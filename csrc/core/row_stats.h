@@ -23,7 +23,7 @@ struct PartialState {
   Real sum_weighted = 0;         // sum a (x - m), for the weighted mean of log-probabilities
   Real sum_weights = 0;          // sum a
   int64_t argmax = -1;           // the first column that holds m
-  int64_t rank = 0;              // columns strictly above the target's logit
+  int64_t rank = 0;              // columns of a larger logit than the target's, or equal and before
 
   // The point that the sums are relative to: m, or 0 where every logit is -inf.
   LLMLOSS_HD Real reference() const { return max == -infinity<Real>() ? Real(0) : max; }

@@ -25,8 +25,9 @@ namespace llmloss {
 // log_sum_sq_probs  log sum p^2
 // argmax            the first of the largest; -1 where a nan or +inf leaves the row without
 //                   statistics
-// rank              columns above the target's logit; vocab_size there, so that the row is in no
-//                   top-k
+// rank              columns before the target's, by logit from the largest and among equals by
+//                   column: 0 exactly where the target is argmax. vocab_size without statistics, so
+//                   that the row is in no top-k
 struct Stat {
   enum : int {
     LLMLOSS_FLOAT_STATISTICS(LLMLOSS_ENUMERATOR) LLMLOSS_INTEGER_STATISTICS(LLMLOSS_ENUMERATOR)

@@ -110,9 +110,12 @@ inline void with_flag(bool flag, const Body& body) {
 // sum of the squares of e^(x - reference). Unless exps is null, every e^(x - reference) is kept
 // there; exps may be x. `next` is what will be read after this block: this pass computes and reads
 // the L1 cache alone, so that memory would idle.
+//
+// target: the target's column in the block, or -1. Its exponential, which is 1 where the model is
+// confident, is added in double at the end: the small ones are never rounded to its steps.
 template <bool with_entropy, bool with_squares, bool keep, typename Real, typename T, typename Next>
-inline void block_exp_sums(const T* x, int n, Real reference, Real* exps, const Next* next,
-                           PartialState<double>& part) {
+inline void block_exp_sums(const T* x, int n, Real reference, int target, Real* exps,
+                           const Next* next, PartialState<double>& part) {
   using V = Vec<Real>;
   const Reg<Real> ref = V::broadcast(reference);
   Accumulators<Real> sum_exp(0), sum_x_exp(0), sum_sq_exp(0);
@@ -130,35 +133,62 @@ inline void block_exp_sums(const T* x, int n, Real reference, Real* exps, const 
     }
     return e;
   };
-  int i = 0;
-  for (; i + unroll * V::width <= n; i += unroll * V::width) {
-    prefetch(next + i, unroll * V::width * int(sizeof(Next)));
-    for (int lane = 0; lane < unroll; ++lane) {
-      const int at = i + lane * V::width;
-      const Reg<Real> e = step(lane, V::load(x + at));
-      if constexpr (keep) V::store(exps + at, e);
+  const auto walk = [&](int i, int end) {
+    for (; i + unroll * V::width <= end; i += unroll * V::width) {
+      prefetch(next + i, unroll * V::width * int(sizeof(Next)));
+      for (int lane = 0; lane < unroll; ++lane) {
+        const int at = i + lane * V::width;
+        const Reg<Real> e = step(lane, V::load(x + at));
+        if constexpr (keep) V::store(exps + at, e);
+      }
     }
+    for (; i < end; i += V::width) {
+      const int part = end - i < V::width ? end - i : V::width;
+      const Reg<Real> e = step(
+          0, part == V::width ? V::load(x + i) : load_part<Real>(x + i, part, -infinity<Real>()));
+      if constexpr (keep) store_part<Real>(exps + i, part, e);
+    }
+  };
+  Real at_target = 0, e_target = 0;
+  if (target < 0) {
+    walk(0, n);
+  } else {
+    // The vector that holds the target, without it.
+    const int begin = target / V::width * V::width;
+    const int count = n - begin < V::width ? n - begin : V::width;
+    Real lanes[V::width], exp_lanes[V::width];
+    V::store(lanes, load_part<Real>(x + begin, count, -infinity<Real>()));
+    at_target = lanes[target - begin] - reference;
+    V::store(exp_lanes, exp_nonpositive<Real>(V::broadcast(at_target)));
+    e_target = exp_lanes[0];
+    lanes[target - begin] = -infinity<Real>();
+    walk(0, begin);
+    const Reg<Real> e = step(0, V::load(lanes));
+    if constexpr (keep) {
+      store_part<Real>(exps + begin, count, e);
+      exps[target] = e_target;
+    }
+    walk(begin + count, n);
   }
-  for (; i < n; i += V::width) {
-    const int part = n - i < V::width ? n - i : V::width;
-    const Reg<Real> e = step(
-        0, part == V::width ? V::load(x + i) : load_part<Real>(x + i, part, -infinity<Real>()));
-    if constexpr (keep) store_part<Real>(exps + i, part, e);
+  part.sum_exp = sum_exp.sum() + double(e_target);
+  if constexpr (with_entropy) {
+    const double shifted = max_of(lowest_log_prob<Real>(), at_target);
+    part.sum_x_exp = sum_x_exp.sum() + shifted * e_target;
   }
-  part.sum_exp = sum_exp.sum();
-  if constexpr (with_entropy) part.sum_x_exp = sum_x_exp.sum();
-  if constexpr (with_squares) part.sum_sq_exp = sum_sq_exp.sum();
+  if constexpr (with_squares) part.sum_sq_exp = sum_sq_exp.sum() + double(e_target) * e_target;
 }
 
 // Exponentials are kept only where no other sum is asked for.
 template <typename Real, typename T, typename Next>
-inline void block_exp_sums(const T* x, int n, Real reference, const Wanted& wanted, Real* exps,
-                           const Next* next, PartialState<double>& part) {
-  if (exps != nullptr) return block_exp_sums<false, false, true>(x, n, reference, exps, next, part);
+inline void block_exp_sums(const T* x, int n, Real reference, int target, const Wanted& wanted,
+                           Real* exps, const Next* next, PartialState<double>& part) {
+  if (exps != nullptr) {
+    return block_exp_sums<false, false, true>(x, n, reference, target, exps, next, part);
+  }
   with_flag(wanted.floats[Stat::entropy], [&](auto entropy) {
     with_flag(wanted.floats[Stat::log_sum_sq_probs], [&](auto squares) {
-      block_exp_sums<decltype(entropy)::value, decltype(squares)::value, false>(x, n, reference,
-                                                                                exps, next, part);
+      block_exp_sums<decltype(entropy)::value, decltype(squares)::value, false>(
+          x, n, reference, target, exps, next, part);
     });
   });
 }
@@ -199,15 +229,18 @@ inline WeightedSums block_weighted_sum(const T* x, const Real* a, int n, Real re
   return {sum.sum(), weights.sum()};
 }
 
-// Elements strictly above the threshold.
+// Elements of a larger logit than the target's, or of the same among the first `before`: those that
+// stand before the target's column.
 template <typename Real, typename T>
-inline int64_t block_count_greater(const T* x, int n, Real threshold) {
+inline int64_t block_rank(const T* x, int n, Real target_logit, int before) {
   using V = Vec<Real>;
-  const Reg<Real> bound = V::broadcast(threshold);
+  const Reg<Real> bound = V::broadcast(target_logit);
   int counts[unroll] = {};
-  for_each_vector<Real>(x, n, -infinity<Real>(),
+  for_each_vector<Real>(x, before, infinity<Real>(),
+                        [&](int lane, Reg<Real> v) { counts[lane] -= V::count_greater(bound, v); });
+  for_each_vector<Real>(x + before, n - before, -infinity<Real>(),
                         [&](int lane, Reg<Real> v) { counts[lane] += V::count_greater(v, bound); });
-  return int64_t{counts[0]} + counts[1] + counts[2] + counts[3];
+  return int64_t{before} + counts[0] + counts[1] + counts[2] + counts[3];
 }
 
 // The first element equal to a value that the block holds.

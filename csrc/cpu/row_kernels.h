@@ -70,7 +70,7 @@ struct KeptExps {
 // it.
 template <typename Real, typename X, typename T>
 PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
-                                 int64_t first_column, Real floor, Real target_logit,
+                                 int64_t first_column, Real floor, const Target<Real>& target,
                                  const Wanted& wanted, const KeptExps<Real>* kept, const T* next) {
   PartialState<double> part;
   const Real max = block_max<Real>(x, n);
@@ -89,33 +89,37 @@ PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
       part.sum_weights = beta * n;
     }
   }
-  if (wanted.integers[Stat::rank]) part.rank = block_count_greater(x, n, target_logit);
+  if (wanted.integers[Stat::rank]) {
+    const int64_t before = target.column - first_column;
+    part.rank = block_rank(x, n, target.logit, before < 0 ? 0 : before < n ? int(before) : n);
+  }
   // Last: the exponentials may lie over x.
   Real* exps = nullptr;
   if (kept != nullptr) {
     exps = kept->exps + first_column;
     kept->references[first_column / block_columns] = Real(part.max);
   }
-  block_exp_sums(x, n, reference, wanted, exps, next, part);
+  const int64_t at = target.column - first_column;
+  block_exp_sums(x, n, reference, at >= 0 && at < n ? int(at) : -1, wanted, exps, next, part);
   return part;
 }
 
 template <typename T>
 RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, const Wanted& wanted,
-                                real_t<T> target_logit, const KeptExps<real_t<T>>* kept) {
+                                const Target<real_t<T>>& target, const KeptExps<real_t<T>>* kept) {
   using Real = real_t<T>;
   PartialState<double> state;
   for (int64_t column = 0; column < in.vocab_size; column += block_columns) {
     const int n = block_size(column, in.vocab_size);
     const Real* a = wanted.floats[Stat::mean_log_prob] ? reader.weights(column, n) : nullptr;
     const auto state_of = [&](const auto* x) {
-      return block_state<Real>(x, a, double(in.weights.beta), n, column, Real(state.max),
-                               target_logit, wanted, kept, reader.raw(column + n));
+      return block_state<Real>(x, a, double(in.weights.beta), n, column, Real(state.max), target,
+                               wanted, kept, reader.raw(column + n));
     };
     state = merge(state, reader.is_identity() ? state_of(reader.raw(column))
                                               : state_of(reader.transformed(column, n)));
   }
-  return finalize(state, double(target_logit), in.vocab_size);
+  return finalize(state, double(target.logit), in.vocab_size);
 }
 
 template <typename T>
@@ -130,7 +134,7 @@ RowStats<double> statistics_of(RowReader<T>& reader, const RowInputs<T>& in, con
                                int64_t row, const Target<real_t<T>>& target,
                                const KeptExps<real_t<T>>* kept = nullptr) {
   if (!is_active(in, row)) return absent_statistics<double>(in, row);
-  return row_statistics(reader, in, wanted, target.logit, kept);
+  return row_statistics(reader, in, wanted, target, kept);
 }
 
 template <typename T>

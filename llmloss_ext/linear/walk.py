@@ -209,11 +209,11 @@ def gradients_by_chunks(
         grad_scale = torch.zeros((), dtype=torch.float64, device=input.device)
     for chunk in _walk(projection, targets.target, logits, chunks):
         at = chunk.rows
-        scale = rows.gradient_(
+        _, scale = rows.gradient(
             FloatStats(*(None if grad is None else take(grad, at) for grad in grads)),
             chunk.logits, take(targets.target, at),
             [take(x, at) if x.numel() else x for x in stats],
-            take(state, at).t().contiguous(), bool(needs.logit_scale),
+            take(state, at).t().contiguous(), bool(needs.logit_scale), inplace=True,
         )  # fmt: skip
         gradients.add(chunk)
         if grad_scale is not None:

@@ -123,9 +123,9 @@ class LossStats(NamedTuple):
     perplexity: Tensor
     """exp of the mean of -log p; inf where that overflows."""
     accuracy: Tensor
-    """Share of tokens whose target has the largest logit (ties count for it); nan without any."""
+    """Share of tokens whose target is the argmax; nan without any."""
     top_k_accuracy: Tensor
-    """Share of tokens whose target is among the k largest."""
+    """Share of tokens whose target is among the k largest, equal logits ordered by class."""
     tokens: Tensor
     """Number of tokens that have a target, int64."""
 

@@ -71,7 +71,7 @@ class LocalRows:
             kernels.token_stats(logits, target, self.weight, self.logit_scale, *packed, wanted)
         )
 
-    def gradient_(
+    def gradient(
         self,
         grads: FloatStats,
         logits: Tensor,
@@ -79,14 +79,19 @@ class LocalRows:
         stats: list[Tensor],
         state: Tensor,
         with_scale: bool,
-    ) -> Tensor:
-        """Writes the gradient over the logits; returns that of logit_scale, if asked for.
+        *,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of the logits (``inplace``: over them) and, if asked for, of logit_scale.
 
         ``grads`` are those of the statistics; ``stats`` and ``state`` are what `statistics` said.
         """
         where = (logits, target, self.weight, self.logit_scale, *pack(self.options))
-        scale: Tensor = kernels.token_stats_backward_(grads, *where, stats, state, with_scale)
-        return scale
+        arguments = (grads, *where, stats, state, with_scale)
+        if inplace:
+            return logits, kernels.token_stats_backward_(*arguments)
+        gradient, scale = kernels.token_stats_backward(*arguments)
+        return gradient, scale
 
     def losses(self, logits: Tensor, labels: Labels, divisor: Tensor, loss: LossOptions) -> Tensor:
         """The sum of the losses, divided; ``loss`` says "mean", ``divisor`` (0-d) of what."""

@@ -65,8 +65,8 @@ class ShardedTokenStats(Function):
         ctx.spent = ctx.inplace
         rows = ShardedRows(ctx.shard, inputs.weight, inputs.logit_scale, ctx.logits)
         with_scale = StatsInputs(*ctx.needs_input_grad[:count]).logit_scale
-        where = (grads, inputs.input, inputs.target, stats, state, with_scale, ctx.inplace)
-        gradient, scale = rows.gradient(*where)
+        where = (grads, inputs.input, inputs.target, stats, state, with_scale)
+        gradient, scale = rows.gradient(*where, inplace=ctx.inplace)
         if ctx.inplace:
             mark_written(gradient)
         if with_scale:

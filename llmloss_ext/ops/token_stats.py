@@ -95,7 +95,8 @@ class TokenStats(Function):
     @staticmethod
     def backward(ctx: Any, _state: None, *grad_results: Tensor | None) -> MaybeTensors:
         """One visit to the logits, whatever the statistics that were used."""
-        grads = FloatStats(*grad_results[: len(FloatStats._fields)])
+        # A compiled graph also passes gradients of what was not asked for.
+        grads = FloatStats(*grad_results[: len(FloatStats._fields)]).only(ctx.call.wanted)
         if not grads.used:
             return (*StatsInputs(), None)
         inputs, state, stats = _saved(ctx)

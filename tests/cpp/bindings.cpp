@@ -22,7 +22,8 @@ using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
 using Indices = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 // The state of the given columns of a row, joined one by one.
-State columns_state(Array logits, Array weights, Indices columns, double target_logit) {
+State columns_state(Array logits, Array weights, Indices columns, int64_t target) {
+  const double target_logit = logits.at(target);
   State total;
   for (py::ssize_t i = 0; i < columns.size(); ++i) {
     const int64_t column = columns.at(i);
@@ -33,7 +34,7 @@ State columns_state(Array logits, Array weights, Indices columns, double target_
     one.sum_sq_exp = one.sum_exp * one.sum_exp;
     one.sum_weights = weights.at(column);
     if (one.sum_weights != 0) one.sum_weighted = one.sum_weights * (one.max - one.reference());
-    one.rank = one.max > target_logit;
+    one.rank = one.max > target_logit || (one.max == target_logit && column < target);
     total = merge(total, one);
   }
   return total;

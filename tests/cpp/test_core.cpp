@@ -15,7 +15,8 @@ namespace {
 constexpr double inf = std::numeric_limits<double>::infinity();
 
 // The state of one column, as a kernel would make it.
-PartialState<double> column(double x, int64_t index, double a, double target_logit) {
+PartialState<double> column(double x, int64_t index, double a, double target_logit,
+                            int64_t target = -1) {
   PartialState<double> state;
   state.max = x;
   state.argmax = index;
@@ -23,7 +24,7 @@ PartialState<double> column(double x, int64_t index, double a, double target_log
   state.sum_sq_exp = state.sum_exp * state.sum_exp;
   state.sum_weights = a;
   state.sum_weighted = a == 0 ? 0 : a * (x - state.reference());
-  state.rank = x > target_logit;
+  state.rank = x > target_logit || (x == target_logit && index < target);
   return state;
 }
 

@@ -171,8 +171,9 @@ def rank_hard_numbers(rank, ranks):
     mine = p.columns
 
     def check(logits, target=p.target, tolerance=2e-6):
-        got = parallel.token_stats(logits[:, mine], target, with_rank=True)
-        want = llmloss_ext.token_stats(logits.double(), target, with_rank=True)
+        options = {"with_rank": True, "extra": ("log_sum_sq_probs",)}
+        got = parallel.token_stats(logits[:, mine], target, **options)
+        want = llmloss_ext.token_stats(logits.double(), target, **options)
         for name, one, other in zip(got._fields, got, want, strict=True):
             assert_close(one, other, tolerance), name
         shard, whole = leaf(logits[:, mine]), leaf(logits.double())
@@ -192,6 +193,9 @@ def rank_hard_numbers(rank, ranks):
     sure = torch.zeros(ROWS, p.classes)
     sure[torch.arange(ROWS), p.target.clamp_min(0)] = torch.linspace(10, 18, ROWS)
     check(sure)
+    # Equal logits, on one rank and on several: ordered by class.
+    check((p.logits / 3).round())
+    check(torch.zeros(ROWS, p.classes))
     # Without -inf nothing is masked; with it, a rank may have no logit at all.
     masked = p.logits.clone()
     masked[:, COLUMNS:] = -torch.inf

@@ -59,6 +59,7 @@ struct ColumnReducer {
   LogitTransform<Real> transform;  // resolved
   int64_t row;
   Real target_logit;
+  int target;  // its column; -1: none
   Wanted wanted;
 
   // The state of the columns [begin, end), the same in every lane.
@@ -155,7 +156,10 @@ struct ColumnReducer {
           state.argmax = column + place;
         }
 #pragma unroll
-        for (int i = 0; i < width; ++i) state.rank += x[v][i] > target_logit;
+        for (int i = 0; i < width; ++i) {
+          const bool is_before = column + i < target;  // and so wins a tie
+          state.rank += x[v][i] > target_logit || (is_before && x[v][i] == target_logit);
+        }
       }
       max = larger(max, largest);
     }

@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
   const LogitTransform<Real> transform = in.transform.resolved();
   const Target<Real> target = target_of(in, transform, row);  // before the gradient is over it
   const Wanted wanted = plain_stats ? Wanted{} : Wanted::by(out);
-  const ColumnReducer<T, plain_stats> reducer{in, transform, row, target.logit, wanted};
+  const ColumnReducer<T, plain_stats> reducer{in,           transform,          row,
+                                              target.logit, int(target.column), wanted};
   const Real of_loss = source.of_loss(row);
   if constexpr (staged) {
     simt::wait_for_copies();

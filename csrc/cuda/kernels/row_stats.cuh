@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   const LogitTransform<real_t<T>> transform = in.transform.resolved();
   const Target<real_t<T>> target = target_of(in, transform, row);
   const Wanted wanted = plain ? Wanted{} : Wanted::by(out);
-  const ColumnReducer<T, plain> reducer{in, transform, row, target.logit, wanted};
+  const ColumnReducer<T, plain> reducer{in,           transform,          row,
+                                        target.logit, int(target.column), wanted};
   const Columns<T> columns = logits_of(in, row);
   const auto state_of = [&](int chunk) {
     const int begin = chunk * chunks.columns, end = begin + chunks.columns;
