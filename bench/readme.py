@@ -78,6 +78,24 @@ def _rounds(results: Results) -> str:
     return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
 
 
+def _headline(results: Results) -> str:
+    """The largest float32 loss from logits, forward and backward, in a sentence."""
+    rows = [
+        row
+        for row in results.of_figure("peers")
+        if row.case.has_backward and not row.case.is_linear and row.case.dtype == "float32"
+    ]
+    row = max(rows, key=lambda row: row.case.columns)
+    plain, inplace = (
+        [_faster(row, than, who).removesuffix(" faster") for than in ("torch", "compile")]
+        for who in ("llmloss", "llmloss inplace")
+    )
+    return (
+        f"On a CPU, {row.case.label} logits: {plain[0]} faster than eager torch and {plain[1]} "
+        f"than torch.compile; in place {inplace[0]} and {inplace[1]} ([more](#speed))."
+    )
+
+
 def _speed(results: Results) -> str:
     rows = []
     for row in results.of_figure("peers"):
@@ -181,6 +199,7 @@ def _times_faster(few: Row | None, whole: Row) -> str:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
+    "headline": _headline,
     "machine": _machine,
     "speed": _speed,
     "linear": _linear,

@@ -54,6 +54,8 @@ stats = token_stats(rows, target)
 show(
     "z-loss", cross_entropy(rows, target, z_loss=1e-2), plain + 1e-2 * stats.lse[:6].square().mean()
 )
+hardness = (1 - stats.log_prob[:6].exp()) ** 2
+show("focal", cross_entropy(rows, target, focal_gamma=2.0), (each[:6] * hardness).mean())
 capped = F.cross_entropy(5.0 * torch.tanh(0.7 * rows / 5.0), target)
 show("softcap, logit_scale", cross_entropy(rows, target, softcap=5.0, logit_scale=0.7), capped)
 soft = torch.softmax(torch.randn(8, VOCAB), -1)

@@ -3,9 +3,9 @@
 import importlib
 from typing import Any
 
-from llmloss_ext import functional, linear, losses, metrics, nn, ops, training
-from llmloss_ext.functional import TokenStats, cross_entropy, token_stats
-from llmloss_ext.linear import (
+from . import functional, linear, losses, metrics, nn, ops, training
+from .functional import cross_entropy, token_stats
+from .linear import (
     Plan,
     linear_cross_entropy,
     linear_kl_div,
@@ -13,9 +13,12 @@ from llmloss_ext.linear import (
     linear_token_stats,
     plan,
 )
+from .shard import Shard
+from .statistics import TokenStats
 
 __all__ = [
     "Plan",
+    "Shard",
     "TokenStats",
     "cross_entropy",
     "functional",
@@ -36,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `llmloss_ext.parallel` when it is asked for: it needs torch's compiler, a second."""
+    """Imports `parallel` when it is asked for: it needs torch's compiler, a second."""
     if name == "parallel":
-        return importlib.import_module("llmloss_ext.parallel")
+        return importlib.import_module(".parallel", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

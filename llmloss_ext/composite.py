@@ -1,39 +1,27 @@
-"""The statistics as differentiable torch arithmetic.
+"""The mathematics of the losses in plain torch, differentiable as often as asked.
 
-The kernels give values and first-order gradients. Whatever asks for more, that is second-order
-gradients, forward-mode derivatives and gradients under ``vmap``, is derived by torch from the few
-lines here. They keep several copies of the logits: slower, never wrong.
+The kernels give values and first-order gradients. Whatever asks for more (second-order gradients,
+forward-mode derivatives, gradients under ``vmap``) is derived by torch from the few lines here.
+They keep several copies of the logits: slower, never wrong. The losses of rows whose statistics
+are known (`losses_of`) are used in production too: from hidden states and over several ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .options import MEAN, NONE, LogitOptions, LossOptions
+from .statistics import FloatStats
 
-class LogitOptions(NamedTuple):
-    """How an operator reads the logits. ``softcap`` 0 means none."""
-
-    scale: float
-    softcap: float
-    ignore_index: int
-    vocab_size: int
+_LOWEST = 4
+"""A logit of -inf stands as the lowest finite number over this: the difference of two is finite."""
 
 
-class Stats(NamedTuple):
-    """The differentiable statistics, one number per row."""
-
-    log_prob: Tensor
-    lse: Tensor
-    entropy: Tensor
-    mean_log_prob: Tensor
-
-
-class Weights(NamedTuple):
-    """The column weights a: ``class_weight * (share_of_target * target + uniform_share)``."""
+class ColumnWeights(NamedTuple):
+    """Of probability targets: ``class_weight * (share_of_target * target + uniform_share)``."""
 
     share_of_target: float
     uniform_share: float
@@ -55,8 +43,8 @@ def token_stats(
     weight: Tensor | None,
     logit_scale: Tensor | None,
     options: LogitOptions,
-    weights: Weights | None = None,
-) -> Stats:
+    weights: ColumnWeights | None = None,
+) -> FloatStats:
     """Statistics of the rows of ``input`` (..., columns), for their derivatives.
 
     A logit of -inf stands as the lowest finite number here: its probability is 0 all the same, and
@@ -67,10 +55,11 @@ def token_stats(
     x = x * (logit_scale.to(real) if logit_scale is not None else options.scale)
     if options.softcap > 0:
         x = options.softcap * torch.tanh(x / options.softcap)
-    x = x.clamp_min(torch.finfo(real).min / 4)
+    x = x.clamp_min(torch.finfo(real).min / _LOWEST)
     lse = torch.logsumexp(x, dim=-1)
     log_p = x - lse.unsqueeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
+    sum_sq = torch.logsumexp(2 * log_p, dim=-1)
     class_weight = None if weight is None else weight[: options.vocab_size].to(real)
     if is_indices(target):
         valid = target != options.ignore_index
@@ -79,20 +68,13 @@ def token_stats(
         log_prob = log_p.gather(-1, index).squeeze(-1)
         terms = log_p if class_weight is None else log_p * class_weight
         mean = terms.sum(-1) / options.vocab_size
+        stats = FloatStats(log_prob, lse, entropy, mean, sum_sq)
         zero = torch.zeros((), dtype=real, device=input.device)
-        return Stats(*(torch.where(valid, s, zero) for s in (log_prob, lse, entropy, mean)))
+        return FloatStats(*(torch.where(valid, x, zero) for x in stats))
     assert weights is not None
     a = weights.share_of_target * target[..., : options.vocab_size].to(real) + weights.uniform_share
     mean = ((a if class_weight is None else a * class_weight) * log_p).sum(-1)
-    return Stats(torch.zeros_like(lse), lse, entropy, mean)
-
-
-class LossOptions(NamedTuple):
-    """What a cross entropy adds to `LogitOptions`. ``reduction``: 0 none, 1 mean, 2 sum."""
-
-    label_smoothing: float
-    z_loss: float
-    reduction: int
+    return FloatStats(torch.zeros_like(lse), lse, entropy, mean, sum_sq)
 
 
 def target_weights(
@@ -100,7 +82,7 @@ def target_weights(
 ) -> Tensor:
     """The class weight of each row's target: 1 without class weights, 0 where ignored.
 
-    A target out of range reads the first weight: it is the kernels' to report, with its position.
+    A target out of range reads the first weight: the kernels report it, with its position.
     """
     valid = target != ignore_index
     if weight is None:
@@ -125,9 +107,9 @@ def denominators(
         rows = torch.ones(input.shape[:-1], dtype=real, device=input.device)
         return rows if token_weight is None else rows * token_weight.to(real)
     rows = target_weights(target, weight, ignore, real)
-    return (
-        rows if token_weight is None else rows * weight_tokens(token_weight, target, ignore, real)
-    )
+    if token_weight is None:
+        return rows
+    return rows * weight_tokens(token_weight, target, ignore, real)
 
 
 def row_losses(
@@ -141,68 +123,86 @@ def row_losses(
 ) -> Tensor:
     """The loss of every row, 0 where ignored."""
     eps = loss.label_smoothing
-    shares = Weights(1.0 - eps, eps / options.vocab_size)
+    shares = ColumnWeights(1.0 - eps, eps / options.vocab_size)
     stats = token_stats(input, target, weight, logit_scale, options, shares)
-    return losses_of(stats, target, weight, token_weight, options.ignore_index, loss)
+    w_y = None
+    if is_indices(target):
+        w_y = target_weights(target, weight, options.ignore_index, real_of(input))
+        if token_weight is not None:
+            token_weight = weight_tokens(token_weight, target, options.ignore_index, w_y.dtype)
+    return losses_of(stats, w_y, token_weight, loss)
 
 
 def losses_of(
-    stats: Sequence[Tensor],
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    ignore_index: int,
-    loss: LossOptions,
+    stats: FloatStats, w_y: Tensor | None, token_weight: Tensor | None, loss: LossOptions
 ) -> Tensor:
-    """The losses of rows whose `Stats` are known; those that no term reads may be empty."""
-    w_y = None
-    if is_indices(target):
-        w_y = target_weights(target, weight, ignore_index, stats[1].dtype)
-        if token_weight is not None:
-            token_weight = weight_tokens(token_weight, target, ignore_index, w_y.dtype)
-    return weighted_losses(stats, w_y, token_weight, loss)
+    """The losses of rows: row_loss of csrc/core/loss.h.
 
-
-def weighted_losses(
-    stats: Sequence[Tensor], w_y: Tensor | None, token_weight: Tensor | None, loss: LossOptions
-) -> Tensor:
-    """The same, with the class weights of the targets; None: probability targets."""
-    log_prob, lse, _, mean_log_prob = stats[:4]
+    Args:
+        stats: Those that `LossOptions.statistics` names.
+        w_y: The class weight of each target, 0 where ignored; None: probability targets.
+        token_weight: Of each row, 0 where ignored.
+        loss: The options; the reduction is not read.
+    """
     if w_y is None:
-        rows = -mean_log_prob
+        rows = -stats.mean_log_prob
     else:
         eps = loss.label_smoothing
         # A share of 0 leaves its term out, so that log 0 does not become 0 * inf.
-        rows = -(1.0 - eps) * w_y * log_prob if eps != 1 else torch.zeros_like(lse)
+        rows = -(1.0 - eps) * w_y * stats.log_prob if eps != 1 else torch.zeros_like(stats.lse)
         if eps != 0:
-            rows = rows - eps * mean_log_prob
+            rows = rows - eps * stats.mean_log_prob
+        if loss.focal_gamma != 0:
+            rows = rows * _difficulty(stats.log_prob, loss.focal_gamma)
     if loss.z_loss != 0:
-        rows = rows + loss.z_loss * lse.square()
+        rows = rows + loss.z_loss * stats.lse.square()
     return rows if token_weight is None else rows * token_weight.to(rows.dtype)
 
 
-def loss_gradients(
-    stats: Sequence[Tensor], w_y: Tensor, upstream: Tensor, loss: LossOptions
-) -> tuple[Tensor | None, ...]:
-    """Of `weighted_losses` for class indices, with respect to its first four `Stats`; None: 0.
-
-    ``upstream`` is that of each row's loss, times its token's weight.
-    """
-    eps, z_loss = loss.label_smoothing, loss.z_loss
-    return (
-        (eps - 1.0) * w_y * upstream,
-        2.0 * z_loss * stats[1] * upstream if z_loss != 0 else None,
-        None,
-        -eps * upstream if eps != 0 else None,
-    )
+def _difficulty(log_prob: Tensor, gamma: float) -> Tensor:
+    """(1 - p_y)^gamma (Lin et al. 2017); no derivative is infinite where p_y is 0 or 1."""
+    p_else = -torch.expm1(log_prob)
+    inside = (p_else > 0) & (p_else < 1)
+    return torch.where(inside, torch.where(inside, p_else, 0.5).pow(gamma), p_else.detach().sign())
 
 
-def reduce(rows: Tensor, denominator: Tensor, reduction: int) -> Tensor:
+def losses_and_gradients(
+    stats: FloatStats, w_y: Tensor, token_weight: Tensor, upstream: Tensor, loss: LossOptions
+) -> tuple[Tensor, FloatStats]:
+    """`losses_of`, and the gradients of their sum times ``upstream``; None: no such gradient."""
+    names = loss.statistics()
+    with torch.enable_grad():
+        leaves = {name: getattr(stats, name).detach().requires_grad_() for name in names}
+        rows = losses_of(FloatStats(**leaves), w_y, token_weight, loss)
+        gradients = torch.autograd.grad(
+            rows, list(leaves.values()), upstream.expand_as(rows), allow_unused=True
+        )
+    return rows.detach(), FloatStats(**dict(zip(names, gradients, strict=True)))
+
+
+def loss_of(
+    stats: FloatStats,
+    w_y: Tensor,
+    token_weight: Tensor | None,
+    num_items: Tensor | None,
+    loss: LossOptions,
+) -> Tensor:
+    """`losses_of`, reduced: (N) or 0-d."""
+    rows = losses_of(stats, w_y, token_weight, loss)
+    if loss.reduction == MEAN and num_items is None:
+        num_items = (w_y if token_weight is None else w_y * token_weight).sum()
+    return reduce(rows, num_items, loss.reduction)
+
+
+def reduce(rows: Tensor, denominator: Tensor | None, reduction: int) -> Tensor:
     """Applies the reduction; ``denominator`` is read for the mean only."""
-    if reduction == 0:
+    if reduction == NONE:
         return rows
-    total = rows.sum()
-    return total / denominator if reduction == 1 else total
+    whole = total(rows)
+    if reduction != MEAN:
+        return whole
+    assert denominator is not None
+    return whole / denominator
 
 
 def total(rows: Tensor) -> Tensor:

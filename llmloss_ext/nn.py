@@ -1,4 +1,4 @@
-"""The losses as modules."""
+"""The losses as modules: each option of the function, said once."""
 
 from __future__ import annotations
 
@@ -8,44 +8,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmloss_ext import functional
-from llmloss_ext.linear import linear_cross_entropy
+from . import functional
+from .linear import linear_cross_entropy
+from .options import OPTIONS, LossOptions, option_names, spelled_out
 
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
+_PER_CALL = {"token_weight", "num_items", "weight_grad_accumulator"}
+_OWN = {"weight", "ignore_index", "reduction", "label_smoothing", "linear_bias"}
+"""What the modules themselves have in their signatures."""
+
+
+def _others(function: Any) -> list[str]:
+    return [name for name in option_names(function) if name not in _PER_CALL | _OWN]
+
 
 def _register(module: torch.nn.Module, name: str, value: Any, *, persistent: bool = True) -> None:
-    """Sets an attribute; a tensor that is no Parameter becomes a buffer, which moves along."""
+    """Sets an attribute; a tensor that is not a Parameter becomes a buffer, which moves along."""
     if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
         module.register_buffer(name, value, persistent=persistent)
     else:
         setattr(module, name, value)
 
 
-class CrossEntropyLoss(torch.nn.Module):
-    """`llmloss_ext.functional.cross_entropy` as a module: a drop-in for torch's.
+class _LossModule(torch.nn.Module):
+    """Keeps the options of a loss as attributes, its tensors as buffers or parameters."""
+
+    weight: Tensor | None
+
+    def _keep(self, function: Any, others: dict[str, Any], **named: Any) -> None:
+        """Options that are not among ``others`` and ``named`` have their defaults.
+
+        Raises:
+            ValueError: An option is out of range.
+            TypeError: The function has no such option.
+        """
+        known = _others(function)
+        unknown = sorted(others.keys() - set(known))
+        if unknown:
+            raise TypeError(f"{function.__name__} has no option {', '.join(unknown)}")
+        options = named | {name: OPTIONS[name].default for name in known} | others
+        of_loss = {name: options[name] for name in LossOptions._fields}
+        LossOptions.of(**of_loss)
+        for name, value in options.items():
+            _register(self, name, value)
+        self._names = tuple(options)
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def _said(self) -> list[str]:
+        """The options that differ from their defaults, for ``repr``."""
+        values = self._options().items()
+        plain = ((n, v) for n, v in values if not isinstance(v, Tensor) and n in OPTIONS)
+        return [f"{name}={value}" for name, value in plain if value != OPTIONS[name].default]
+
+
+class CrossEntropyLoss(_LossModule):
+    """`llmloss_ext.cross_entropy` as a module: a drop-in for torch's.
 
     Args:
         weight: Class weights (V), kept as a buffer.
-        ignore_index: Tokens with this target are left out.
+        ignore_index: As in the function, and so all other options. ``token_weight`` and
+            ``num_items`` are given per call.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: In [0, 1].
-        z_loss: Factor of lse^2.
-        softcap: If given, logits become softcap * tanh(logits / softcap).
-        logit_scale: Factor of the logits, a number or a 0-d tensor. A Parameter is registered as
-            one, another tensor as a buffer.
-        vocab_size: Only the first ``vocab_size`` columns take part.
-        inplace: Writes the gradient over the logits.
+        **options: Any other option of the function; each is an attribute. A ``logit_scale`` that is
+            a Parameter is registered as one, another tensor as a buffer.
 
-    Shape and errors are those of the function; ``token_weight`` and ``num_items`` are given per
-    call.
+    Shape and errors are those of the function.
 
     Raises:
-        ValueError: An option out of range.
+        ValueError: An option is out of range.
+        TypeError: The function has no such option.
     """
-
-    weight: Tensor | None
-    logit_scale: float | Tensor
 
     def __init__(
         self,
@@ -53,24 +89,17 @@ class CrossEntropyLoss(torch.nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        *,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float | Tensor = 1.0,
-        vocab_size: int | None = None,
-        inplace: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
-        functional.loss_options(label_smoothing, z_loss, reduction)
         self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-        _register(self, "logit_scale", logit_scale)
-        self.vocab_size = vocab_size
-        self.inplace = inplace
+        self._keep(
+            functional.cross_entropy,
+            options,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
 
     def forward(
         self,
@@ -85,42 +114,24 @@ class CrossEntropyLoss(torch.nn.Module):
             input,
             target,
             weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
             token_weight=token_weight,
             num_items=num_items,
-            vocab_size=self.vocab_size,
-            inplace=self.inplace,
+            **self._options(),
         )
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
-        defaults = {
-            "ignore_index": -100,
-            "reduction": "mean",
-            "label_smoothing": 0.0,
-            "z_loss": 0.0,
-            "softcap": None,
-            "vocab_size": None,
-            "inplace": False,
-        }
-        return ", ".join(
-            f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v
-        )
+        return ", ".join(self._said())
 
 
-class LinearCrossEntropyLoss(torch.nn.Module):
+class LinearCrossEntropyLoss(_LossModule):
     """`llmloss_ext.linear_cross_entropy` as a module that owns or borrows its projection.
 
     Args:
         in_features: D.
         num_classes: V.
         linear_weight: The (V, D) weight of another module, e.g. tied embeddings; by default
-            a parameter of its own, initialised like `torch.nn.Linear`'s. A tensor that is no
+            a parameter of its own, initialised like `torch.nn.Linear`'s. A tensor that is not a
             Parameter becomes a buffer, which the state dict leaves to its owner.
         linear_bias: The (V) bias of another module, in the same way.
         bias: Whether the projection has a bias of its own.
@@ -128,12 +139,11 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: Tokens with this target take no part; None: -100.
         label_smoothing: In [0, 1].
-        logit_scale: Factor of the logits, a number or a 0-d tensor. A Parameter is registered as
-            one, another tensor as a buffer.
         device: Of its own parameters.
         dtype: Of its own parameters.
-        **options: Any other option of the function: ``z_loss``, ``softcap``, ``vocab_size``,
-            ``shift``, ``chunk_tokens``, ``options`` (torch's) ...
+        options: A `torch.nn.LinearCrossEntropyOptions`, as the function takes it.
+        **others: Any other option of the function; each is an attribute. A ``logit_scale`` that is
+            a Parameter is registered as one, another tensor as a buffer.
 
     Raises:
         ValueError: ``linear_weight`` is not (V, D), ``linear_bias`` or ``weight`` not (V), or an
@@ -141,10 +151,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         TypeError: The function has no such option.
     """
 
-    weight: Tensor | None
     linear_weight: Tensor
     linear_bias: Tensor | None
-    logit_scale: float | Tensor
 
     def __init__(
         self,
@@ -158,16 +166,20 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         reduction: str = "mean",
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
-        logit_scale: float | Tensor = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Any,
+        options: Any = None,
+        **others: Any,
     ) -> None:
         super().__init__()
-        unknown = options.keys() - _LINEAR_OPTIONS
-        if unknown:
-            raise TypeError(f"linear_cross_entropy has no option {', '.join(sorted(unknown))}")
-        functional.loss_options(label_smoothing, options.get("z_loss", 0.0), reduction)
+        self._keep(
+            linear_cross_entropy,
+            others,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
         for name, tensor, shape in (
             ("linear_weight", linear_weight, (num_classes, in_features)),
             ("linear_bias", linear_bias, (num_classes,)),
@@ -187,10 +199,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             linear_bias = torch.nn.Parameter(values.uniform_(-bound, bound))
         _register(self, "linear_weight", linear_weight, persistent=False)
         _register(self, "linear_bias", linear_bias, persistent=False)
-        _register(self, "logit_scale", logit_scale)
         self.register_buffer("weight", weight)
-        self.reduction, self.ignore_index = reduction, ignore_index
-        self.label_smoothing, self.options = label_smoothing, options
 
     def forward(
         self,
@@ -208,27 +217,17 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             target,
             linear_bias=self.linear_bias,
             weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            logit_scale=self.logit_scale,
             token_weight=token_weight,
             num_items=num_items,
             weight_grad_accumulator=weight_grad_accumulator,
-            **self.options,
+            **self._options(),
         )
 
     def extra_repr(self) -> str:
         """Sizes, and the options that differ from their defaults."""
         classes, features = self.linear_weight.shape
-        named = {"reduction": "mean", "ignore_index": None, "label_smoothing": 0.0}
-        options = {k: getattr(self, k) for k, v in named.items() if getattr(self, k) != v}
-        options |= self.options
-        text = "".join(f", {name}={value}" for name, value in options.items())
-        return f"in_features={features}, num_classes={classes}{text}"
+        return ", ".join([f"in_features={features}", f"num_classes={classes}", *self._said()])
 
 
-_LINEAR_OPTIONS = {
-    "options", "z_loss", "softcap", "vocab_size", "shift", "chunk_tokens", "max_chunk_bytes",
-    "drop_ignored", "weight_grad_dtype",
-}  # fmt: skip
+spelled_out(CrossEntropyLoss.__init__, _others(functional.cross_entropy))
+spelled_out(LinearCrossEntropyLoss.__init__, _others(linear_cross_entropy))

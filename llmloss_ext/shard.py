@@ -1,99 +1,150 @@
-"""A slice of the vocabulary: what this rank's columns are, and whole rows' statistics from them.
+"""Vocabulary parallelism: this rank's columns, and the exchange that makes whole rows of them.
 
-Each rank runs the kernels on its own columns, and says what came out. The same merge that joins
-threads and blocks joins the ranks (csrc/core/shards.h), and the merged state goes into the gradient
-kernel in place of the rank's own: it asks for nothing else of the other columns. So the statistics
-cost one exchange of nine numbers per token, and their gradient none.
-
-Nothing here is differentiable itself.
+Each rank runs the kernels on its own columns and exchanges its statistics of each row with the
+other ranks (`csrc/core/shards.h`): the merge that joins threads and blocks also joins ranks. The
+merged state goes into the gradient kernel in place of the rank's own; that kernel needs nothing
+else of the other columns. So the statistics cost one exchange of a few numbers per token, and
+their gradient none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmloss_ext import fake
-from llmloss_ext.composite import LogitOptions, real_of
+from . import composite
+from .composite import real_of
+from .ops.derivatives import in_transform
+from .ops.library import STATE, fields, kernels
+from .ops.rows import Labels
+from .options import LogitOptions, LossOptions, as_integer, pack
+from .statistics import FloatStats, RowStats, asked, is_asked
 
-__all__ = ["Merged", "Shard", "Wanted", "refuse_second_order"]
-
-LIBRARY = fake.LIBRARY
-_ops = torch.ops.llmloss
+__all__ = ["Shard", "ShardedColumns", "ShardedRows", "refuse_second_order"]
 
 _ELSEWHERE = -1
 """The kernels' target of a token whose class is a column of another rank."""
 _IGNORED = -100
-_FIELDS = 9
-"""What a rank says of a row: ShardField in csrc/core/shards.h."""
+_FIELD = {name: row for row, name in enumerate(fields("shard"))}
+"""Where each number that a rank exchanges stands."""
 _COMPARISONS = 16 << 20
 """Logits that are compared with the target's at a time: a byte each."""
 
 
-class Wanted(NamedTuple):
-    """What is asked for beside log_prob and lse."""
+@dataclass(frozen=True)
+class Shard:
+    """Says that each rank of a process group holds some of the vocabulary's columns.
 
-    entropy: bool = False
-    mean_log_prob: bool = False
-    rank: bool = False
+    Tensor parallelism's output layer leaves each rank the logits, or the rows of the weight, of its
+    own classes. Given ``shard=Shard(group)``, the losses take these as ``input`` or
+    ``linear_weight`` (and ``weight`` and ``linear_bias`` of the same classes), targets of the whole
+    vocabulary, and the same hidden states and targets on every rank; every rank returns the same
+    result. Per token, the ranks exchange a few numbers in the forward pass (once more for class
+    weights, twice for ``with_rank``). Gradients of hidden states and of ``logit_scale`` are summed
+    over the ranks.
 
+    All ranks must make the same calls; one that raises leaves the others waiting for the group's
+    timeout. At most 2^24 classes, class indices as targets, first-order gradients only (no
+    ``create_graph``, no `torch.func`). Under torch.compile the calls are left out of the graph.
 
-class Merged(NamedTuple):
-    """Statistics of whole rows, one number per token; those not asked for have no elements."""
+    Attributes:
+        group: The process group; None: the default one.
+        vocab_start: The class of this rank's first column. By default all ranks have equally many
+            columns, and rank r holds the classes from r * columns on; ``vocab_size`` then tells of
+            padding at the end. Other divisions need ``vocab_size`` too.
+        sum_input_grad: Whether hidden states get their whole gradient, summed over the ranks. With
+            False they get this rank's part, for a layer below that sums or scatters it itself (as
+            sequence parallelism does).
+    """
 
-    log_prob: Tensor
-    lse: Tensor
-    entropy: Tensor
-    mean_log_prob: Tensor
-    argmax: Tensor
-    rank: Tensor
-    state: Tensor
-    """(3, N): what `Shard.gradient` needs beside the entropy."""
+    group: Any = None
+    vocab_start: int | None = None
+    sum_input_grad: bool = True
+
+    def columns(self, count: int, target: Tensor, vocab_size: int | None) -> ShardedColumns:
+        """The classes of ``count`` columns on this rank.
+
+        Raises:
+            RuntimeError: There is no process group, or the call asks for what shards do not have.
+            ValueError: The columns do not fit the vocabulary.
+        """
+        if target.is_floating_point():
+            raise RuntimeError(
+                "vocabulary-parallel losses take class indices (int64 or int32), not probabilities"
+            )
+        if in_transform():
+            raise RuntimeError("vocabulary-parallel losses do not work under torch.func transforms")
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                "vocabulary-parallel losses need torch.distributed: call "
+                "torch.distributed.init_process_group first"
+            )
+        if count < 1:
+            raise ValueError("each rank needs at least one column, if only of padding")
+        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if rank < 0:
+            raise RuntimeError("this process is not in the group")
+        if self.vocab_start is None:
+            start, most = rank * count, ranks * count
+            size = most if vocab_size is None else as_integer("vocab_size", vocab_size)
+            if not 1 <= size <= most:
+                raise ValueError(
+                    f"vocab_size must be in [1, {most}], the columns of {ranks} ranks, got {size}"
+                )
+        elif vocab_size is None:
+            raise ValueError("vocab_start needs vocab_size: the ranks' columns may differ")
+        else:
+            start = as_integer("vocab_start", self.vocab_start)
+            size = as_integer("vocab_size", vocab_size)
+            if start < 0 or size < 1:
+                raise ValueError(
+                    f"expected vocab_start >= 0 and vocab_size >= 1, got {start} and {size}"
+                )
+        return ShardedColumns(self.group, ranks, start, count, size, self.sum_input_grad)
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardedColumns:
     """The classes that this rank's columns stand for.
 
     Attributes:
-        group: The process group that holds all classes between its ranks; None: the default one.
-        ranks: How many they are.
+        group: The process group whose ranks hold all classes between them; None: the default one.
+        ranks: Their number.
         start: The class of the first column.
-        columns: How many there are.
+        count: The number of columns.
         vocab_size: Classes of all ranks. Columns beyond them are padding.
-        sum_input_grad: Whether the gradient of hidden states, which each rank knows a part of, is
-            summed over the ranks.
+        sum_input_grad: Whether the gradient of hidden states is summed over the ranks.
     """
 
     group: Any
     ranks: int
     start: int
-    columns: int
+    count: int
     vocab_size: int
     sum_input_grad: bool = True
 
     @property
     def used(self) -> int:
         """How many of the columns are classes."""
-        return min(max(self.vocab_size - self.start, 0), self.columns)
+        return min(max(self.vocab_size - self.start, 0), self.count)
 
     @property
-    def usual_columns(self) -> int:
+    def usual_count(self) -> int:
         """An equal part of the classes: the same number on every rank."""
         return -(-self.vocab_size // self.ranks)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
         if self.ranks > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def _gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """(ranks, ...)."""
         if self.ranks == 1:
             return tensor.unsqueeze(0)
@@ -104,13 +155,13 @@ class Shard:
     def localise(self, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """Targets as the kernels take them for these columns, and which of them are here.
 
-        What is no class on any rank becomes the number of columns, which is none here either.
+        A target that is no class at all becomes the number of columns: out of range here, too.
         """
         is_class = (target >= 0) & (target < self.vocab_size)
         valid = target != ignore_index
         column = target.long() - self.start
         owned = valid & is_class & (column >= 0) & (column < self.used)
-        elsewhere = torch.where(is_class, _ELSEWHERE, self.columns)
+        elsewhere = torch.where(is_class, _ELSEWHERE, self.count)
         return torch.where(valid, torch.where(owned, column, elsewhere), _IGNORED), owned
 
     def target_weights(
@@ -120,167 +171,195 @@ class Shard:
         if weight is None:
             return (target != ignore_index).to(real)
         column, owned = self.localise(target, ignore_index)
-        return self.sum_(torch.where(owned, weight[torch.where(owned, column, 0)].to(real), 0.0))
+        mine = torch.where(owned, weight[torch.where(owned, column, 0)].to(real), 0.0)
+        return self.all_reduce_(mine)
 
-    def statistics(
+    def must_check_targets(self, target: Tensor) -> bool:
+        """Whether targets are looked at: on CUDA that has to wait for the device."""
+        return target.device.type == "cpu" or os.environ.get("LLMLOSS_CHECK_TARGETS") == "1"
+
+
+class ShardedRows:
+    """`llmloss_ext.ops.rows.LocalRows` where the rows' columns are spread over ranks."""
+
+    def __init__(
         self,
-        logits: Tensor,
-        target: Tensor,
+        shard: ShardedColumns,
         weight: Tensor | None,
         logit_scale: Tensor | None,
         options: LogitOptions,
-        wanted: Wanted,
-    ) -> Merged:
-        """Of whole rows, from this rank's columns and the other ranks' word.
+    ) -> None:
+        """weight: class weights of this rank's columns. options: vocab_size is not read."""
+        self.shard, self.weight, self.logit_scale = shard, weight, logit_scale
+        self.ignore_index = options.ignore_index
+        self.scale = options.scale
+        self.options = options._replace(
+            ignore_index=_IGNORED, vocab_size=shard.used, classes=shard.vocab_size
+        )
+
+    def labels(self, input: Tensor, target: Tensor, token_weight: Tensor | None) -> Labels:
+        """With the class weights of the targets, and token weights that are 0 where ignored."""
+        w_y = self.shard.target_weights(target, self.weight, self.ignore_index, real_of(input))
+        tokens = torch.ones_like(w_y) if token_weight is None else token_weight
+        tokens = composite.weight_tokens(tokens, target, self.ignore_index, w_y.dtype)
+        return Labels(target, tokens, w_y)
+
+    def items(self, input: Tensor, labels: Labels) -> Tensor:
+        """What the mean divides by, 0-d."""
+        assert labels.target_weight is not None
+        assert labels.token_weight is not None
+        return (labels.target_weight * labels.token_weight).sum()
+
+    def statistics(self, logits: Tensor, target: Tensor, wanted: int) -> RowStats:
+        """Of whole rows, (N) each, from this rank's columns and what the ranks exchange.
 
         Args:
             logits: (N, columns) or (B, S, columns).
             target: (N) or (B, S): classes, the same on every rank.
-            weight: (columns): class weights.
-            logit_scale: 0-d; None: the options' number.
-            options: How the logits are read, but for ``vocab_size``.
-            wanted: What is asked for.
+            wanted: `llmloss_ext.statistics.asked`.
 
         Raises:
             ValueError: The ranks' columns are not as many as the classes, or the target is a column
                 of none or of several. (On CUDA, which would have to be waited for: nan.)
         """
-        column, owned = self.localise(target, options.ignore_index)
-        classes = target.reshape(-1)
-        said = self._say(logits, column, owned, weight, logit_scale, options, wanted)
-        log_prob, lse, entropy, mean, argmax, state, owners = _ops.merge_shards(
-            self._gather(said), classes.contiguous(), options.ignore_index, self.vocab_size
+        column, owned = self.shard.localise(target, self.ignore_index)
+        classes = target.reshape(-1).contiguous()
+        shard_stats = self.shard.all_gather(self._shard_stats(logits, column, owned, wanted))
+        *merged, owners = kernels.merge_shards(
+            shard_stats, classes, self.ignore_index, self.shard.vocab_size
         )
         if owners.device.type == "cpu":
-            self._check_owners(classes, owners, options.ignore_index)
-        nothing, rank = argmax.new_empty(0), argmax
-        if wanted.rank:
-            # A row without statistics has no rank either: ignored, or spoilt by nan or inf.
-            above = self._rank(logits, column, owned, logit_scale, options.scale)
-            rank = torch.where(argmax < 0, self.vocab_size, above)
-        return Merged(
-            log_prob,
-            lse,
-            entropy if wanted.entropy else log_prob.new_empty(0),
-            mean if wanted.mean_log_prob else log_prob.new_empty(0),
-            argmax if wanted.rank else nothing,
-            rank if wanted.rank else nothing,
-            state,
-        )
+            self._check_owners(classes, owners)
+        whole = RowStats.of(merged)
+        empty = whole.state.new_empty(0)
+        floats = FloatStats(*(empty if x is None else x for x in whole.floats.only(wanted)))
+        nothing, rank = whole.argmax.new_empty(0), whole.argmax.new_empty(0)
+        if is_asked(wanted, "rank"):
+            # A row without statistics has no rank either: it is ignored, or holds nan or inf.
+            above = self._rank(logits, column, owned)
+            rank = torch.where(whole.argmax < 0, self.shard.vocab_size, above)
+        argmax = whole.argmax if is_asked(wanted, "argmax") else nothing
+        return RowStats(whole.state, floats, argmax, rank)
 
-    def _say(
-        self,
-        logits: Tensor,
-        column: Tensor,
-        owned: Tensor,
-        weight: Tensor | None,
-        logit_scale: Tensor | None,
-        options: LogitOptions,
-        wanted: Wanted,
-    ) -> Tensor:
-        """What this rank tells the others of its columns, (fields, N)."""
+    def _shard_stats(self, logits: Tensor, column: Tensor, owned: Tensor, wanted: int) -> Tensor:
+        """This rank's statistics of its columns, (fields, N): what the ranks exchange."""
         real, rows = real_of(logits), column.numel()
-        said = torch.zeros(_FIELDS, rows, dtype=real, device=logits.device)
-        said[7] = -1
-        said[8] = self.used
-        if not self.used:
-            return said
-        log_prob, _, entropy, mean, argmax, _, state = _ops.token_stats(
-            logits, column, weight, logit_scale, *self._options(options), *wanted, self.vocab_size
+        shard_stats = torch.zeros(len(_FIELD), rows, dtype=real, device=logits.device)
+
+        def write(name: str, values: Tensor | int) -> None:
+            shard_stats[_FIELD[name]] = values.reshape(-1) if isinstance(values, Tensor) else values
+
+        write("argmax", -1)
+        write("columns", self.shard.used)
+        if not self.shard.used:
+            return shard_stats
+        mine = RowStats.of(
+            kernels.token_stats(
+                logits, column, self.weight, self.logit_scale, *pack(self.options), wanted
+            )
         )
-        said[0] = log_prob.reshape(-1)
-        if wanted.entropy:
-            said[1] = entropy.reshape(-1)
-        if wanted.mean_log_prob:
-            said[2] = mean.reshape(-1)
-        said[3:6] = state
-        said[6] = owned.reshape(-1)
-        if wanted.rank:
-            said[7] = torch.where(argmax < 0, -1, argmax + self.start).reshape(-1)
-        return said
+        for name in FloatStats._fields:
+            if is_asked(wanted, name):
+                write(name, getattr(mine.floats, name))
+        for name, values in zip(STATE, mine.state, strict=True):
+            write(name, values)
+        write("has_target", owned)
+        if is_asked(wanted, "argmax"):
+            write("argmax", torch.where(mine.argmax < 0, -1, mine.argmax + self.shard.start))
+        return shard_stats
+
+    def gradient_(self, *arguments: Any) -> Tensor:
+        """Writes these columns' gradient over the logits; returns this rank's part of the scale's.
+
+        The arguments of `gradient`.
+        """
+        return self.gradient(*arguments, True)[1]
 
     def gradient(
         self,
-        grads: Sequence[Tensor | None],
+        grads: FloatStats,
         logits: Tensor,
         target: Tensor,
-        weight: Tensor | None,
-        logit_scale: Tensor | None,
-        options: LogitOptions,
-        entropy: Tensor,
+        stats: list[Tensor],
         state: Tensor,
         with_scale: bool,
-        inplace: bool,
+        inplace: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of these columns and, this rank's part of it, of ``logit_scale``.
+        """The gradient of these columns, and this rank's part of that of logit_scale.
 
-        ``grads`` are those of log_prob, lse, entropy and mean_log_prob, each (N) or None;
-        ``entropy`` and ``state`` are as merged, and the other tensors as in `statistics`. With
-        ``inplace`` the gradient is written over the logits.
+        ``grads`` are those of the statistics, (N) each; ``stats`` and ``state`` are merged.
         """
-        if not self.used:
-            nothing = state.new_zeros(() if with_scale else 0)
-            return (logits.zero_() if inplace else torch.zeros_like(logits)), nothing
-        arguments = (
-            *grads,
-            logits,
-            self.localise(target, options.ignore_index)[0],
-            weight,
-            logit_scale,
-            *self._options(options),
-            entropy,
-            state,
-            with_scale,
-            self.vocab_size,
-        )
+        if not self.shard.used:
+            zeros = logits.zero_() if inplace else torch.zeros_like(logits)
+            return zeros, state.new_zeros(() if with_scale else 0)
+        column, _ = self.shard.localise(target, self.ignore_index)
+        tensors = (logits, column, self.weight, self.logit_scale)
+        arguments = (grads, *tensors, *pack(self.options), stats, state, with_scale)
         if inplace:
-            return logits, _ops.token_stats_backward_(*arguments)
-        gradient, scale = _ops.token_stats_backward(*arguments)
+            return logits, kernels.token_stats_backward_(*arguments)
+        gradient, scale = kernels.token_stats_backward(*arguments)
         return gradient, scale
 
-    def _options(self, options: LogitOptions) -> LogitOptions:
-        return options._replace(ignore_index=_IGNORED, vocab_size=self.used)
+    def losses(self, logits: Tensor, labels: Labels, divisor: Tensor, loss: LossOptions) -> Tensor:
+        """The sum of the losses, divided by ``divisor`` (0-d)."""
+        stats = self.statistics(logits, labels.target, asked(loss.statistics()))
+        rows = composite.losses_of(stats.floats, labels.target_weight, labels.token_weight, loss)
+        return composite.total(rows) / divisor
 
-    def _check_owners(self, target: Tensor, owners: Tensor, ignore_index: int) -> None:
-        has_one = (owners == 1) | ((target == ignore_index) & (owners >= 0))
+    def losses_and_gradient_(
+        self, logits: Tensor, labels: Labels, divisor: Tensor, loss: LossOptions, with_scale: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`losses`, with the gradient over the logits; and this rank's part of the scale's."""
+        assert labels.target_weight is not None
+        assert labels.token_weight is not None
+        stats = self.statistics(logits, labels.target, asked(loss.statistics()))
+        rows, grads = composite.losses_and_gradients(
+            stats.floats, labels.target_weight, labels.token_weight, 1 / divisor, loss
+        )
+        kept = stats.floats.for_backward()
+        scale = self.gradient_(grads, logits, labels.target, kept, stats.state, with_scale)
+        return composite.total(rows) / divisor, scale
+
+    def sum_over_ranks(self, grad_hidden: Tensor | None, grad_scale: Tensor | None) -> None:
+        """Adds up what each rank knows a part of, in place."""
+        if grad_hidden is not None and self.shard.sum_input_grad:
+            self.shard.all_reduce_(grad_hidden)
+        if grad_scale is not None:
+            self.shard.all_reduce_(grad_scale)
+
+    def _check_owners(self, target: Tensor, owners: Tensor) -> None:
+        has_one = (owners == 1) | ((target == self.ignore_index) & (owners >= 0))
         if has_one.all():
             return
         first = int((~has_one).nonzero()[0])
         what = f"class {int(target[first])} is a column of {int(owners[first])} ranks"
         if owners[first] < 0:
-            what = f"the ranks' columns are not {self.vocab_size} classes"
+            what = f"the ranks' columns are not {self.shard.vocab_size} classes"
         raise ValueError(
             f"{what}: their vocab_start and numbers of columns do not cover the vocabulary once"
         )
 
-    def _rank(
-        self,
-        logits: Tensor,
-        column: Tensor,
-        owned: Tensor,
-        logit_scale: Tensor | None,
-        scale: float,
-    ) -> Tensor:
+    def _rank(self, logits: Tensor, column: Tensor, owned: Tensor) -> Tensor:
         """How many logits of all ranks are above the target's, (N).
 
-        Compared as they are: what is made of logits keeps their order, or with a negative scale
-        turns it round.
+        Raw logits are compared: softcap and scale keep their order, or reverse it with a negative
+        scale.
         """
         index = torch.where(owned, column, 0).unsqueeze(-1)
         at_target = logits.gather(-1, index).squeeze(-1)
-        at_target = self.sum_(torch.where(owned, at_target, 0)).unsqueeze(-1)
-        sign = logits.new_tensor(scale) if logit_scale is None else logit_scale
+        at_target = self.shard.all_reduce_(torch.where(owned, at_target, 0)).unsqueeze(-1)
+        sign = logits.new_tensor(self.scale) if self.logit_scale is None else self.logit_scale
         counts = torch.zeros_like(column)
         rows = max(_COMPARISONS // max(logits[:1].numel(), 1), 1)
         for part in range(0, len(logits), rows):
             one = slice(part, part + rows)
-            x, y = logits[one, ..., : self.used], at_target[one]
+            x, y = logits[one, ..., : self.shard.used], at_target[one]
             above = torch.where(sign > 0, x > y, (x < y) & (sign < 0))
             counts[one] = above.sum(-1)
-        return self.sum_(counts).reshape(-1)
+        return self.shard.all_reduce_(counts).reshape(-1)
 
 
-def refuse_second_order(shard: Shard | None) -> None:
+def refuse_second_order(shard: ShardedColumns | None) -> None:
     """Raises a RuntimeError if the vocabulary is spread over ranks."""
     if shard is not None:
         raise RuntimeError(

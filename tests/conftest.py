@@ -1,17 +1,16 @@
-"""What the tests share: devices, dtypes, and the one table of tolerances."""
+"""What every test runs under: a seed, and the devices and instruction sets at hand."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from ranks import Ranks
 
 from llmloss_ext.cli.info import ISAS
-from llmloss_ext.tolerances import GRADIENT, VALUE
 
 # A graph compiled for an earlier build of the operators must not be found again.
 _CACHE = tempfile.TemporaryDirectory(prefix="llmloss-inductor-")
@@ -19,10 +18,6 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 # Ranks are processes of this machine: they need not look up its name, which can take a minute.
 if os.path.exists("/sys/class/net/lo"):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-
-__all__ = ["FLOATS", "GRADIENT", "VALUE", "Passed", "assert_close", "gradients"]
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -49,30 +44,22 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-class Passed(torch.autograd.Function):
-    """``Passed.apply(logits, anchor)``: the same memory, as if a model had computed it."""
-
-    @staticmethod
-    def forward(ctx, logits, anchor):
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, grad.new_zeros(())
+@pytest.fixture(scope="session")
+def groups() -> Iterator[dict[int, Ranks]]:
+    """Two processes of one group, and three; they start when a test first sends them something."""
+    every = {size: Ranks(size) for size in (2, 3)}
+    yield every
+    for group in every.values():
+        group.stop()
 
 
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """|actual - expected| <= tolerance max(1, |expected|); nan and inf must be in one place."""
-    torch.testing.assert_close(
-        actual.double().cpu(), expected.double().cpu(), rtol=tolerance, atol=tolerance,
-        equal_nan=True,
-    )  # fmt: skip
+@pytest.fixture(params=[2, 3])
+def ranks(request: pytest.FixtureRequest, groups: dict[int, Ranks]) -> Ranks:
+    """Two ranks, then three."""
+    return groups[request.param]
 
 
-def gradients(loss: Callable[..., Tensor], *tensors: Tensor, upstream: Tensor | None = None):
-    """The loss's value and its gradients for fresh leaves of ``tensors``."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    value = loss(*leaves)
-    if upstream is None:
-        upstream = torch.ones_like(value)
-    return value.detach(), torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+@pytest.fixture
+def two(groups: dict[int, Ranks]) -> Ranks:
+    """Two ranks."""
+    return groups[2]

@@ -12,18 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-_WAIT = 90  # seconds for a function; the first also imports torch
-
-
-def leave_group() -> None:
-    """Destroys the process group, when gloo's threads have let go of its collectives.
-
-    They free the last reference to one that is done, for which they need the interpreter, and the
-    group's destructor waits for them without letting it go: a deadlock (torch 2.13).
-    """
-    time.sleep(0.5)
-    dist.destroy_process_group()
+_WAIT = 300  # seconds for a function on a busy machine; the first also imports torch
 
 
 class Ranks:
@@ -81,7 +72,7 @@ class Ranks:
 
 def _serve(pipe: Connection, rank: int, ranks: int, where: str) -> None:
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=30)
+    timeout = datetime.timedelta(seconds=_WAIT)
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks, timeout=timeout)
     while True:
         function, args = pipe.recv()
@@ -90,3 +81,10 @@ def _serve(pipe: Connection, rank: int, ranks: int, where: str) -> None:
             pipe.send((True, function(rank, ranks, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def same_on_every_rank(tensor: Tensor) -> None:
+    every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, tensor.detach())
+    for other in every:
+        assert torch.equal(other.nan_to_num(77), tensor.nan_to_num(77))

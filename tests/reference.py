@@ -37,6 +37,7 @@ def stats(
         "lse": torch.logsumexp(x, -1),
         "entropy": torch.special.entr(log_p.exp()).sum(-1),
         "mean_log_prob": terms.sum(-1) / vocab,
+        "log_sum_sq_probs": torch.logsumexp(2 * log_p, -1),
         "argmax": x.argmax(-1),
         "rank": (x > at_target).sum(-1),
     }
@@ -53,6 +54,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: Any = 1.0,
     token_weight: Tensor | None = None,
@@ -68,6 +70,7 @@ def cross_entropy(
     if weight is not None:
         w_y = weight.double()[torch.where(target == ignore_index, 0, target).long()] * valid
     rows = -(1 - label_smoothing) * w_y * s["log_prob"] - label_smoothing * s["mean_log_prob"]
+    rows = rows * (1 - s["log_prob"].exp()) ** focal_gamma
     rows = rows + z_loss * s["lse"] ** 2
     tokens = valid if token_weight is None else token_weight.double()
     rows = rows * tokens

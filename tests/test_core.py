@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 np = pytest.importorskip("numpy")
-hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import strategies as st  # noqa: E402
+from properties import hypothesis, st  # noqa: E402
 
 BUILD = Path(__file__).parents[1] / "build" / "core"
 sys.path.insert(0, str(BUILD))
@@ -20,7 +19,7 @@ sys.path.remove(str(BUILD))
 
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
-STATISTICS = ["log_prob", "lse", "entropy", "mean_log_prob"]
+STATISTICS = core.statistics[: core.float_statistics]
 VALUE = {"float64": 1e-12}  # else 3e-6: statistics are float32
 GRADIENT = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 4e-3, "float16": 5e-4}
 
@@ -59,6 +58,7 @@ def oracle(x, target: int, weights):
         "log_prob": log_p[target],
         "lse": top + log_sum,
         "entropy": -(p[p > 0] * log_p[p > 0]).sum(),
+        "log_sum_sq_probs": np.log((p**2).sum()),
         "mean_log_prob": (weights[used] * log_p[used]).sum(),
         "argmax": int(x.argmax()),
         "rank": int((x > x[target]).sum()),
@@ -71,8 +71,11 @@ def oracle_gradient(x, target: int, upstream):
     log_p = (x - x.max()) - np.log(np.exp(x - x.max()).sum())
     p = np.exp(log_p)
     at_target = np.arange(x.size) == target
-    gradient = upstream[0] * (at_target - p) + upstream[1] * p + upstream[2] * (1 / x.size - p)
-    return gradient - upstream[3] * p * (np.where(p > 0, log_p, 0) + s["entropy"])
+    up = dict(zip(STATISTICS, upstream, strict=True))
+    gradient = up["log_prob"] * (at_target - p) + up["lse"] * p
+    gradient += up["mean_log_prob"] * (1 / x.size - p)
+    gradient += up["log_sum_sq_probs"] * 2 * p * (p / (p**2).sum() - 1)
+    return gradient - up["entropy"] * p * (np.where(p > 0, log_p, 0) + s["entropy"])
 
 
 # A few repeated values, so that ties are common; whole-number weights with 0 among them.
@@ -114,7 +117,16 @@ def test_any_split_in_any_order_merges_to_the_same_statistics(case):
 def test_the_empty_state_is_the_identity_to_the_bit(case):
     x, target, weights, parts, _ = case
     state = core.state_of(x, weights, np.concatenate(parts).astype(np.int64), x[target])
-    fields = ["max", "sum_exp", "sum_x_exp", "sum_weighted", "sum_weights", "argmax", "rank"]
+    fields = [
+        "max",
+        "sum_exp",
+        "sum_x_exp",
+        "sum_sq_exp",
+        "sum_weighted",
+        "sum_weights",
+        "argmax",
+        "rank",
+    ]
     for merged in (core.merge(state, core.PartialState()), core.merge(core.PartialState(), state)):
         assert [getattr(merged, f) for f in fields] == [getattr(state, f) for f in fields]
 
@@ -130,7 +142,7 @@ def test_kernels(isa, dtype, columns):
     targets = rng.integers(0, columns, 5)
     targets[3] = -100
     actual = getattr(core, f"row_stats_{dtype}")(isa, logits, targets, columns)
-    upstream = rng.normal(0, 1, (4, 5))
+    upstream = rng.normal(0, 1, (len(STATISTICS), 5))
     grad = np.full((5, columns), 7, logits.dtype)
     getattr(core, f"row_grad_{dtype}")(isa, logits, targets, columns, upstream, grad)
     grad = as_float64(grad, dtype)
@@ -145,23 +157,33 @@ def test_kernels(isa, dtype, columns):
         expected = oracle_gradient(x[row], targets[row], upstream[:, row])
         t = GRADIENT[dtype]
         np.testing.assert_allclose(grad[row], expected, rtol=t, atol=t if t < 1e-4 else 1e-6)
-    assert [actual[name][3] for name in STATISTICS] == [0, 0, 0, 0]
+    assert [actual[name][3] for name in STATISTICS] == [0] * len(STATISTICS)
     assert actual["argmax"][3] == -1
     assert not grad[3].any()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fused_kernel_in_place(isa, dtype):
+def test_fused_kernel_in_place(isa, dtype, gamma):
     rng = np.random.default_rng(1)
     logits, x = stored(rng.normal(0, 4, (4, 1031)), dtype)
     targets, smoothing, z_loss = np.array([3, 1030, -100, 0]), 0.1, 0.01
-    stats = getattr(core, f"fused_{dtype}")(isa, logits, targets, 1031, smoothing, z_loss)
+    fused = getattr(core, f"fused_{dtype}")
+    stats = fused(isa, logits, targets, 1031, smoothing, z_loss, gamma)
     grad = as_float64(logits, dtype)
     for row in (0, 1, 3):
-        lse = oracle(x[row], targets[row], np.ones(1031))["lse"]
-        assert stats["lse"][row] == pytest.approx(lse, rel=VALUE.get(dtype, 3e-6))
-        upstream = [smoothing - 1, 2 * z_loss * lse, -smoothing, 0]
-        expected = oracle_gradient(x[row], targets[row], upstream)
+        s = oracle(x[row], targets[row], np.full(1031, 1 / 1031))
+        assert stats["lse"][row] == pytest.approx(s["lse"], rel=VALUE.get(dtype, 3e-6))
+        p = np.exp(s["log_prob"])
+        factor, slope = (1 - p) ** gamma, -gamma * (1 - p) ** (gamma - 1) * p
+        ce = (smoothing - 1) * s["log_prob"] - smoothing * s["mean_log_prob"]
+        upstream = {
+            "log_prob": (smoothing - 1) * factor + slope * ce,
+            "mean_log_prob": -smoothing * factor,
+            "lse": 2 * z_loss * s["lse"],
+        }
+        values = [upstream.get(name, 0) for name in STATISTICS]
+        expected = oracle_gradient(x[row], targets[row], values)
         t = GRADIENT[dtype]
         np.testing.assert_allclose(grad[row], expected, rtol=t, atol=t if t < 1e-4 else 1e-7)
     assert not grad[2].any()

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import FLOATS, GRADIENT, VALUE, assert_close, gradients
+from helpers import FLOATS, GRADIENT, VALUE, assert_close, gradients
 
 import llmloss_ext
 from llmloss_ext import cross_entropy
@@ -143,6 +143,8 @@ def test_target_types_and_any_ignore_index(device, dtype, ignore_index):
 # Every option beyond torch's, alone and with the others.
 OPTIONS = [
     {"z_loss": 0.02},
+    {"focal_gamma": 2.0},
+    {"focal_gamma": 0.5},
     {"softcap": 2.5},
     {"logit_scale": 0.3},
     {"logit_scale": 1.7, "softcap": 4.0},
@@ -152,9 +154,36 @@ OPTIONS = [
     {"weight": True, "z_loss": 0.01},
     {
         "z_loss": 0.02, "softcap": 3.0, "logit_scale": 1.3, "token_weight": True, "weight": True,
-        "vocab_size": 41, "label_smoothing": 0.1, "ignore_index": 7,
+        "vocab_size": 41, "label_smoothing": 0.1, "ignore_index": 7, "focal_gamma": 1.5,
     },
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_focal_loss_is_finite_where_the_plain_one_is(device, dtype, gamma, create_graph):
+    """p_y of 1 and of 0, where (1 - p_y)^gamma or its derivative meets an infinity."""
+    input = torch.zeros(4, 9, device=device, dtype=dtype)
+    input[0, 0], input[1, 0], input[2, 1], input[3] = 200.0, 20.0, 5000.0, -torch.inf
+    input[3, 0] = 1.0
+    target = torch.tensor([0, 0, 0, 0], device=device)
+    leaf = input.clone().requires_grad_()
+    rows = cross_entropy(leaf, target, focal_gamma=gamma, reduction="none")
+    (grad,) = torch.autograd.grad(rows.sum(), leaf, create_graph=create_graph)
+    rows, grad = rows.detach(), grad.detach()
+    assert rows.isfinite().all()
+    assert grad.isfinite().all()
+    assert (rows[[0, 3]] == 0).all()
+    assert (grad[[0, 3]] == 0).all()
+    assert_close(rows[2], torch.tensor(5000.0), 1e-6)
+    assert_close(grad[2, :2], torch.tensor([-1.0, 1.0]), 1e-6)
+
+
+def test_focal_is_for_class_indices(device):
+    input, target = torch.randn(2, 5, 9, device=device).softmax(-1)
+    with pytest.raises(RuntimeError, match="focal_gamma"):
+        cross_entropy(input, target, focal_gamma=2.0)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o))

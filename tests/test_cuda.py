@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FLOATS, GRADIENT, VALUE, Passed, assert_close
+from helpers import FLOATS, GRADIENT, VALUE, Passed, assert_close
 from torch import Tensor
 
 from llmloss_ext import cross_entropy, token_stats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FLOATS
+from helpers import FLOATS
 
 from llmloss_ext import cross_entropy, token_stats
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmloss_ext import cross_entropy, token_stats
+from llmloss_ext.options import MEAN, LogitOptions, LossOptions, pack
 
 INPUT = torch.randn(4, 9)
 TARGET = torch.tensor([0, 1, 2, 3])
@@ -17,6 +18,8 @@ CASES = [
     ({"label_smoothing": float("nan")}, ValueError, "label_smoothing"),
     ({"z_loss": -1.0}, ValueError, "z_loss must be"),
     ({"z_loss": float("inf")}, ValueError, "z_loss must be"),
+    ({"focal_gamma": -1.0}, ValueError, "focal_gamma must be"),
+    ({"focal_gamma": float("nan")}, ValueError, "focal_gamma must be"),
     ({"softcap": 0.0}, ValueError, "softcap must be"),
     ({"softcap": -30.0}, ValueError, "softcap must be"),
     ({"vocab_size": 0}, ValueError, r"vocab_size must be in \[1, 9\]"),
@@ -123,19 +126,24 @@ def test_devices():
 
 def test_operators_refuse_what_would_read_out_of_bounds():
     """Called directly, without the checks of functional."""
-    ops, options = torch.ops.llmloss, (None, None, None, None, 1.0, 0.0, -100)
+    ops, none = torch.ops.llmloss, (None, None, None, None)
     bad = [
-        (INPUT, TARGET[:3], *options, 9),
-        (INPUT, TARGET, *options, 10),
-        (INPUT, TARGET, torch.ones(3), *options[1:], 9),
-        (INPUT, TARGET, None, torch.ones(3), *options[2:], 9),
-        (INPUT.t(), TARGET, *options, 4),
-        (INPUT.long(), TARGET, *options, 9),
-        (INPUT, torch.rand(4, 8), *options, 9),
+        (INPUT, TARGET[:3], *none, 9),
+        (INPUT, TARGET, *none, 10),
+        (INPUT, TARGET, torch.ones(3), *none[1:], 9),
+        (INPUT, TARGET, None, torch.ones(3), *none[2:], 9),
+        (INPUT.t(), TARGET, *none, 4),
+        (INPUT.long(), TARGET, *none, 9),
+        (INPUT, torch.rand(4, 8), *none, 9),
     ]
-    for args in bad:
+    for *args, vocab_size in bad:
+        options = pack(LogitOptions(1.0, 0.0, -100, vocab_size), LossOptions(reduction=MEAN))
         with pytest.raises(RuntimeError, match="llmloss"):
-            ops.cross_entropy(*args, 0.0, 0.0, 1)
+            ops.cross_entropy(*args, *options)
+    floats, ints = pack(LogitOptions(1.0, 0.0, -100, 9), LossOptions(reduction=MEAN))
+    for wrong in ((floats[:-1], ints), (floats, ints[:-1]), ((*floats, 0.0), ints)):
+        with pytest.raises(RuntimeError, match="llmloss"):
+            ops.cross_entropy(INPUT, TARGET, *none, *wrong)
     with pytest.raises(RuntimeError, match="one number"):
         ops.scale_(INPUT.clone(), torch.ones(2))
 

@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FLOATS, GRADIENT, assert_close
+from helpers import FLOATS, GRADIENT, assert_close
 
 from llmloss_ext import cross_entropy
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close
+from helpers import assert_close
 
 from llmloss_ext import metrics, token_stats
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmloss_ext.options import MEAN, LogitOptions, LossOptions, pack
+from llmloss_ext.statistics import FloatStats, RowStats, asked
+
 ops = torch.ops.llmloss
 ROWS, COLUMNS = 4, 9
 
@@ -22,9 +25,9 @@ class Calls:
         self.device = device
 
     def cross_entropy(self, **changed: Any) -> Tensor:
-        options = (1.0, 0.0, -100, COLUMNS, 0.0, 0.0)
+        options = pack(LogitOptions(1.0, 0.0, -100, COLUMNS), LossOptions(reduction=MEAN))
         _, state, denominator = ops.cross_entropy(
-            self.logits, self.target, None, None, None, None, *options, 1
+            self.logits, self.target, None, None, None, None, *options
         )
         a = {
             "grad_loss": torch.ones((), device=self.device),
@@ -38,18 +41,20 @@ class Calls:
         )[0]  # fmt: skip
 
     def token_stats(self, **changed: Any) -> Tensor:
-        options = (1.0, 0.0, -100, COLUMNS)
-        out = ops.token_stats(self.logits, self.target, None, None, *options, True, False, False)
+        where = (None, None, *pack(LogitOptions(1.0, 0.0, -100, COLUMNS)))
+        wanted = asked(("log_prob", "lse", "entropy"))
+        out = RowStats.of(ops.token_stats(self.logits, self.target, *where, wanted))
         a = {
             "log_prob": torch.ones(ROWS, device=self.device),
             "entropy_grad": None,
-            "entropy": out[2],
-            "state": out[6],
+            "entropy": out.floats.entropy,
+            "state": out.state,
         } | changed
+        grads = FloatStats(log_prob=a["log_prob"], entropy=a["entropy_grad"])
+        stats = out.floats._replace(entropy=a["entropy"])
         return ops.token_stats_backward(
-            a["log_prob"], None, a["entropy_grad"], None, self.logits, self.target, None, None,
-            *options, a["entropy"], a["state"], False,
-        )[0]  # fmt: skip
+            grads, self.logits, self.target, *where, stats, a["state"], False
+        )[0]
 
 
 WRONG: dict[str, tuple[str, Callable[[torch.device], dict[str, Any]], str]] = {

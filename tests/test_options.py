@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close
+from helpers import assert_close
 
 from llmloss_ext import (
     linear_cross_entropy,
@@ -19,7 +19,7 @@ from llmloss_ext import (
     training,
 )
 from llmloss_ext.cli import main
-from llmloss_ext.linear import loop
+from llmloss_ext.linear import projection
 from llmloss_ext.nn import LinearCrossEntropyLoss
 
 N, D, V = 24, 8, 50
@@ -29,13 +29,13 @@ N, D, V = 24, 8, 50
 def chunks(monkeypatch):
     """The tokens of each chunk that is projected."""
     seen = []
-    right = loop.Projection.project
+    right = projection.Projection.project
 
     def project(self, hidden, logits):
         seen.append(hidden.shape[0])
         right(self, hidden, logits)
 
-    monkeypatch.setattr(loop.Projection, "project", project)
+    monkeypatch.setattr(projection.Projection, "project", project)
     return seen
 
 
@@ -173,7 +173,7 @@ def test_distillation_in_float16_keeps_small_gradients():
 
 def test_distillation_from_logits_works_on_a_chunk_at_a_time(monkeypatch):
     """The copies of a chunk, and not one of them, are as large as a linear loss's buffer."""
-    from llmloss_ext.linear import rowwise
+    from llmloss_ext import rowwise
 
     seen = []
     right = rowwise.masked

@@ -8,11 +8,11 @@ alignment [llm.c]: test_token_stats; all tokens ignored [Liger 177, CCE]: test_c
 targets out of range [apex, quack, flash-attention]: test_errors; mixed precision [Liger 305, 501]:
 test_transforms.
 A vocabulary spread over ranks, padding and label smoothing in it [CCE 59, Megatron 737, 7464]:
-test_parallel.
+tests/parallel.
 From hidden states also: sums of the weight's gradient in 16 bits [Liger 512, OLMo-core 370],
 float16 at many tokens, a second backward, stride-0 gradients, all tokens ignored, targets out of
-range, mixed precision and products of what is frozen: test_linear; chunks too small for the
-products [Liger 1232]: test_linear_plan, where memory is measured too.
+range, mixed precision and products of what is frozen: tests/linear; chunks too small for the
+products [Liger 1232]: linear/test_plan.py, where memory is measured too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Passed, assert_close, gradients
+from helpers import Passed, assert_close, gradients
 
 from llmloss_ext import cross_entropy, linear_cross_entropy, linear_token_stats, token_stats
 

@@ -14,14 +14,9 @@ import pytest
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("pybind11")
-from oracle import (  # noqa: E402
-    Problem,
-    cross_entropy,
-    cross_entropy_gradient,
-    row_stats,
-    stats_gradient,
-)
+from oracle import Problem, cross_entropy, cross_entropy_gradient  # noqa: E402
 from simt import build  # noqa: E402
+from simt.expected import row_stats, stats_gradient  # noqa: E402
 from simt.harness import SCHEDULES, STATISTICS, Case, library  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler")
@@ -32,6 +27,7 @@ VALUE = {"float64": 1e-12}  # else 3e-6: statistics are float32
 GRADIENT = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 4e-3, "float16": 5e-4}
 MANY = (4, 227 << 10, 1)  # multiprocessors for which few rows are split
 PLAIN = ("log_prob", "lse")
+FLOAT_STATISTICS = tuple(name for name in STATISTICS if name not in ("argmax", "rank"))
 
 
 @pytest.fixture(scope="session")
@@ -252,8 +248,7 @@ def test_gradients_with_options(kernels: Any, dtype: str, option: str, columns: 
         pytest.skip("10,000 leaves float16 a step of 8")
     rng = np.random.default_rng(1)
     grad_loss = rng.normal(0, 1, 3)
-    names = ("log_prob", "lse", "entropy", "mean_log_prob")
-    upstream = {name: rng.normal(0, 1, 3) for name in names}
+    upstream = {name: rng.normal(0, 1, 3) for name in FLOAT_STATISTICS}
     if option == "columns masked by -inf":
         del upstream["mean_log_prob"]  # it is -inf
     for extra in ({}, {"vocab_size": columns - 5}):
@@ -276,7 +271,7 @@ def test_gradients_with_options(kernels: Any, dtype: str, option: str, columns: 
 def test_each_statistic_has_a_gradient_of_its_own(kernels: Any, dtype: str, schedule: Any) -> None:
     kernels.set_schedule(*schedule)
     for columns in (61, 6200, 9 * TILE[dtype]):
-        for name in ("log_prob", "lse", "entropy", "mean_log_prob"):
+        for name in FLOAT_STATISTICS:
             case = Case(kernels, dtype, problem(columns), device=MANY)
             upstream = {name: np.array([1.0, 1.0, -0.5])}
             grad, _ = case.row_grad(upstream, skew=0)
@@ -368,6 +363,50 @@ def test_losses(kernels: Any, dtype: str, option: str, rows: int, schedule: Any)
             np.testing.assert_allclose(denominator, expected.denominator, rtol=tolerance)
     loss, _ = case.loss("mean", 7.0)
     np.testing.assert_allclose(loss, expected.reduced("mean", 7.0), rtol=tolerance, atol=tolerance)
+
+
+def focal(problem: Problem, gamma: float, grad_loss: Any) -> tuple[Any, Any]:
+    """Each row's loss with the factor (1 - p_y)^gamma, and the gradient of grad_loss times it."""
+    stats = row_stats(problem)
+    at_target = (1 - problem.label_smoothing) * problem.target_weight
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ce = -at_target * stats.log_prob - problem.label_smoothing * stats.mean_log_prob
+        others = -np.expm1(stats.log_prob)
+        factor = others**gamma
+        slope = np.where(others == 0, 0, -gamma * factor / others * np.exp(stats.log_prob))
+        loss = problem.tokens * (factor * ce + problem.z_loss * stats.lse**2)
+        each = grad_loss * problem.tokens
+        gradient = stats_gradient(
+            problem,
+            log_prob=each * (slope * ce - at_target * factor),
+            mean_log_prob=-each * problem.label_smoothing * factor,
+            lse=2 * each * problem.z_loss * stats.lse,
+        )
+    return np.where(problem.ignored, 0, loss), gradient.logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+@pytest.mark.parametrize("option", ["no option", "weight", "softcap", "z-loss and smoothing"])
+def test_focal_losses(kernels: Any, dtype: str, gamma: float, option: str) -> None:
+    """The two kernels and the fused one, to the same bits; in a row of one column p is 1."""
+    rng = np.random.default_rng(1)
+    tolerance = VALUE.get(dtype, 3e-6)
+    for columns in (1, 61, 6200, 17 * TILE[dtype] + 5):
+        p = problem(columns, **OPTIONS[option])
+        grad_loss = rng.normal(0, 1, 3)
+        case = Case(kernels, dtype, p, gap=3, focal_gamma=gamma)
+        expected, gradient = focal(case.problem, gamma, grad_loss)
+        loss, _ = case.loss("none")
+        np.testing.assert_allclose(loss, expected, rtol=tolerance, atol=tolerance)
+        grad, _ = case.row_grad(grad_loss=grad_loss, skew=0)
+        check_gradient(case, grad, gradient)
+
+        separate, _ = case.row_grad(grad_loss=np.ones(3))
+        for device in ((1, 227 << 10, 1), (1, 16 << 10, 8)):
+            fused = Case(kernels, dtype, p, gap=3, focal_gamma=gamma, device=device)
+            wanted = PLAIN if p.label_smoothing == 0 else (*PLAIN, "mean_log_prob")
+            np.testing.assert_array_equal(fused.fused(wanted)[1], separate)
 
 
 @pytest.mark.parametrize(("dtype", "columns"), SIZES)

@@ -7,11 +7,12 @@ import itertools
 import pytest
 import reference
 import torch
-from conftest import FLOATS, GRADIENT, VALUE, assert_close
+from helpers import FLOATS, GRADIENT, VALUE, assert_close
 
 from llmloss_ext import token_stats
 
-NAMES = ("log_prob", "lse", "entropy", "mean_log_prob")
+EXTRA = ("log_sum_sq_probs",)
+NAMES = ("log_prob", "lse", "entropy", "mean_log_prob", *EXTRA)
 OPTIONS = [
     {},
     {"weight": True},
@@ -35,7 +36,7 @@ def make(device, dtype, options, shape=(2, 4, 61)):
 def test_values(device, dtype, options):
     input, target, options = make(device, dtype, options)
     expected = reference.stats(input, target, **options)
-    actual = token_stats(input, target, **options, with_rank=True)
+    actual = token_stats(input, target, **options, with_rank=True, extra=EXTRA)
     for name in NAMES:
         assert_close(getattr(actual, name), expected[name], VALUE[dtype] * 2)
         assert getattr(actual, name).shape == target.shape
@@ -45,10 +46,11 @@ def test_values(device, dtype, options):
     plain = token_stats(input, target, **options)
     assert plain.argmax is None
     assert plain.rank is None
+    assert plain.log_sum_sq_probs is None
     assert torch.equal(plain.log_prob, actual.log_prob)
 
 
-@pytest.mark.parametrize("used", [c for n in (1, 2, 4) for c in itertools.combinations(NAMES, n)])
+@pytest.mark.parametrize("used", [c for n in (1, 2, 5) for c in itertools.combinations(NAMES, n)])
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[4]], ids=["plain", "all"])
 def test_gradients_of_any_combination(device, used, options):
     input, target, options = make(device, torch.float64, options)
@@ -58,7 +60,8 @@ def test_gradients_of_any_combination(device, used, options):
         leaf = input.clone().requires_grad_()
         scale = torch.tensor(options.get("logit_scale", 1.0), dtype=torch.float64, device=device)
         scale.requires_grad_()
-        result = function(leaf, target, **{**options, "logit_scale": scale})
+        extra = {"extra": EXTRA} if function is token_stats else {}
+        result = function(leaf, target, **{**options, "logit_scale": scale}, **extra)
         result = result if isinstance(result, dict) else result._asdict()
         total = sum((result[name] * upstream[name].to(device)).sum() for name in used)
         grads.append(torch.autograd.grad(total, (leaf, scale)))
@@ -142,7 +145,7 @@ def test_any_width_and_alignment(device, columns, start):
     whole = torch.randn(3, columns + start, device=device)
     target = torch.randint(0, columns, (3,), device=device)
     expected = reference.stats(whole[:, start:], target)
-    actual = token_stats(whole[:, start:], target, with_rank=True)
+    actual = token_stats(whole[:, start:], target, with_rank=True, extra=EXTRA)
     for name in NAMES:
         assert_close(getattr(actual, name), expected[name], 3e-6)
     assert torch.equal(actual.rank, expected["rank"])
@@ -153,7 +156,7 @@ def test_any_width_and_alignment(device, columns, start):
 def test_every_instruction_set(isa, dtype):
     input, target, _ = make(torch.device("cpu"), dtype, {}, (2, 3, 2063))
     leaf, double = input.clone().requires_grad_(), input.double().requires_grad_()
-    actual = token_stats(leaf, target, softcap=8.0, with_rank=True)
+    actual = token_stats(leaf, target, softcap=8.0, with_rank=True, extra=EXTRA)
     expected = reference.stats(double, target, softcap=8.0)
     for name in NAMES:
         assert_close(getattr(actual, name), expected[name], VALUE[dtype] * 2)
@@ -161,3 +164,16 @@ def test_every_instruction_set(isa, dtype):
     total = expected["log_prob"] + expected["entropy"]
     (total + expected["mean_log_prob"] * expected["lse"]).sum().backward()
     assert_close(leaf.grad, double.grad, GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("name", ["argmax", "rank", *EXTRA])
+def test_extra_statistics_by_name(device, name):
+    logits, target = torch.randn(6, 33, device=device), torch.arange(6, device=device)
+    every = token_stats(logits, target, extra=("argmax", "rank", *EXTRA))
+    stats = token_stats(logits, target, extra=(name,))
+    assert torch.equal(getattr(stats, name), getattr(every, name))
+    missing = {f for f in stats._fields if getattr(stats, f) is None}
+    assert missing == {"argmax", "rank", *EXTRA} - {name}
+    for wrong in ("rank", ("median",), ["rank", "x"]):
+        with pytest.raises(ValueError, match="extra must hold names of statistics"):
+            token_stats(logits, target, extra=wrong)

@@ -10,18 +10,21 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import assert_close
 from functorch.compile import make_boxed_func
+from helpers import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import llmloss_ext
 from llmloss_ext import cross_entropy, token_stats
+from llmloss_ext.options import MEAN, LogitOptions, LossOptions, pack
+from llmloss_ext.statistics import STATISTICS, FloatStats, asked
 
 DOUBLE = torch.float64
 OPTIONS = [
     {},
     {"reduction": "sum", "label_smoothing": 0.2},
     {"reduction": "none", "z_loss": 0.1},
+    {"focal_gamma": 1.5, "label_smoothing": 0.1},
     {"softcap": 3.0, "logit_scale": 1.4, "vocab_size": 11, "label_smoothing": 0.1},
 ]
 BY_NAME = {"ids": lambda o: "+".join(o) or "plain"}
@@ -70,7 +73,10 @@ def test_gradcheck_of_statistics(device, shape):
     weight = torch.rand(13, dtype=DOUBLE, device=device)
 
     def stats(x, s):
-        return token_stats(x, target, logit_scale=s, softcap=4.0, weight=weight)[:4]
+        stats = token_stats(
+            x, target, logit_scale=s, softcap=4.0, weight=weight, extra=("log_sum_sq_probs",)
+        )
+        return (*stats[:4], stats.log_sum_sq_probs)
 
     inputs = (input.requires_grad_(), scale)
     assert torch.autograd.gradcheck(stats, inputs)
@@ -183,8 +189,9 @@ def test_compile_statistics(device):
     torch._dynamo.reset()
     input, target = make(device)
     input.requires_grad_()
-    compiled = torch.compile(lambda x: token_stats(x * 1.0, target, with_rank=True), fullgraph=True)
-    actual, expected = compiled(input), token_stats(input, target, with_rank=True)
+    options = {"with_rank": True, "extra": ("log_sum_sq_probs",)}
+    compiled = torch.compile(lambda x: token_stats(x * 1.0, target, **options), fullgraph=True)
+    actual, expected = compiled(input), token_stats(input, target, **options)
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
     (grad,) = torch.autograd.grad(actual.entropy.sum(), input)
@@ -198,31 +205,36 @@ def operator_calls(device):
     scale = torch.tensor(1.1, dtype=DOUBLE, device=device)
     tokens, weight = torch.rand(5, dtype=DOUBLE), torch.rand(13, dtype=DOUBLE)
     tokens, weight = tokens.to(device), weight.to(device)
-    ops, logits = torch.ops.llmloss, (1.0, 0.0, -100, 13)
-    stats = ops.token_stats(input, target, weight, scale, *logits, True, True, True)
-    _, state, denominator = ops.cross_entropy(
-        input, target, weight, tokens, None, scale, *logits, 0.1, 0.1, 1
+    ops, options = torch.ops.llmloss, LogitOptions(1.0, 0.0, -100, 13)
+    logits = pack(options)
+    loss = pack(options, LossOptions(label_smoothing=0.1, z_loss=0.1, reduction=MEAN))
+    state, *floats, _argmax, _rank = ops.token_stats(
+        input, target, weight, scale, *logits, asked(STATISTICS)
     )
+    grads = FloatStats(
+        log_prob=tokens, entropy=tokens, mean_log_prob=tokens, log_sum_sq_probs=tokens
+    )
+    where = (input, target, weight, tokens, None, scale, *loss)
+    _, state_of_loss, denominator = ops.cross_entropy(*where)
     one = torch.ones((), dtype=DOUBLE, device=device)
-    loss = (target, weight, tokens, scale, *logits, 0.1, 0.1, state, denominator, True)
+    saved = (target, weight, tokens, scale, *loss, state_of_loss, denominator, True)
     return [
-        (ops.token_stats, (input, target, weight, scale, *logits, True, True, True)),
-        (ops.token_stats, (input, target, None, None, *logits, False, False, False)),
+        (ops.token_stats, (input, target, weight, scale, *logits, asked(STATISTICS))),
+        (ops.token_stats, (input, target, None, None, *logits, asked(("log_prob", "lse")))),
         (
             ops.token_stats_backward,
-            (tokens, None, tokens, tokens, input, target, weight, scale, *logits, stats[2],
-             stats[6], True),
+            (grads, input, target, weight, scale, *logits, floats, state, True),
         ),
-        (ops.cross_entropy, (input, target, weight, tokens, one, scale, *logits, 0.1, 0.1, 1)),
-        (ops.cross_entropy, (input, target, None, None, None, None, *logits, 0.0, 0.0, 0)),
-        (ops.cross_entropy_backward, (one, input, *loss)),
-        (ops.cross_entropy_backward_, (one, input.clone(), *loss)),
+        (ops.cross_entropy, (input, target, weight, tokens, one, scale, *loss)),
+        (ops.cross_entropy, (input, target, None, None, None, None, *pack(options, LossOptions()))),
+        (ops.cross_entropy_backward, (one, input, *saved)),
+        (ops.cross_entropy_backward_, (one, input.clone(), *saved)),
         (
             ops.cross_entropy_fused_,
-            (input.clone(), target, weight, tokens, None, scale, *logits, 0.1, 0.1, 1, True),
+            (input.clone(), target, weight, tokens, None, scale, *loss, True),
         ),
         (ops.scale_, (input.clone(), one * 2)),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("index", range(9))

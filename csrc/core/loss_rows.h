@@ -17,9 +17,7 @@ struct LossRows {
   int64_t vocab_size = 0;
   const Real* class_weight = nullptr;
   const Real* token_weight = nullptr;
-  const Real* log_prob = nullptr;
-  const Real* lse = nullptr;
-  const Real* mean_log_prob = nullptr;
+  FloatStats<const Real*> stats;  // those that the loss reads
 
   // w_y; 1 without class weights, for probability targets (whose weights are in the mean) and for a
   // target out of range (whose statistics are nan already).
@@ -36,8 +34,7 @@ struct LossRows {
 
   LLMLOSS_HD Real loss(int64_t row) const {
     if (targets.ignored(row)) return Real(0);
-    const Real loss = row_loss(options, log_prob[row], lse[row],
-                               mean_log_prob ? mean_log_prob[row] : Real(0), target_weight(row));
+    const Real loss = row_loss(options, values_of_row(stats, row), target_weight(row));
     return token_weight ? token_weight[row] * loss : loss;
   }
 };

@@ -8,6 +8,8 @@
 #include "logit_transform.h"
 #include "loss.h"
 #include "macros.h"
+#include "row_grad.h"
+#include "row_stats.h"
 
 namespace llmloss {
 
@@ -96,24 +98,9 @@ struct RowInputs {
 // Rows whose target is elsewhere: log_prob and rank say nothing.
 template <typename Real>
 struct RowOutputs {
-  Real* log_prob = nullptr;
-  Real* lse = nullptr;
-  Real* entropy = nullptr;        // asks for the entropy
-  Real* mean_log_prob = nullptr;  // asks for the weighted mean
-  int64_t* argmax = nullptr;      // asks for argmax
-  int64_t* rank = nullptr;        // asks for rank
-  Real* reference = nullptr;      // the next three are what the backward kernel needs
-  Real* sum_exp = nullptr;
-  Real* sum_weights = nullptr;
-};
-
-// The statistics that the backward kernel reads again.
-template <typename Real>
-struct SavedStats {
-  const Real* reference = nullptr;
-  const Real* sum_exp = nullptr;
-  const Real* sum_weights = nullptr;  // read only where the weighted mean has a gradient
-  const Real* entropy = nullptr;      // read only where the entropy has a gradient
+  FloatStats<Real*> floats;
+  IntegerStats<int64_t*> integers;
+  StateFields<Real*> state;
 };
 
 // Where the backward kernel finds a row's upstream gradient: either one array per statistic, or the
@@ -121,10 +108,7 @@ struct SavedStats {
 template <typename Real>
 struct GradSource {
   // Statistics. Null: that statistic was not used.
-  const Real* log_prob = nullptr;
-  const Real* lse = nullptr;
-  const Real* mean_log_prob = nullptr;
-  const Real* entropy = nullptr;
+  FloatStats<const Real*> grads;
 
   // Loss: grad_loss * token_weight / denominator for each row.
   bool from_loss = false;
@@ -134,14 +118,21 @@ struct GradSource {
   const Real* token_weight = nullptr;
   const Real* denominator = nullptr;  // one number; null: 1
 
-  LLMLOSS_HD RowUpstream<Real> upstream(int64_t row, Real row_lse, Real target_weight) const {
-    if (!from_loss) {
-      return {.log_prob = log_prob ? log_prob[row] : Real(0),
-              .lse = lse ? lse[row] : Real(0),
-              .mean_log_prob = mean_log_prob ? mean_log_prob[row] : Real(0),
-              .entropy = entropy ? entropy[row] : Real(0)};
-    }
-    return loss_upstream(options, of_loss(row), row_lse, target_weight);
+  // Whether a statistic has a gradient.
+  LLMLOSS_HD bool has(int stat) const {
+    return from_loss ? options.reads(stat) : grads[stat] != nullptr;
+  }
+  // Whether the gradient needs the statistic's value.
+  LLMLOSS_HD bool needs_value(int stat) const {
+    const bool of_loss = from_loss && options.gradient_reads_values();
+    return has(stat) && (of_loss || gradient_needs_value(stat));
+  }
+
+  // dL/d(statistic) of a row whose statistics have these values, as far as they are needed.
+  LLMLOSS_HD FloatStats<Real> upstream(int64_t row, const FloatStats<Real>& values,
+                                       Real target_weight) const {
+    if (!from_loss) return values_of_row(grads, row);
+    return loss_upstream(options, of_loss(row), values, target_weight);
   }
 
   // dL/d(loss of the row). Needs nothing of the row's statistics.
@@ -150,6 +141,30 @@ struct GradSource {
     if (token_weight) grad *= token_weight[row];
     if (denominator) grad /= denominator[0];
     return grad;
+  }
+};
+
+// What the backward kernel reads of what forward has written.
+template <typename Real>
+struct SavedStats {
+  FloatStats<const Real*> floats;  // null: not needed
+  StateFields<const Real*> state;
+
+  static SavedStats needed_by(const GradSource<Real>& source, const RowOutputs<Real>& written) {
+    SavedStats saved;
+    saved.state = written.state.template as<const Real*>();
+    for (int stat = 0; stat < Stat::float_count; ++stat) {
+      if (source.needs_value(stat)) saved.floats[stat] = written.floats[stat];
+    }
+    return saved;
+  }
+
+  LLMLOSS_HD RowStats<Real> of_row(int64_t row) const {
+    RowStats<Real> stats;
+    stats.floats = values_of_row(floats, row);
+    LLMLOSS_UNROLL
+    for (int field = 0; field < StateField::count; ++field) stats.state[field] = state[field][row];
+    return stats;
   }
 };
 

@@ -10,6 +10,7 @@
 
 #include "macros.h"
 #include "math.h"
+#include "statistics.h"
 
 namespace llmloss {
 
@@ -18,6 +19,7 @@ struct PartialState {
   Real max = -infinity<Real>();  // m, the largest logit
   Real sum_exp = 0;              // sum e^(x - m)
   Real sum_x_exp = 0;            // sum (x - m) e^(x - m), for the entropy
+  Real sum_sq_exp = 0;           // sum e^(2 (x - m)), for the sum of squared probabilities
   Real sum_weighted = 0;         // sum a (x - m), for the weighted mean of log-probabilities
   Real sum_weights = 0;          // sum a
   int64_t argmax = -1;           // the first column that holds m
@@ -25,6 +27,29 @@ struct PartialState {
 
   // The point that the sums are relative to: m, or 0 where every logit is -inf.
   LLMLOSS_HD Real reference() const { return max == -infinity<Real>() ? Real(0) : max; }
+
+  // Replaces each sum that the wanted statistics are made of by join(sum), and forgets the others.
+  template <typename Join>
+  LLMLOSS_HD void join_sums(const Wanted& wanted, const Join& join) {
+    const bool mean = wanted.floats[Stat::mean_log_prob];
+    sum_exp = join(sum_exp);
+    sum_x_exp = wanted.floats[Stat::entropy] ? join(sum_x_exp) : Real(0);
+    sum_sq_exp = wanted.floats[Stat::log_sum_sq_probs] ? join(sum_sq_exp) : Real(0);
+    sum_weighted = mean ? join(sum_weighted) : Real(0);
+    sum_weights = mean ? join(sum_weights) : Real(0);
+  }
+
+  template <typename To>
+  LLMLOSS_HD PartialState<To> as() const {
+    return {.max = To(max),
+            .sum_exp = To(sum_exp),
+            .sum_x_exp = To(sum_x_exp),
+            .sum_sq_exp = To(sum_sq_exp),
+            .sum_weighted = To(sum_weighted),
+            .sum_weights = To(sum_weights),
+            .argmax = argmax,
+            .rank = rank};
+  }
 
   // Moves the sums to a new maximum, new_max >= max.
   LLMLOSS_HD void rebase(Real new_max) {
@@ -36,6 +61,7 @@ struct PartialState {
       const Real factor = exp_of(shift);
       sum_x_exp = factor * (sum_x_exp + shift * sum_exp);
       sum_exp *= factor;
+      sum_sq_exp *= factor * factor;
       // A part that underflows is gone; 0 * inf must not make it nan.
       if (factor == Real(0)) sum_x_exp = Real(0);
     }
@@ -54,24 +80,24 @@ LLMLOSS_HD PartialState<Real> merge(PartialState<Real> a, PartialState<Real> b) 
   b.rebase(max);
   a.sum_exp += b.sum_exp;
   a.sum_x_exp += b.sum_x_exp;
+  a.sum_sq_exp += b.sum_sq_exp;
   a.sum_weighted += b.sum_weighted;
   a.sum_weights += b.sum_weights;
   a.rank += b.rank;
   return a;
 }
 
-// Everything that losses and their gradients need to know of one row.
+// Everything that is known of a row once its columns have been visited.
 template <typename Real>
 struct RowStats {
-  Real log_prob;       // log p_target
-  Real lse;            // log sum e^x
-  Real entropy;        // - sum p log p, nats
-  Real mean_log_prob;  // sum a log p
-  Real reference;      // p_i = e^(x_i - reference) / sum_exp: no digits lost to a large lse
-  Real sum_exp;
-  Real sum_weights;
-  int64_t argmax;  // -1 where a nan or +inf leaves the row without statistics
-  int64_t rank;    // vocab_size there, so that the row is in no top-k
+  FloatStats<Real> floats;
+  IntegerStats<int64_t> integers;
+  StateFields<Real> state;
+
+  template <typename To>
+  LLMLOSS_HD RowStats<To> as() const {
+    return {floats.template as<To>(), integers, state.template as<To>()};
+  }
 };
 
 template <typename Real>
@@ -80,16 +106,47 @@ LLMLOSS_HD RowStats<Real> finalize(const PartialState<Real>& state, Real target_
   const Real reference = state.reference();
   const Real log_sum = log_of(state.sum_exp);
   const Real entropy = log_sum - state.sum_x_exp / state.sum_exp;
+  const Real log_sum_sq = log_of(state.sum_sq_exp) - Real(2) * log_sum;
   const bool is_nan = !(state.sum_exp == state.sum_exp);
-  return {.log_prob = (target_logit - reference) - log_sum,
-          .lse = reference + log_sum,
-          .entropy = entropy < Real(0) ? Real(0) : entropy,  // rounding; nan stays nan
-          .mean_log_prob = state.sum_weighted - state.sum_weights * log_sum,
-          .reference = reference,
-          .sum_exp = state.sum_exp,
-          .sum_weights = state.sum_weights,
-          .argmax = is_nan ? -1 : state.argmax,
-          .rank = is_nan ? vocab_size : state.rank};
+  RowStats<Real> stats;
+  stats.floats[Stat::log_prob] = (target_logit - reference) - log_sum;
+  stats.floats[Stat::lse] = reference + log_sum;
+  stats.floats[Stat::entropy] = entropy < Real(0) ? Real(0) : entropy;  // rounding; nan stays nan
+  stats.floats[Stat::mean_log_prob] = state.sum_weighted - state.sum_weights * log_sum;
+  stats.floats[Stat::log_sum_sq_probs] = log_sum_sq > Real(0) ? Real(0) : log_sum_sq;  // likewise
+  stats.integers[Stat::argmax] = is_nan ? -1 : state.argmax;
+  stats.integers[Stat::rank] = is_nan ? vocab_size : state.rank;
+  stats.state[StateField::reference] = reference;
+  stats.state[StateField::sum_exp] = state.sum_exp;
+  stats.state[StateField::sum_weights] = state.sum_weights;
+  return stats;
+}
+
+// Back from what finalize made: the state, but for its rank.
+template <typename Real>
+LLMLOSS_HD PartialState<Real> state_of(const RowStats<Real>& stats) {
+  PartialState<Real> state;
+  state.sum_exp = stats.state[StateField::sum_exp];
+  state.sum_weights = stats.state[StateField::sum_weights];
+  state.argmax = stats.integers[Stat::argmax];
+  if (state.sum_exp == 0) {  // no logit above -inf
+    if (state.sum_weights != 0) state.sum_weighted = -infinity<Real>();
+    return state;
+  }
+  const Real log_sum = log_of(state.sum_exp);
+  state.max = stats.state[StateField::reference];
+  state.sum_x_exp = state.sum_exp * (log_sum - stats.floats[Stat::entropy]);
+  state.sum_sq_exp = exp_of(stats.floats[Stat::log_sum_sq_probs] + Real(2) * log_sum);
+  state.sum_weighted = stats.floats[Stat::mean_log_prob] + state.sum_weights * log_sum;
+  return state;
+}
+
+// The target's logit, from what finalize made.
+template <typename Real>
+LLMLOSS_HD Real target_logit_of(const RowStats<Real>& stats) {
+  const Real sum_exp = stats.state[StateField::sum_exp];
+  if (sum_exp == 0) return -infinity<Real>();
+  return stats.state[StateField::reference] + stats.floats[Stat::log_prob] + log_of(sum_exp);
 }
 
 }  // namespace llmloss

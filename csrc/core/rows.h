@@ -27,53 +27,42 @@ LLMLOSS_HD bool target_is_here(const RowInputs<T>& in, int64_t row) {
   return in.targets.are_indices() && !in.targets.is_elsewhere(row);
 }
 
+// A number into each array; what nobody asked for has none.
+template <typename To, typename From, int first, int end>
+LLMLOSS_HD void write_each(const Indexed<To*, first, end>& arrays, int64_t row,
+                           const Indexed<From, first, end>& numbers) {
+  LLMLOSS_UNROLL
+  for (int i = first; i < end; ++i) {
+    if (arrays[i] != nullptr) arrays[i][row] = To(numbers[i]);
+  }
+}
+
 template <typename Real, typename From>
 LLMLOSS_HD void write_statistics(const RowOutputs<Real>& out, int64_t row,
                                  const RowStats<From>& stats) {
-  const auto write = [row](Real* to, From value) {
-    if (to != nullptr) to[row] = Real(value);
-  };
-  write(out.log_prob, stats.log_prob);
-  write(out.lse, stats.lse);
-  write(out.entropy, stats.entropy);
-  write(out.mean_log_prob, stats.mean_log_prob);
-  write(out.reference, stats.reference);
-  write(out.sum_exp, stats.sum_exp);
-  write(out.sum_weights, stats.sum_weights);
-  if (out.argmax != nullptr) out.argmax[row] = stats.argmax;
-  if (out.rank != nullptr) out.rank[row] = stats.rank;
+  write_each(out.floats, row, stats.floats);
+  write_each(out.state, row, stats.state);
+  write_each(out.integers, row, stats.integers);
 }
 
 // What stands in the outputs of a row that is not active: 0 where it is ignored, nan where its
 // target is out of range.
 template <typename Real>
 LLMLOSS_HD RowStats<Real> absent_statistics(bool is_ignored, int64_t vocab_size) {
-  const Real value = is_ignored ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
-  return {.log_prob = value,
-          .lse = value,
-          .entropy = value,
-          .mean_log_prob = value,
-          .reference = 0,
-          .sum_exp = 0,
-          .sum_weights = 0,
-          .argmax = -1,
-          .rank = vocab_size};
+  RowStats<Real> stats;
+  LLMLOSS_UNROLL
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    stats.floats[stat] = is_ignored ? Real(0) : std::numeric_limits<Real>::quiet_NaN();
+  }
+  stats.integers[Stat::argmax] = -1;
+  stats.integers[Stat::rank] = vocab_size;
+  return stats;
 }
 
 template <typename Real, typename T>
 LLMLOSS_HD RowStats<Real> absent_statistics(const RowInputs<T>& in, int64_t row) {
   return absent_statistics<Real>(in.targets.ignored(row), in.vocab_size);
 }
-
-// What the statistics of a row tell its gradient.
-template <typename Real>
-struct RowFacts {
-  Target<Real> target;
-  Real reference;
-  Real sum_exp;
-  Real entropy;
-  Real sum_weights;
-};
 
 // What a row's gradient needs: its coefficients, and how p follows from x.
 template <typename Real>
@@ -85,27 +74,33 @@ struct GradRow {
   Real constant;     // c.weight times the constant column weight
 };
 
-// upstream_of: from the row's lse to the gradients of its statistics.
+// upstream_of: from the values of the row's statistics to their gradients.
 template <typename T, typename UpstreamOf>
-LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const RowFacts<real_t<T>>& facts,
+LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const RowStats<real_t<T>>& stats,
                                        const UpstreamOf& upstream_of) {
   using Real = real_t<T>;
-  const Real log_sum = log_of(facts.sum_exp);
-  const RowUpstream<Real> upstream = upstream_of(facts.reference + log_sum);
-  GradRow<Real> grad{.c = collapse(upstream, facts.entropy, facts.sum_weights),
-                     .reference = facts.reference,
-                     .log_sum = log_sum,
-                     .inverse_sum = Real(1) / facts.sum_exp,
-                     .constant = 0};
+  const Real reference = stats.state[StateField::reference];
+  const Real sum_exp = stats.state[StateField::sum_exp];
+  const Real log_sum = log_of(sum_exp);
+  FloatStats<Real> values = stats.floats;
+  values[Stat::lse] = reference + log_sum;  // spares a read of what forward wrote
+  GradRow<Real> grad{
+      .c = collapse(upstream_of(values), values, stats.state[StateField::sum_weights]),
+      .reference = reference,
+      .log_sum = log_sum,
+      .inverse_sum = Real(1) / sum_exp,
+      .constant = 0};
   if (grad.c.weight != Real(0)) grad.constant = grad.c.weight * in.weights.beta;
   return grad;
 }
 
 template <typename T>
 LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
-                                       int64_t row, const RowFacts<real_t<T>>& facts) {
-  return grad_row(in, facts,
-                  [&](real_t<T> lse) { return source.upstream(row, lse, facts.target.weight); });
+                                       int64_t row, const RowStats<real_t<T>>& stats,
+                                       real_t<T> target_weight) {
+  return grad_row(in, stats, [&](const FloatStats<real_t<T>>& values) {
+    return source.upstream(row, values, target_weight);
+  });
 }
 
 }  // namespace llmloss

@@ -1,7 +1,7 @@
-// Whole rows from what the ranks of a group say of their columns.
+// The statistics of whole rows from those of every rank's columns.
 //
-// A rank says its statistics of a row, which are a finalized PartialState: taken back to one, it
-// merges with the others' as the states of threads and blocks do.
+// A rank sends what finalize made of its columns' state. Taken back to a state, it merges with the
+// other ranks' as the states of threads and blocks do.
 #pragma once
 
 #include "params.h"
@@ -10,59 +10,38 @@
 
 namespace llmloss {
 
-// What a rank says, in this order: the statistics of its columns, whether the target is one of
-// them (1 or 0), the class of its argmax (-1: none), and how many classes its columns are. Classes
-// are exact in a float below 2^24.
+// What a rank sends of a row: every float statistic of its columns, their state, whether the target
+// is one of them (1 or 0), the class of their argmax (-1: none), and how many they are. Classes are
+// exact in a float below 2^24.
 struct ShardField {
-  enum : int {
-    log_prob,
-    entropy,
-    mean_log_prob,
-    reference,
-    sum_exp,
-    sum_weights,
-    has_target,
-    argmax,
-    columns
-  };
-  static constexpr int count = 9;
+  enum : int { state = Stat::float_count, has_target = state + StateField::count, argmax, columns };
+  static constexpr int count = columns + 1;
+  static constexpr const char* names[] = {"has_target", "argmax", "columns"};  // after the state
 };
 
 template <typename Real>
 struct ShardRows {
-  const Real* said = nullptr;  // (ranks, ShardField::count, rows)
+  const Real* shard_stats = nullptr;  // (ranks, ShardField::count, rows)
   int64_t ranks = 0;
   int64_t rows = 0;
   Targets targets;  // classes of all ranks
   int64_t vocab_size = 0;
 
   LLMLOSS_HD double at(int64_t rank, int field, int64_t row) const {
-    return said[(rank * ShardField::count + field) * rows + row];
+    return shard_stats[(rank * ShardField::count + field) * rows + row];
   }
 
-  // The state of a rank's columns, relative to its largest logit.
-  LLMLOSS_HD PartialState<double> state(int64_t rank, int64_t row) const {
-    PartialState<double> state;
-    state.sum_exp = at(rank, ShardField::sum_exp, row);
-    state.sum_weights = at(rank, ShardField::sum_weights, row);
-    state.argmax = int64_t(at(rank, ShardField::argmax, row));
-    if (state.sum_exp == 0) {  // no logit above -inf
-      if (state.sum_weights != 0) state.sum_weighted = -infinity<double>();
-      return state;
+  // The statistics of a rank's columns. Its rank of the target, among them alone, is not sent.
+  LLMLOSS_HD RowStats<double> of_rank(int64_t rank, int64_t row) const {
+    RowStats<double> stats;
+    LLMLOSS_UNROLL
+    for (int stat = 0; stat < Stat::float_count; ++stat) stats.floats[stat] = at(rank, stat, row);
+    LLMLOSS_UNROLL
+    for (int field = 0; field < StateField::count; ++field) {
+      stats.state[field] = at(rank, ShardField::state + field, row);
     }
-    const double log_sum = log_of(state.sum_exp);
-    state.max = at(rank, ShardField::reference, row);
-    state.sum_x_exp = state.sum_exp * (log_sum - at(rank, ShardField::entropy, row));
-    state.sum_weighted = at(rank, ShardField::mean_log_prob, row) + state.sum_weights * log_sum;
-    return state;
-  }
-
-  // The target's logit, by a rank that has it.
-  LLMLOSS_HD double target_logit(int64_t rank, int64_t row) const {
-    const double sum_exp = at(rank, ShardField::sum_exp, row);
-    if (sum_exp == 0) return -infinity<double>();
-    return at(rank, ShardField::reference, row) + at(rank, ShardField::log_prob, row) +
-           log_of(sum_exp);
+    stats.integers[Stat::argmax] = int64_t(at(rank, ShardField::argmax, row));
+    return stats;
   }
 };
 
@@ -76,10 +55,11 @@ LLMLOSS_HD void merge_shards(const ShardRows<Real>& in, const RowOutputs<Real>& 
   int count = 0;
   double columns = 0;
   for (int64_t rank = 0; rank < in.ranks; ++rank) {
-    whole = merge(whole, in.state(rank, row));
+    const RowStats<double> stats = in.of_rank(rank, row);
+    whole = merge(whole, state_of(stats));
     columns += in.at(rank, ShardField::columns, row);
     if (in.at(rank, ShardField::has_target, row) == 0) continue;
-    target_logit = in.target_logit(rank, row);
+    target_logit = target_logit_of(stats);
     ++count;
   }
   if (columns != double(in.vocab_size)) count = -1;

@@ -96,19 +96,26 @@ inline void prefetch(const void* from, int bytes) {
   for (int i = 0; i < bytes; i += line) __builtin_prefetch(p + i);
 }
 
-struct ExpSums {
-  double sum_exp;
-  double sum_x_exp;
+// Calls body with a type whose `value` is the flag, known to the compiler.
+template <bool flag>
+struct Flag {
+  static constexpr bool value = flag;
 };
+template <typename Body>
+inline void with_flag(bool flag, const Body& body) {
+  flag ? body(Flag<true>()) : body(Flag<false>());
+}
 
-// sum e^(x - reference) and, if asked, sum (x - reference) e^(x - reference). Unless exps is null,
-// every e^(x - reference) is kept there; exps may be x. `next` is what will be read after this
-// block: this pass computes and reads the L1 cache alone, so that memory would idle.
-template <bool with_entropy, bool keep, typename Real, typename T, typename Next>
-inline ExpSums block_exp_sums(const T* x, int n, Real reference, Real* exps, const Next* next) {
+// Into `part`: sum e^(x - reference) and, if asked, sum (x - reference) e^(x - reference) and the
+// sum of the squares of e^(x - reference). Unless exps is null, every e^(x - reference) is kept
+// there; exps may be x. `next` is what will be read after this block: this pass computes and reads
+// the L1 cache alone, so that memory would idle.
+template <bool with_entropy, bool with_squares, bool keep, typename Real, typename T, typename Next>
+inline void block_exp_sums(const T* x, int n, Real reference, Real* exps, const Next* next,
+                           PartialState<double>& part) {
   using V = Vec<Real>;
   const Reg<Real> ref = V::broadcast(reference);
-  Accumulators<Real> sum_exp(0), sum_x_exp(0);
+  Accumulators<Real> sum_exp(0), sum_x_exp(0), sum_sq_exp(0);
   const auto step = [&](int lane, Reg<Real> v) {
     const Reg<Real> d = v - ref;
     const Reg<Real> e = exp_nonpositive<Real>(d);
@@ -117,6 +124,9 @@ inline ExpSums block_exp_sums(const T* x, int n, Real reference, Real* exps, con
       // -inf * 0 must be 0: e is 0 long before the clamp.
       const Reg<Real> clamped = V::max(V::broadcast(lowest_log_prob<Real>()), d);
       sum_x_exp.lanes[lane] = V::fma(clamped, e, sum_x_exp.lanes[lane]);
+    }
+    if constexpr (with_squares) {
+      sum_sq_exp.lanes[lane] = V::fma(e, e, sum_sq_exp.lanes[lane]);
     }
     return e;
   };
@@ -135,15 +145,22 @@ inline ExpSums block_exp_sums(const T* x, int n, Real reference, Real* exps, con
         0, part == V::width ? V::load(x + i) : load_part<Real>(x + i, part, -infinity<Real>()));
     if constexpr (keep) store_part<Real>(exps + i, part, e);
   }
-  return {sum_exp.sum(), with_entropy ? sum_x_exp.sum() : 0.0};
+  part.sum_exp = sum_exp.sum();
+  if constexpr (with_entropy) part.sum_x_exp = sum_x_exp.sum();
+  if constexpr (with_squares) part.sum_sq_exp = sum_sq_exp.sum();
 }
 
+// Exponentials are kept only where no other sum is asked for.
 template <typename Real, typename T, typename Next>
-inline ExpSums block_exp_sums(const T* x, int n, Real reference, bool with_entropy, Real* exps,
-                              const Next* next) {
-  if (exps != nullptr) return block_exp_sums<false, true>(x, n, reference, exps, next);
-  return with_entropy ? block_exp_sums<true, false>(x, n, reference, exps, next)
-                      : block_exp_sums<false, false>(x, n, reference, exps, next);
+inline void block_exp_sums(const T* x, int n, Real reference, const Wanted& wanted, Real* exps,
+                           const Next* next, PartialState<double>& part) {
+  if (exps != nullptr) return block_exp_sums<false, false, true>(x, n, reference, exps, next, part);
+  with_flag(wanted.floats[Stat::entropy], [&](auto entropy) {
+    with_flag(wanted.floats[Stat::log_sum_sq_probs], [&](auto squares) {
+      block_exp_sums<decltype(entropy)::value, decltype(squares)::value, false>(x, n, reference,
+                                                                                exps, next, part);
+    });
+  });
 }
 
 // sum (x - reference)
@@ -206,25 +223,28 @@ inline int block_find(const T* x, int n, Real value) {
 
 // out = dL/dx by column_gradient of every column; out may be x. a is null unless the columns'
 // weights differ.
-template <bool with_entropy, bool with_weights, typename Real, typename In, typename Out>
+template <bool with_entropy, bool with_squares, bool with_weights, typename Real, typename In,
+          typename Out>
 inline void block_gradient_of(const In* x, const Real* a, int n, const GradRow<Real>& row,
                               Out* out) {
   using V = Vec<Real>;
   const Reg<Real> ref = V::broadcast(row.reference), log_sum = V::broadcast(row.log_sum);
-  const Reg<Real> c_p = V::broadcast(row.c.p * row.inverse_sum);
+  const Reg<Real> c_p = V::broadcast((row.c.p - row.c.sq) * row.inverse_sum);
   const Reg<Real> c_plogp = V::broadcast(row.c.plogp * row.inverse_sum);
+  const Reg<Real> c_sq = V::broadcast(row.c.sq_over_sum * row.inverse_sum * row.inverse_sum);
   const Reg<Real> c_weight = V::broadcast(row.c.weight), constant = V::broadcast(row.constant);
   const Reg<Real> lowest = V::broadcast(lowest_log_prob<Real>());
   const auto gradient = [&](Reg<Real> v, const Real* weights, int part) {
-    const Reg<Real> d = v - ref;
+    const Reg<Real> d = v - ref, e = exp_nonpositive<Real>(d);
     Reg<Real> factor = c_p;
     if constexpr (with_entropy) factor = V::fma(c_plogp, V::max(lowest, d - log_sum), c_p);
+    if constexpr (with_squares) factor = V::fma(c_sq, e, factor);
     Reg<Real> rest = constant;
     if constexpr (with_weights) {
       rest = c_weight *
              (part == V::width ? V::load(weights) : load_part<Real>(weights, part, Real(0)));
     }
-    return V::fma(exp_nonpositive<Real>(d), factor, rest);
+    return V::fma(e, factor, rest);
   };
   int i = 0;
   for (; i + 2 * V::width <= n; i += 2 * V::width) {
@@ -247,14 +267,14 @@ inline void block_gradient_of(const In* x, const Real* a, int n, const GradRow<R
 
 template <typename Real, typename In, typename Out>
 inline void block_gradient(const In* x, const Real* a, int n, const GradRow<Real>& row, Out* out) {
-  const bool entropy = row.c.plogp != Real(0);
-  if (a != nullptr) {
-    entropy ? block_gradient_of<true, true>(x, a, n, row, out)
-            : block_gradient_of<false, true>(x, a, n, row, out);
-  } else {
-    entropy ? block_gradient_of<true, false>(x, a, n, row, out)
-            : block_gradient_of<false, false>(x, a, n, row, out);
-  }
+  with_flag(row.c.plogp != Real(0), [&](auto entropy) {
+    with_flag(row.c.sq != Real(0), [&](auto squares) {
+      with_flag(a != nullptr, [&](auto weights) {
+        block_gradient_of<decltype(entropy)::value, decltype(squares)::value,
+                          decltype(weights)::value>(x, a, n, row, out);
+      });
+    });
+  });
 }
 
 // The same from kept e^(x - reference of the block): p = factor * e, times c.p.

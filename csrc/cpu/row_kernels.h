@@ -66,20 +66,6 @@ struct KeptExps {
   Real* references;  // one per block; -inf where no logit so far was above it
 };
 
-// Which of the optional statistics a call asks for.
-struct Wanted {
-  bool entropy;
-  bool mean;
-  bool argmax;
-  bool rank;
-
-  template <typename Real>
-  static Wanted by(const RowOutputs<Real>& out) {
-    return {out.entropy != nullptr, out.mean_log_prob != nullptr, out.argmax != nullptr,
-            out.rank != nullptr};
-  }
-};
-
 // The state of one block, relative to a maximum no smaller than `floor`. `next`: the logits after
 // it.
 template <typename Real, typename X, typename T>
@@ -88,12 +74,12 @@ PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
                                  const Wanted& wanted, const KeptExps<Real>* kept, const T* next) {
   PartialState<double> part;
   const Real max = block_max<Real>(x, n);
-  if (wanted.argmax && (max > floor || floor == -infinity<Real>())) {
+  if (wanted.integers[Stat::argmax] && (max > floor || floor == -infinity<Real>())) {
     part.argmax = first_column + (max == -infinity<Real>() ? 0 : block_find<Real>(x, n, max));
   }
   part.max = max > floor ? max : floor;
   const Real reference = Real(part.reference());
-  if (wanted.mean) {
+  if (wanted.floats[Stat::mean_log_prob]) {
     if (a != nullptr) {
       const WeightedSums weighted = block_weighted_sum(x, a, n, reference);
       part.sum_weighted = weighted.sum;
@@ -103,27 +89,25 @@ PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
       part.sum_weights = beta * n;
     }
   }
-  if (wanted.rank) part.rank = block_count_greater(x, n, target_logit);
+  if (wanted.integers[Stat::rank]) part.rank = block_count_greater(x, n, target_logit);
   // Last: the exponentials may lie over x.
   Real* exps = nullptr;
   if (kept != nullptr) {
     exps = kept->exps + first_column;
     kept->references[first_column / block_columns] = Real(part.max);
   }
-  const ExpSums sums = block_exp_sums(x, n, reference, wanted.entropy, exps, next);
-  part.sum_exp = sums.sum_exp;
-  part.sum_x_exp = sums.sum_x_exp;
+  block_exp_sums(x, n, reference, wanted, exps, next, part);
   return part;
 }
 
 template <typename T>
-RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, Wanted wanted,
+RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, const Wanted& wanted,
                                 real_t<T> target_logit, const KeptExps<real_t<T>>* kept) {
   using Real = real_t<T>;
   PartialState<double> state;
   for (int64_t column = 0; column < in.vocab_size; column += block_columns) {
     const int n = block_size(column, in.vocab_size);
-    const Real* a = wanted.mean ? reader.weights(column, n) : nullptr;
+    const Real* a = wanted.floats[Stat::mean_log_prob] ? reader.weights(column, n) : nullptr;
     const auto state_of = [&](const auto* x) {
       return block_state<Real>(x, a, double(in.weights.beta), n, column, Real(state.max),
                                target_logit, wanted, kept, reader.raw(column + n));
@@ -249,8 +233,8 @@ void write_gradient(RowReader<T>& reader, const RowInputs<T>& in,
 template <typename T>
 void row_gradient(RowReader<T>& reader, const RowInputs<T>& in,
                   const LogitTransform<real_t<T>>& transform, const GradSource<real_t<T>>& source,
-                  const GradOutputs<T>& out, int64_t row, const RowFacts<real_t<T>>& facts,
-                  const KeptExps<real_t<T>>* kept = nullptr) {
+                  const GradOutputs<T>& out, int64_t row, const RowStats<real_t<T>>& stats,
+                  const Target<real_t<T>>& target, const KeptExps<real_t<T>>* kept = nullptr) {
   using Real = real_t<T>;
   T* grad = out.grad + out.layout.offset(row);
   Real* grad_scale = out.grad_scale != nullptr ? out.grad_scale + row : nullptr;
@@ -259,8 +243,8 @@ void row_gradient(RowReader<T>& reader, const RowInputs<T>& in,
     if (grad_scale != nullptr) *grad_scale = 0;
     return;
   }
-  write_gradient(reader, in, transform, grad_row(in, source, row, facts), facts.target, kept, grad,
-                 grad_scale);
+  write_gradient(reader, in, transform, grad_row(in, source, row, stats, target.weight), target,
+                 kept, grad, grad_scale);
 }
 
 template <typename T>
@@ -272,12 +256,8 @@ void row_grad(const RowInputs<T>& in, const SavedStats<real_t<T>>& saved,
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = rows[i];
     RowReader<T> reader(in, transform, row);
-    const RowFacts<Real> facts{.target = target_of(reader, in, row),
-                               .reference = saved.reference[row],
-                               .sum_exp = saved.sum_exp[row],
-                               .entropy = saved.entropy ? saved.entropy[row] : Real(0),
-                               .sum_weights = saved.sum_weights ? saved.sum_weights[row] : Real(0)};
-    row_gradient(reader, in, transform, source, out, row, facts);
+    row_gradient(reader, in, transform, source, out, row, saved.of_row(row),
+                 target_of(reader, in, row));
   }
 }
 
@@ -316,7 +296,9 @@ void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
            int64_t count) {
   using Real = real_t<T>;
   const LogitTransform<Real> transform = in.transform.resolved();
-  const bool keeps = transform.kind() == TransformKind::identity && grad.grad_scale == nullptr;
+  const Wanted wanted = Wanted::by(out);
+  const bool keeps = transform.kind() == TransformKind::identity && grad.grad_scale == nullptr &&
+                     !wanted.more_sums();
   const ExpsRoom<T> room(in.vocab_size);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = rows[i];
@@ -324,14 +306,10 @@ void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
     const Target<Real> target = target_of(reader, in, row);
     const KeptExps<Real> kept = room.over(grad.grad + grad.layout.offset(row));
     const KeptExps<Real>* where = keeps ? &kept : nullptr;
-    const RowStats<double> stats = statistics_of(reader, in, Wanted::by(out), row, target, where);
+    const RowStats<double> stats = statistics_of(reader, in, wanted, row, target, where);
     write_statistics(out, row, stats);
-    const RowFacts<Real> facts{.target = target,
-                               .reference = Real(stats.reference),
-                               .sum_exp = Real(stats.sum_exp),
-                               .entropy = Real(stats.entropy),
-                               .sum_weights = Real(stats.sum_weights)};
-    row_gradient(reader, in, transform, source, grad, row, facts, where);
+    row_gradient(reader, in, transform, source, grad, row, stats.template as<Real>(), target,
+                 where);
   }
 }
 

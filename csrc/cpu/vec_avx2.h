@@ -33,14 +33,6 @@ struct Vec<float> {
   static void store(Half* p, Reg v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
-  static void stream(float* p, Reg v) { _mm256_stream_ps(p, v); }
-  static void stream(BFloat16* p, Reg v) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bfloat16(v));
-  }
-  static void stream(Half* p, Reg v) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
-  static void fence() { _mm_sfence(); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg abs(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
@@ -86,8 +78,6 @@ struct Vec<double> {
   static Reg broadcast(double x) { return _mm256_set1_pd(x); }
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }
   static void store(double* p, Reg v) { _mm256_storeu_pd(p, v); }
-  static void stream(double* p, Reg v) { _mm256_stream_pd(p, v); }
-  static void fence() { _mm_sfence(); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static Reg abs(Reg a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
   static Reg div(Reg a, Reg b) { return _mm256_div_pd(a, b); }

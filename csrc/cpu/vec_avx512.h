@@ -34,15 +34,6 @@ struct Vec<float> {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
-  static void stream(float* p, Reg v) { _mm512_stream_ps(p, v); }
-  static void stream(BFloat16* p, Reg v) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(v));
-  }
-  static void stream(Half* p, Reg v) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
-  static void fence() { _mm_sfence(); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg abs(Reg a) { return _mm512_abs_ps(a); }
   static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
@@ -90,8 +81,6 @@ struct Vec<double> {
   static Reg broadcast(double x) { return _mm512_set1_pd(x); }
   static Reg load(const double* p) { return _mm512_loadu_pd(p); }
   static void store(double* p, Reg v) { _mm512_storeu_pd(p, v); }
-  static void stream(double* p, Reg v) { _mm512_stream_pd(p, v); }
-  static void fence() { _mm_sfence(); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static Reg abs(Reg a) { return _mm512_abs_pd(a); }
   static Reg div(Reg a, Reg b) { return _mm512_div_pd(a, b); }

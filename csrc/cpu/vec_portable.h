@@ -28,11 +28,6 @@ struct VecBase {
   static void store(T* p, Reg v) {
     for (int i = 0; i < width; ++i) from_real(Real(v[i]), p[i]);
   }
-  template <typename T>
-  static void stream(T* p, Reg v) {
-    store(p, v);
-  }
-  static void fence() {}
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg abs(Reg a) { return a < 0 ? -a : a; }
   static Reg div(Reg a, Reg b) { return a / b; }

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "../core/loss_rows.h"
@@ -141,23 +142,117 @@ inline void check_device(const Tensor& t, const Tensor& input, const char* name)
                   " must be on the input's device");
 }
 
+// The options of an operator arrive packed in two lists, so that a new one changes no schema. The
+// structs below name their options in the lists' order, in `each`; `fields` tells Python the names.
+using Floats = std::vector<double>;
+using Ints = std::vector<int64_t>;
+
+// Of the logits.
+struct LogitOptions {
+  double scale = 1;
+  double softcap = 0;  // 0: none
+  int64_t ignore_index = -100;
+  int64_t vocab_size = 0;
+  int64_t classes = 0;  // not 0: the columns are a shard, a part of so many
+
+  template <typename Visit>
+  void each(Visit& visit) {
+    visit("scale", scale);
+    visit("softcap", softcap);
+    visit("ignore_index", ignore_index);
+    visit("vocab_size", vocab_size);
+    visit("classes", classes);
+  }
+};
+
+// Of the cross entropy.
+struct CrossEntropyOptions {
+  LossOptions<double> loss;
+  int64_t reduction = 0;
+
+  template <typename Visit>
+  void each(Visit& visit) {
+    visit("label_smoothing", loss.label_smoothing);
+    visit("z_loss", loss.z_loss);
+    visit("focal_gamma", loss.focal_gamma);
+    visit("reduction", reduction);
+  }
+
+  template <typename Real>
+  LossOptions<Real> checked(bool probability_targets) const {
+    STD_TORCH_CHECK(loss.focal_gamma >= 0, "llmloss: focal_gamma must not be negative, got ",
+                    loss.focal_gamma);
+    STD_TORCH_CHECK(loss.focal_gamma == 0 || !probability_targets,
+                    "llmloss: focal_gamma needs class indices as targets");
+    LossOptions<Real> options = loss.as<Real>();
+    options.probability_targets = probability_targets;
+    return options;
+  }
+};
+
+// The names of a struct's options, separated by blanks.
+struct OptionNames {
+  void operator()(const char* name, const double&) { append(floats, name); }
+  void operator()(const char* name, const int64_t&) { append(ints, name); }
+
+  template <typename... Options>
+  static OptionNames of() {
+    OptionNames names;
+    (Options().each(names), ...);
+    return names;
+  }
+
+  std::string floats, ints;
+
+ private:
+  static void append(std::string& names, const char* name) {
+    names += (names.empty() ? "" : " ") + std::string(name);
+  }
+};
+
+// Reads the options of some structs, whose lists stand one after another in `floats` and `ints`.
+class OptionReader {
+ public:
+  template <typename... Options>
+  static void read(const Floats& floats, const Ints& ints, Options&... options) {
+    OptionReader reader(floats, ints);
+    (options.each(reader), ...);
+    STD_TORCH_CHECK(reader.float_count_ == floats.size() && reader.int_count_ == ints.size(),
+                    "llmloss: expected floats [", OptionNames::of<Options...>().floats,
+                    "] and ints [", OptionNames::of<Options...>().ints, "], got ", floats.size(),
+                    " and ", ints.size(), " numbers");
+  }
+
+  void operator()(const char*, double& option) { next(floats_, float_count_, option); }
+  void operator()(const char*, int64_t& option) { next(ints_, int_count_, option); }
+
+ private:
+  OptionReader(const Floats& floats, const Ints& ints) : floats_(floats), ints_(ints) {}
+
+  template <typename Number>
+  static void next(const std::vector<Number>& numbers, size_t& count, Number& option) {
+    if (count < numbers.size()) option = numbers[count];
+    ++count;
+  }
+
+  const Floats& floats_;
+  const Ints& ints_;
+  size_t float_count_ = 0, int_count_ = 0;
+};
+
 // What every operator is told of the logits besides the tensors themselves.
 struct LogitArguments {
   MaybeTensor weight;       // (columns), class weights
   MaybeTensor logit_scale;  // 0-d; replaces scale
-  double scale;
-  double softcap;  // 0: none
-  int64_t ignore_index;
-  int64_t vocab_size;
-  int64_t classes = 0;  // not 0: the columns are a shard, a part of so many
+  LogitOptions options;
 };
 
 struct LossArguments {
   MaybeTensor token_weight;  // like the target of indices, one per row
   MaybeTensor num_items;     // 0-d; replaces the mean's denominator
-  double label_smoothing;
-  double z_loss;
-  Reduction reduction;
+  CrossEntropyOptions options;
+
+  Reduction reduction() const { return Reduction(options.reduction); }
 };
 
 // The tensors of one call, checked, with the converted ones kept alive.
@@ -165,14 +260,15 @@ template <typename T>
 struct Problem {
   using Real = real_t<T>;
 
-  Problem(const Tensor& input, const Tensor& target, const LogitArguments& logits,
+  Problem(const Tensor& input, const Tensor& target, const LogitArguments& arguments,
           double label_smoothing = 0.0)
       : input(input),
         target(target.is_contiguous() || !is_integer(target.scalar_type())
                    ? target
                    : torch::stable::contiguous(target)),
-        weight(as_real<Real>(logits.weight)),
-        logit_scale(as_real<Real>(logits.logit_scale)) {
+        weight(as_real<Real>(arguments.weight)),
+        logit_scale(as_real<Real>(arguments.logit_scale)) {
+    const LogitOptions& logits = arguments.options;
     const int64_t columns = input.size(input.dim() - 1);
     rows.layout = layout_of(input);
     rows.logits = static_cast<const T*>(input.data_ptr());
@@ -227,37 +323,26 @@ struct Problem {
   RowInputs<T> rows;
 };
 
-// The state that forward leaves to backward: rows of one number per token.
+// The state that forward leaves to backward: a row for each field, with a number for each token.
+// The loss's statistics may lie in further rows.
 template <typename Real>
-struct State {
-  static constexpr int64_t size = 3;
-
-  explicit State(const Tensor& state)
-      : reference(data<Real>(state)),
-        sum_exp(reference + state.size(1)),
-        sum_weights(sum_exp + state.size(1)) {}
-
-  // The state that a caller hands back to backward.
-  static const Tensor& checked(const Tensor& state, const Tensor& input, int64_t rows) {
-    check_device(state, input, "state");
-    STD_TORCH_CHECK(state.scalar_type() == scalar_type_of<Real> && state.dim() == 2 &&
-                        state.size(0) >= size && state.size(1) == rows && state.is_contiguous(),
-                    "llmloss: state must be what forward returned");
-    return state;
+StateFields<Real*> state_rows(const Tensor& state) {
+  StateFields<Real*> rows;
+  for (int field = 0; field < StateField::count; ++field) {
+    rows[field] = data<Real>(state) + field * state.size(1);
   }
+  return rows;
+}
 
-  void write_to(RowOutputs<Real>& out) const {
-    out.reference = reference;
-    out.sum_exp = sum_exp;
-    out.sum_weights = sum_weights;
-  }
-  SavedStats<Real> saved(const Real* entropy = nullptr) const {
-    return {reference, sum_exp, sum_weights, entropy};
-  }
-
-  Real* reference;
-  Real* sum_exp;
-  Real* sum_weights;
-};
+// The state that a caller hands back to backward: `fields` rows of one number per token.
+template <typename Real>
+const Tensor& checked_state(const Tensor& state, const Tensor& input, int64_t fields,
+                            int64_t rows) {
+  check_device(state, input, "state");
+  STD_TORCH_CHECK(state.scalar_type() == scalar_type_of<Real> && state.dim() == 2 &&
+                      state.size(0) >= fields && state.size(1) == rows && state.is_contiguous(),
+                  "llmloss: state must be what forward returned");
+  return state;
+}
 
 }  // namespace llmloss::ops

@@ -80,7 +80,7 @@ class CudaBackend {
       check(Kernels::fused(in, out, source, grad, plan, stream_));
     } else {
       row_stats(in, out);
-      row_grad(in, {out.reference, out.sum_exp, out.sum_weights, out.entropy}, source, grad);
+      row_grad(in, SavedStats<real_t<T>>::needed_by(source, out), source, grad);
     }
   }
 

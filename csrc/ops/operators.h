@@ -19,88 +19,64 @@ namespace llmloss::ops {
 
 template <typename Backend>
 struct Operators {
-  using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  using Tensors = std::vector<Tensor>;
+  using MaybeTensors = std::vector<MaybeTensor>;
 
-  // log_prob, lse, entropy, mean_log_prob, argmax, rank, state. What is not asked has no elements.
-  // classes, if not 0: the columns are a shard, a part of so many, and a target of -1 is elsewhere.
-  static Stats token_stats(Tensor input, Tensor target, MaybeTensor weight, MaybeTensor logit_scale,
-                           double scale, double softcap, int64_t ignore_index, int64_t vocab_size,
-                           bool with_entropy, bool with_mean_log_prob, bool with_rank,
-                           int64_t classes) {
-    return dispatch(input, [&]<typename T>() -> Stats {
-      using Real = real_t<T>;
-      const Problem<T> problem(
-          input, target, {weight, logit_scale, scale, softcap, ignore_index, vocab_size, classes});
+  // The state, and a tensor for each statistic, in the order of Stat. Bit i of `wanted` asks for
+  // statistic i; what is not asked for has no elements.
+  static Tensors token_stats(Tensor input, Tensor target, MaybeTensor weight,
+                             MaybeTensor logit_scale, Floats floats, Ints ints, int64_t wanted) {
+    const LogitArguments logits = logits_of(weight, logit_scale, floats, ints);
+    STD_TORCH_CHECK(wanted >= 0 && wanted >> Stat::count == 0, "llmloss: wanted has bits for ",
+                    Stat::count, " statistics, got ", wanted);
+    return dispatch(input, [&]<typename T>() -> Tensors {
+      const Problem<T> problem(input, target, logits);
       Backend backend(input);
       backend.check_targets(problem);
-      const auto shape = problem.row_shape();
-      const auto asked = [&](bool is_asked) {
-        return is_asked ? new_real<Real>(input, shape) : new_real<Real>(input, {0});
-      };
-      const auto asked_index = [&](bool is_asked) {
-        const int64_t none[] = {0};
-        return new_tensor(input, is_asked ? shape : none, ScalarType::Long);
-      };
-      const Tensor log_prob = asked(true), lse = asked(true), entropy = asked(with_entropy);
-      const Tensor mean_log_prob = asked(with_mean_log_prob);
-      const Tensor argmax = asked_index(with_rank), rank = asked_index(with_rank);
-      const Tensor state = new_real<Real>(input, {State<Real>::size, problem.rows.rows});
-      RowOutputs<Real> out;
-      out.log_prob = data<Real>(log_prob);
-      out.lse = data<Real>(lse);
-      if (with_entropy) out.entropy = data<Real>(entropy);
-      if (with_mean_log_prob) out.mean_log_prob = data<Real>(mean_log_prob);
-      if (with_rank) {
-        out.argmax = data<int64_t>(argmax);
-        out.rank = data<int64_t>(rank);
-      }
-      State<Real>(state).write_to(out);
-      backend.row_stats(problem.rows, out);
-      return {log_prob, lse, entropy, mean_log_prob, argmax, rank, state};
+      const Results<real_t<T>> results(input, problem.row_shape(), problem.rows.rows, wanted);
+      backend.row_stats(problem.rows, results.outputs);
+      return results.tensors;
     });
   }
 
   // The gradients of the input and of logit_scale (no elements unless asked) from those of the
-  // statistics; a statistic without a gradient passes none.
-  static std::tuple<Tensor, Tensor> token_stats_backward(
-      MaybeTensor grad_log_prob, MaybeTensor grad_lse, MaybeTensor grad_entropy,
-      MaybeTensor grad_mean_log_prob, Tensor input, Tensor target, MaybeTensor weight,
-      MaybeTensor logit_scale, double scale, double softcap, int64_t ignore_index,
-      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale, int64_t classes) {
+  // float statistics; a statistic without a gradient passes none. `stats` are the float statistics
+  // that forward returned; those whose value no gradient needs may have no elements.
+  static std::tuple<Tensor, Tensor> token_stats_backward(MaybeTensors grads, Tensor input,
+                                                         Tensor target, MaybeTensor weight,
+                                                         MaybeTensor logit_scale, Floats floats,
+                                                         Ints ints, Tensors stats, Tensor state,
+                                                         bool with_grad_scale) {
     const Tensor grad_input = Backend(input).new_gradient(input);
     const Tensor grad_scale = token_stats_backward_into(
-        grad_input, {grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob}, input, target,
-        {weight, logit_scale, scale, softcap, ignore_index, vocab_size, classes}, entropy, state,
-        with_grad_scale);
+        grad_input, grads, input, target, logits_of(weight, logit_scale, floats, ints), stats,
+        state, with_grad_scale);
     return {grad_input, grad_scale};
   }
 
   // The same, with the input's gradient written over the input.
-  static Tensor token_stats_backward_inplace(
-      MaybeTensor grad_log_prob, MaybeTensor grad_lse, MaybeTensor grad_entropy,
-      MaybeTensor grad_mean_log_prob, Tensor input, Tensor target, MaybeTensor weight,
-      MaybeTensor logit_scale, double scale, double softcap, int64_t ignore_index,
-      int64_t vocab_size, Tensor entropy, Tensor state, bool with_grad_scale, int64_t classes) {
+  static Tensor token_stats_backward_inplace(MaybeTensors grads, Tensor input, Tensor target,
+                                             MaybeTensor weight, MaybeTensor logit_scale,
+                                             Floats floats, Ints ints, Tensors stats, Tensor state,
+                                             bool with_grad_scale) {
     check_writable(input);
-    return token_stats_backward_into(
-        input, {grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob}, input, target,
-        {weight, logit_scale, scale, softcap, ignore_index, vocab_size, classes}, entropy, state,
-        with_grad_scale);
+    return token_stats_backward_into(input, grads, input, target,
+                                     logits_of(weight, logit_scale, floats, ints), stats, state,
+                                     with_grad_scale);
   }
 
   // loss, state, denominator. The loss has the target's shape without a reduction, else no
-  // dimensions; the denominator has no elements unless the reduction is the mean.
+  // dimensions; the state holds the statistics that the loss reads after its own fields; the
+  // denominator has no elements unless the reduction is the mean.
   static std::tuple<Tensor, Tensor, Tensor> cross_entropy(
       Tensor input, Tensor target, MaybeTensor weight, MaybeTensor token_weight,
-      MaybeTensor num_items, MaybeTensor logit_scale, double scale, double softcap,
-      int64_t ignore_index, int64_t vocab_size, double label_smoothing, double z_loss,
-      int64_t reduction) {
+      MaybeTensor num_items, MaybeTensor logit_scale, Floats floats, Ints ints) {
+    const LossCall call(weight, token_weight, num_items, logit_scale, floats, ints);
     return dispatch(input, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
-      Loss<T> loss(input, target, {weight, logit_scale, scale, softcap, ignore_index, vocab_size},
-                   {token_weight, num_items, label_smoothing, z_loss, Reduction(reduction)});
+      const Loss<T> loss(input, target, call);
       Backend backend(input);
       backend.check_targets(loss.problem);
-      backend.row_stats(loss.problem.rows, loss.outputs());
+      backend.row_stats(loss.problem.rows, loss.outputs);
       const Tensor denominator = loss.denominator(backend);
       return {loss.reduce(backend, denominator), loss.state, denominator};
     });
@@ -109,88 +85,79 @@ struct Operators {
   // The gradients of the input and of logit_scale (no elements unless asked).
   static std::tuple<Tensor, Tensor> cross_entropy_backward(
       Tensor grad_loss, Tensor input, Tensor target, MaybeTensor weight, MaybeTensor token_weight,
-      MaybeTensor logit_scale, double scale, double softcap, int64_t ignore_index,
-      int64_t vocab_size, double label_smoothing, double z_loss, Tensor state, Tensor denominator,
+      MaybeTensor logit_scale, Floats floats, Ints ints, Tensor state, Tensor denominator,
       bool with_grad_scale) {
+    const LossCall call(weight, token_weight, std::nullopt, logit_scale, floats, ints);
     const Tensor grad_input = Backend(input).new_gradient(input);
     const Tensor grad_scale = cross_entropy_backward_into(
-        grad_input, grad_loss, input, target, weight, token_weight, logit_scale, scale, softcap,
-        ignore_index, vocab_size, label_smoothing, z_loss, state, denominator, with_grad_scale);
+        grad_input, grad_loss, input, target, call, state, denominator, with_grad_scale);
     return {grad_input, grad_scale};
   }
 
   // The same, with the input's gradient written over the input.
   static Tensor cross_entropy_backward_inplace(Tensor grad_loss, Tensor input, Tensor target,
                                                MaybeTensor weight, MaybeTensor token_weight,
-                                               MaybeTensor logit_scale, double scale,
-                                               double softcap, int64_t ignore_index,
-                                               int64_t vocab_size, double label_smoothing,
-                                               double z_loss, Tensor state, Tensor denominator,
+                                               MaybeTensor logit_scale, Floats floats, Ints ints,
+                                               Tensor state, Tensor denominator,
                                                bool with_grad_scale) {
     check_writable(input);
-    return cross_entropy_backward_into(
-        input, grad_loss, input, target, weight, token_weight, logit_scale, scale, softcap,
-        ignore_index, vocab_size, label_smoothing, z_loss, state, denominator, with_grad_scale);
+    const LossCall call(weight, token_weight, std::nullopt, logit_scale, floats, ints);
+    return cross_entropy_backward_into(input, grad_loss, input, target, call, state, denominator,
+                                       with_grad_scale);
   }
 
   // Loss and gradient in one visit: the gradient of the loss, times 1, is written over the input.
   // Returns the loss and the gradient of logit_scale (no elements unless asked).
-  static std::tuple<Tensor, Tensor> cross_entropy_fused(
-      Tensor input, Tensor target, MaybeTensor weight, MaybeTensor token_weight,
-      MaybeTensor num_items, MaybeTensor logit_scale, double scale, double softcap,
-      int64_t ignore_index, int64_t vocab_size, double label_smoothing, double z_loss,
-      int64_t reduction, bool with_grad_scale) {
+  static std::tuple<Tensor, Tensor> cross_entropy_fused(Tensor input, Tensor target,
+                                                        MaybeTensor weight,
+                                                        MaybeTensor token_weight,
+                                                        MaybeTensor num_items,
+                                                        MaybeTensor logit_scale, Floats floats,
+                                                        Ints ints, bool with_grad_scale) {
     check_writable(input);
+    const LossCall call(weight, token_weight, num_items, logit_scale, floats, ints);
     return dispatch(input, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
-      using Real = real_t<T>;
-      Loss<T> loss(input, target, {weight, logit_scale, scale, softcap, ignore_index, vocab_size},
-                   {token_weight, num_items, label_smoothing, z_loss, Reduction(reduction)});
+      const Loss<T> loss(input, target, call);
       Backend backend(input);
       backend.check_targets(loss.problem);
       const Tensor denominator = loss.denominator(backend);  // before: the coefficients need it
-      GradSource<Real> source = loss.source();
-      source.denominator = pointer<Real>(denominator);
+      GradSource<real_t<T>> source = loss.source();
+      source.denominator = pointer<real_t<T>>(denominator);
       GradRows<T> grad(input, loss.problem.rows.rows, with_grad_scale);
-      backend.fused(loss.problem.rows, loss.outputs(), source, grad.outputs());
+      backend.fused(loss.problem.rows, loss.outputs, source, grad.outputs());
       return {loss.reduce(backend, denominator), grad.sum(backend)};
     });
   }
 
-  // log_prob, lse, entropy, mean_log_prob, argmax, state and the number of ranks that have the
-  // target, of whole rows: from what each rank says of its columns, (ranks, fields, rows), in the
-  // words of shards.h. `target` holds classes of all ranks.
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_shards(
-      Tensor said, Tensor target, int64_t ignore_index, int64_t vocab_size) {
-    using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-    return dispatch(said, [&]<typename T>() -> Results {
+  // The state and the statistics of whole rows, as token_stats returns them (the rank has no
+  // elements), and the number of ranks that have the target; from the statistics of each rank's
+  // columns, (ranks, ShardField, rows). `target` holds classes of all ranks.
+  static Tensors merge_shards(Tensor shard_stats, Tensor target, int64_t ignore_index,
+                              int64_t vocab_size) {
+    return dispatch(shard_stats, [&]<typename T>() -> Tensors {
       using Real = real_t<T>;
-      STD_TORCH_CHECK(said.scalar_type() == scalar_type_of<Real> && said.dim() == 3 &&
-                          said.size(1) == ShardField::count && said.is_contiguous(),
+      STD_TORCH_CHECK(shard_stats.scalar_type() == scalar_type_of<Real> && shard_stats.dim() == 3 &&
+                          shard_stats.size(1) == ShardField::count && shard_stats.is_contiguous(),
                       "llmloss: expected (ranks, ", ShardField::count,
                       ", rows) contiguous float32 or float64");
       STD_TORCH_CHECK(vocab_size <= int64_t{1} << 24, "llmloss: at most 2^24 classes over ranks");
-      const int64_t rows = said.size(2);
-      check_device(target, said, "target");
+      const int64_t rows = shard_stats.size(2);
+      check_device(target, shard_stats, "target");
       STD_TORCH_CHECK(
           is_integer(target.scalar_type()) && target.numel() == rows && target.is_contiguous(),
           "llmloss: expected ", rows, " contiguous int64 or int32 targets");
-      const auto column = [&] { return new_real<Real>(said, {rows}); };
-      const Tensor log_prob = column(), lse = column(), entropy = column(), mean = column();
-      const Tensor argmax = new_tensor(said, std::array{rows}, ScalarType::Long);
-      const Tensor state = new_real<Real>(said, {State<Real>::size, rows}), owners = column();
-      RowOutputs<Real> out;
-      out.log_prob = data<Real>(log_prob);
-      out.lse = data<Real>(lse);
-      out.entropy = data<Real>(entropy);
-      out.mean_log_prob = data<Real>(mean);
-      out.argmax = data<int64_t>(argmax);
-      State<Real>(state).write_to(out);
+      constexpr int64_t all_but_rank = (int64_t{1} << Stat::count) - 1 - (int64_t{1} << Stat::rank);
+      const Results<Real> results(shard_stats, std::array{rows}, rows, all_but_rank);
+      const Tensor owners = new_real<Real>(shard_stats, {rows});
       const Targets targets{target.data_ptr(), target.scalar_type() == ScalarType::Long,
                             ignore_index};
-      Backend(said).merge_shards(
-          ShardRows<Real>{data<Real>(said), said.size(0), rows, targets, vocab_size}, out,
-          data<Real>(owners));
-      return {log_prob, lse, entropy, mean, argmax, state, owners};
+      Backend(shard_stats)
+          .merge_shards(ShardRows<Real>{data<Real>(shard_stats), shard_stats.size(0), rows, targets,
+                                        vocab_size},
+                        results.outputs, data<Real>(owners));
+      Tensors tensors = results.tensors;
+      tensors.push_back(owners);
+      return tensors;
     });
   }
 
@@ -216,6 +183,53 @@ struct Operators {
         "llmloss: unsupported operation: more than one element of the written-to tensor "
         "refers to a single memory location. Please clone() it before the operation.");
   }
+
+  static LogitArguments logits_of(const MaybeTensor& weight, const MaybeTensor& logit_scale,
+                                  const Floats& floats, const Ints& ints) {
+    LogitArguments logits{weight, logit_scale, {}};
+    OptionReader::read(floats, ints, logits.options);
+    return logits;
+  }
+
+  // The arguments that every operator of a loss takes.
+  struct LossCall {
+    LossCall(const MaybeTensor& weight, const MaybeTensor& token_weight,
+             const MaybeTensor& num_items, const MaybeTensor& logit_scale, const Floats& floats,
+             const Ints& ints)
+        : logits{weight, logit_scale, {}}, loss{token_weight, num_items, {}} {
+      OptionReader::read(floats, ints, logits.options, loss.options);
+    }
+
+    LogitArguments logits;
+    LossArguments loss;
+  };
+
+  // Memory for the state and for the statistics of a mask, of one number a row.
+  template <typename Real>
+  struct Results {
+    Results(const Tensor& like, std::span<const int64_t> shape, int64_t rows, int64_t wanted) {
+      const int64_t none[] = {0};
+      const Tensor state = new_real<Real>(like, {StateField::count, rows});
+      tensors.reserve(Stat::count + 2);
+      tensors.push_back(state);
+      outputs.state = state_rows<Real>(state);
+      for (int stat = 0; stat < Stat::count; ++stat) {
+        const bool is_float = stat < Stat::float_count, is_wanted = wanted >> stat & 1;
+        const Tensor tensor = new_tensor(like, is_wanted ? shape : none,
+                                         is_float ? scalar_type_of<Real> : ScalarType::Long);
+        tensors.push_back(tensor);
+        if (!is_wanted) continue;
+        if (is_float) {
+          outputs.floats[stat] = data<Real>(tensor);
+        } else {
+          outputs.integers[stat] = data<int64_t>(tensor);
+        }
+      }
+    }
+
+    Tensors tensors;  // the state, then one for each statistic
+    RowOutputs<Real> outputs;
+  };
 
   // The gradient's memory, with a row of numbers for the scale's where asked.
   template <typename T>
@@ -245,74 +259,71 @@ struct Operators {
 
   template <typename T>
   static Tensor write_gradient(Backend& backend, const Problem<T>& problem,
-                               const SavedStats<real_t<T>>& saved,
+                               const RowOutputs<real_t<T>>& written,
                                const GradSource<real_t<T>>& source, const Tensor& grad_input,
                                bool with_grad_scale) {
     GradRows<T> grad(grad_input, problem.rows.rows, with_grad_scale);
-    backend.row_grad(problem.rows, saved, source, grad.outputs());
+    backend.row_grad(problem.rows, SavedStats<real_t<T>>::needed_by(source, written), source,
+                     grad.outputs());
     return grad.sum(backend);
   }
 
-  // upstream: of log_prob, lse, entropy, mean_log_prob.
-  static Tensor token_stats_backward_into(const Tensor& grad_input,
-                                          const std::array<MaybeTensor, 4>& upstream,
+  static Tensor token_stats_backward_into(const Tensor& grad_input, const MaybeTensors& grads,
                                           const Tensor& input, const Tensor& target,
-                                          const LogitArguments& logits, const Tensor& entropy,
+                                          const LogitArguments& logits, const Tensors& stats,
                                           const Tensor& state, bool with_grad_scale) {
+    STD_TORCH_CHECK(grads.size() == Stat::float_count && stats.size() == Stat::float_count,
+                    "llmloss: expected gradients and values of ", Stat::float_count,
+                    " statistics, got ", grads.size(), " and ", stats.size());
     return dispatch(input, [&]<typename T>() -> Tensor {
       using Real = real_t<T>;
       const Problem<T> problem(input, target, logits);
-      const MaybeTensor grads[] = {as_real<Real>(upstream[0]), as_real<Real>(upstream[1]),
-                                   as_real<Real>(upstream[2]), as_real<Real>(upstream[3])};
-      for (const MaybeTensor& grad : grads) {
-        if (!grad.has_value()) continue;
-        check_device(*grad, input, "a statistic's gradient");
-        STD_TORCH_CHECK(grad->numel() == problem.rows.rows,
-                        "llmloss: a statistic's gradient must have one number per row");
-      }
-      check_device(entropy, input, "entropy");
-      STD_TORCH_CHECK(
-          entropy.scalar_type() == scalar_type_of<Real> && entropy.is_contiguous() &&
-              (entropy.numel() == problem.rows.rows || (entropy.numel() == 0 && !grads[2])),
-          "llmloss: entropy must be what forward returned");
+      const int64_t rows = problem.rows.rows;
       GradSource<Real> source;
-      source.log_prob = pointer<Real>(grads[0]);
-      source.lse = pointer<Real>(grads[1]);
-      source.entropy = pointer<Real>(grads[2]);
-      source.mean_log_prob = pointer<Real>(grads[3]);
+      RowOutputs<Real> written;
+      written.state = state_rows<Real>(checked_state<Real>(state, input, StateField::count, rows));
+      FloatStats<MaybeTensor> real;
+      for (int stat = 0; stat < Stat::float_count; ++stat) {
+        real[stat] = as_real<Real>(grads[stat]);
+        if (real[stat].has_value()) {
+          check_device(*real[stat], input, "a statistic's gradient");
+          STD_TORCH_CHECK(real[stat]->numel() == rows,
+                          "llmloss: a statistic's gradient must have one number per row");
+        }
+        source.grads[stat] = pointer<Real>(real[stat]);
+        const Tensor& value = stats[stat];
+        const bool is_needed = real[stat].has_value() && gradient_needs_value(stat);
+        check_device(value, input, Stat::names[stat]);
+        STD_TORCH_CHECK(value.scalar_type() == scalar_type_of<Real> && value.is_contiguous() &&
+                            (value.numel() == rows || (value.numel() == 0 && !is_needed)),
+                        "llmloss: ", Stat::names[stat], " must be what forward returned");
+        if (value.numel() > 0) written.floats[stat] = data<Real>(value);
+      }
       Backend backend(input);
-      const State<Real> saved(State<Real>::checked(state, input, problem.rows.rows));
-      return write_gradient(backend, problem, saved.saved(pointer<Real>(entropy)), source,
-                            grad_input, with_grad_scale);
+      return write_gradient(backend, problem, written, source, grad_input, with_grad_scale);
     });
   }
 
-  static Tensor cross_entropy_backward_into(
-      const Tensor& grad_input, const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-      const MaybeTensor& weight, const MaybeTensor& token_weight, const MaybeTensor& logit_scale,
-      double scale, double softcap, int64_t ignore_index, int64_t vocab_size,
-      double label_smoothing, double z_loss, const Tensor& state, const Tensor& denominator,
-      bool with_grad_scale) {
+  static Tensor cross_entropy_backward_into(const Tensor& grad_input, const Tensor& grad_loss,
+                                            const Tensor& input, const Tensor& target,
+                                            const LossCall& call, const Tensor& state,
+                                            const Tensor& denominator, bool with_grad_scale) {
     return dispatch(input, [&]<typename T>() -> Tensor {
       using Real = real_t<T>;
-      const Loss<T> loss(
-          input, target, {weight, logit_scale, scale, softcap, ignore_index, vocab_size},
-          {token_weight, std::nullopt, label_smoothing, z_loss, Reduction::none}, state);
+      const Loss<T> loss(input, target, call, state);
       const Tensor grad = as_real<Real>(grad_loss);
-      const int64_t rows = loss.problem.rows.rows;
       check_device(grad, input, "the loss's gradient");
-      STD_TORCH_CHECK(grad.numel() == 1 || grad.numel() == rows,
+      STD_TORCH_CHECK(grad.numel() == 1 || grad.numel() == loss.problem.rows.rows,
                       "llmloss: the loss's gradient must have one number, or one per row");
       check_device(denominator, input, "denominator");
       STD_TORCH_CHECK(denominator.scalar_type() == scalar_type_of<Real> && denominator.numel() <= 1,
                       "llmloss: denominator must be what forward returned");
-      const State<Real> saved(State<Real>::checked(state, input, rows));
       GradSource<Real> source = loss.source();
       source.grad_loss = data<Real>(grad);
       source.grad_loss_stride = grad.numel() == 1 ? 0 : 1;
       source.denominator = pointer<Real>(denominator);
       Backend backend(input);
-      return write_gradient(backend, loss.problem, saved.saved(), source, grad_input,
+      return write_gradient(backend, loss.problem, loss.outputs, source, grad_input,
                             with_grad_scale);
     });
   }
@@ -322,29 +333,25 @@ struct Operators {
   struct Loss {
     using Real = real_t<T>;
 
-    Loss(const Tensor& input, const Tensor& target, const LogitArguments& logits,
-         const LossArguments& arguments, const MaybeTensor& saved_state = std::nullopt)
-        : problem(input, target, logits, arguments.label_smoothing),
-          arguments(arguments),
+    Loss(const Tensor& input, const Tensor& target, const LossCall& call,
+         const MaybeTensor& saved_state = std::nullopt)
+        : problem(input, target, call.logits, call.loss.options.loss.label_smoothing),
+          arguments(call.loss),
           token_weight(as_real<Real>(arguments.token_weight)),
-          options{Real(arguments.label_smoothing), Real(arguments.z_loss), !problem.has_indices()},
+          options(arguments.options.template checked<Real>(!problem.has_indices())),
           state(saved_state.has_value()
-                    ? *saved_state
-                    : new_real<Real>(input, {State<Real>::size + 2 + options.needs_mean(),
-                                             problem.rows.rows})) {
+                    ? checked_state<Real>(*saved_state, input, fields(), problem.rows.rows)
+                    : new_real<Real>(input, {fields(), problem.rows.rows})) {
+      const int64_t rows = problem.rows.rows;
+      outputs.state = state_rows<Real>(state);
+      int64_t field = StateField::count;
+      for (int stat = 0; stat < Stat::float_count; ++stat) {
+        if (options.reads(stat)) outputs.floats[stat] = data<Real>(state) + field++ * rows;
+      }
       if (!token_weight.has_value()) return;
       check_device(*token_weight, input, "token_weight");
-      STD_TORCH_CHECK(token_weight->numel() == problem.rows.rows,
+      STD_TORCH_CHECK(token_weight->numel() == rows,
                       "llmloss: token_weight must have one number per row");
-    }
-
-    RowOutputs<Real> outputs() const {
-      RowOutputs<Real> out;
-      out.log_prob = stat(0);
-      out.lse = stat(1);
-      if (options.needs_mean()) out.mean_log_prob = stat(2);
-      State<Real>(state).write_to(out);
-      return out;
     }
 
     LossRows<Real> rows() const {
@@ -355,9 +362,7 @@ struct Operators {
       rows.vocab_size = problem.rows.vocab_size;
       rows.class_weight = problem.rows.weights.class_weight;
       rows.token_weight = pointer<Real>(token_weight);
-      rows.log_prob = stat(0);
-      rows.lse = stat(1);
-      if (options.needs_mean()) rows.mean_log_prob = stat(2);
+      rows.stats = outputs.floats.template as<const Real*>();
       return rows;
     }
 
@@ -370,7 +375,7 @@ struct Operators {
     }
 
     Tensor denominator(Backend& backend) const {
-      if (arguments.reduction != Reduction::mean) return new_real<Real>(problem.input, {0});
+      if (arguments.reduction() != Reduction::mean) return new_real<Real>(problem.input, {0});
       if (arguments.num_items.has_value()) {
         STD_TORCH_CHECK(arguments.num_items->numel() == 1 &&
                             arguments.num_items->device() == problem.input.device(),
@@ -386,11 +391,11 @@ struct Operators {
     }
 
     Tensor reduce(Backend& backend, const Tensor& denominator) const {
-      const bool reduced = arguments.reduction != Reduction::none;
+      const Reduction reduction = arguments.reduction();
       const Tensor loss =
-          new_real<Real>(problem.input, reduced ? std::vector<int64_t>{} : problem.row_shape());
-      backend.reduce_loss(rows(), arguments.reduction, pointer<Real>(denominator),
-                          data<Real>(loss));
+          new_real<Real>(problem.input, reduction != Reduction::none ? std::vector<int64_t>{}
+                                                                     : problem.row_shape());
+      backend.reduce_loss(rows(), reduction, pointer<Real>(denominator), data<Real>(loss));
       return loss;
     }
 
@@ -398,11 +403,15 @@ struct Operators {
     LossArguments arguments;
     MaybeTensor token_weight;
     LossOptions<Real> options;
-    Tensor state;  // of backward; then log_prob, lse and, where needed, mean_log_prob of forward
+    Tensor state;              // of backward, then the statistics that the loss reads
+    RowOutputs<Real> outputs;  // in `state`
 
    private:
-    Real* stat(int index) const {
-      return data<Real>(state) + (State<Real>::size + index) * state.size(1);
+    // Rows of the state.
+    int64_t fields() const {
+      int64_t count = StateField::count;
+      for (int stat = 0; stat < Stat::float_count; ++stat) count += options.reads(stat);
+      return count;
     }
   };
 };

@@ -34,7 +34,7 @@ _UNKNOWN_LOGITS = (
     "make of its base model's hidden states; use causal_lm_loss"
 )
 # The options of the losses, except those that a model's call determines.
-_DETERMINED = {"input", "target", "reduction", "num_items", "ignore_index"}
+_DETERMINED = {"input", "target", "reduction", "num_items", "ignore_index", "shard"}
 _FROM_LOGITS = inspect.signature(cross_entropy).parameters.keys() - _DETERMINED
 _FROM_HIDDEN = inspect.signature(linear_cross_entropy).parameters.keys() - _DETERMINED
 _FROM_HIDDEN -= {"linear_weight", "linear_bias", "shift", "options"}

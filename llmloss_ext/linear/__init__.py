@@ -1,12 +1,8 @@
 """Losses straight from hidden states: the projection and the loss, a chunk of tokens at a time."""
 
-from llmloss_ext.linear.functional import (
-    linear_cross_entropy,
-    linear_kl_div,
-    linear_log_probs,
-    linear_token_stats,
-)
-from llmloss_ext.linear.planning import Plan, plan
+from .divergence import linear_kl_div
+from .functional import linear_cross_entropy, linear_log_probs, linear_token_stats
+from .planning import Plan, plan
 
 __all__ = [
     "Plan",

@@ -1,31 +1,49 @@
-"""The linear losses as functions: shapes, options and errors."""
+"""The losses of hidden states as functions: shapes, options and errors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llmloss_ext import composite, ops
-from llmloss_ext import functional as dense
-from llmloss_ext.functional import TokenStats
-from llmloss_ext.linear import autograd
-from llmloss_ext.linear.call import (
-    LinearCall,
-    as_rows,
-    check_projection,
-    to_dtype_of_products,
+from .. import composite, ops
+from ..checks import (
+    check_range,
+    check_scale,
+    check_target,
+    check_token_weight,
+    check_weight,
+    items_tensor,
 )
-from llmloss_ext.linear.chunked import total_items
-from llmloss_ext.linear.distillation import check_divergence, kl_div
-from llmloss_ext.linear.planning import plan
+from ..composite import real_of
+from ..ops import LossInputs, StatsInputs
+from ..options import (
+    MEAN,
+    NONE,
+    SUM,
+    ChunkOptions,
+    LogitOptions,
+    LossOptions,
+    as_integer,
+    documented,
+)
+from ..shard import Shard, ShardedColumns
+from ..statistics import RowStats, TokenStats, asked, asked_by_user
+from . import operators
+from .planning import tokens_of_a_chunk
+from .projection import as_rows, check_projection, to_dtype_of_products
+from .walk import Inputs, Targets
 
-__all__ = ["linear_cross_entropy", "linear_kl_div", "linear_log_probs", "linear_token_stats"]
+__all__ = ["linear_cross_entropy", "linear_log_probs", "linear_token_stats"]
+
+T = TypeVar("T")
 
 
+@documented
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -38,6 +56,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     z_loss: float = 0.0,
+    focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
     token_weight: Tensor | None = None,
@@ -49,6 +68,7 @@ def linear_cross_entropy(
     drop_ignored: bool | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     weight_grad_accumulator: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""``cross_entropy(input @ linear_weight.T + linear_bias, target)`` without the N x V logits.
 
@@ -65,36 +85,11 @@ def linear_cross_entropy(
             lower one.
         target: Class indices of shape (), (N) or (...), int64 or int32; or probabilities (..., V),
             which are converted to the input's dtype. K-dimensional: (N, d1, ..., dK), or
-            (N, V, d1, ..., dK).
-        linear_bias: (V), or (V, d1, ..., dK).
-        weight: Class weights (V).
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        ignore_index: Tokens with this target take no part; None: -100.
-        label_smoothing: In [0, 1].
+            (N, V, d1, ..., dK); linear_bias then is (V, d1, ..., dK).
         options: A `torch.nn.LinearCrossEntropyOptions`: its ``batch_chunk_size`` is taken as
             ``chunk_tokens`` and its ``acc_dtype`` as ``weight_grad_dtype``. The rest chooses
-            between ways of torch's that there are not here.
-        z_loss: Factor of lse^2.
-        softcap: If given, x = softcap * tanh(logit_scale * logits / softcap).
-        logit_scale: Factor of the logits; a 0-d tensor gets its gradient.
-        token_weight: A weight for each token, shaped like the target of indices. It belongs to the
-            label, and is shifted with it.
-        num_items: Replaces the denominator of the mean.
-        vocab_size: Only the first ``vocab_size`` rows of the weight take part.
-        shift: With 1, the hidden state at position i of the second to last dimension predicts
-            ``target[..., i + 1]``; nothing of the size of the hidden states is copied. Without a
-            reduction, the loss of that label stands at position i.
-        chunk_tokens: Tokens of a chunk at most; by default what `llmloss_ext.plan` says.
-        max_chunk_bytes: The most that the logits of a chunk may take.
-        drop_ignored: Whether ignored tokens are left out of the matrix products. By default on a
-            CPU; on CUDA it has to wait for the device to know their number. Where they are not
-            left out, their hidden states must be finite: the weight's gradient adds 0 times them.
-        weight_grad_dtype: In which the weight's gradient is accumulated over the chunks before it
-            is rounded once; by default float32 (float64 for float64). float16, which could not hold
-            such a sum before the mean divides it, is taken for float32 unless reduction is "none".
-        weight_grad_accumulator: A (V, D) tensor of that dtype (a trainer's ``main_grad``) to which
-            backward adds the weight's gradient; ``linear_weight.grad`` then stays as it is, and
-            no V x D buffer is made. Costs the fourth product.
+            between ways in which torch computes the loss, and is not read.
+        Options: each is described in `llmloss_ext.options`.
 
     Returns:
         The loss: 0-d, or of the target's shape for ``reduction="none"``; float32 for 16-bit inputs.
@@ -103,7 +98,7 @@ def linear_cross_entropy(
         ValueError: Shapes that do not fit, or an option out of range.
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index`` (on CUDA, that
             token's loss is nan instead).
-        TypeError: An integer option that is none, or ``options`` that are not torch's.
+        TypeError: An option that must be an integer is not, or ``options`` are not torch's.
         RuntimeError: A wrong dtype or device.
 
     Example:
@@ -111,56 +106,29 @@ def linear_cross_entropy(
         >>> loss = linear_cross_entropy(hidden, model.head.weight, tokens, shift=1)
         >>> loss.backward()
     """
-    loss = dense.loss_options(label_smoothing, z_loss, reduction)
+    loss = LossOptions.of(
+        label_smoothing=label_smoothing, z_loss=z_loss, focal_gamma=focal_gamma,
+        reduction=reduction,
+    )  # fmt: skip
     if options is not None:
         chunk_tokens, weight_grad_dtype = _torchs_options(options, chunk_tokens, weight_grad_dtype)
+    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    walk = _HowChunks(
+        chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
+    )
+    items = items_tensor(num_items, reduction, input)
     if linear_weight.dim() > 2:
-        if shift or weight_grad_accumulator is not None:
+        if shift or weight_grad_accumulator is not None or shard is not None:
             raise ValueError(
-                "shift and weight_grad_accumulator need a weight (V, D), got "
+                "shard, shift and weight_grad_accumulator need a weight (V, D), got "
                 f"{tuple(linear_weight.shape)}"
             )
         return _multi_dimensional(
-            input, linear_weight, target, linear_bias, token_weight, reduction, num_items,
-            weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size,
-            chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes, drop_ignored=drop_ignored,
-            weight_grad_dtype=weight_grad_dtype,
+            input, linear_weight, target, linear_bias, weight, token_weight, items, logits, loss,
+            walk,
         )  # fmt: skip
-    call = LinearCall(
-        input, linear_weight, target, linear_bias, weight, ignore_index, softcap, logit_scale,
-        vocab_size, shift,
-    )  # fmt: skip
-    if num_items is not None:
-        num_items = dense.items_tensor(num_items, reduction, input)
-    if token_weight is not None:
-        token_weight = call.token_weights(token_weight, input)
-    is_row_by_row = call.is_row_by_row(reduction, weight_grad_accumulator, token_weight)
-    chunks = call.chunk_options(
-        chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
-    )
-    others_differ = call.has_probabilities and (target.requires_grad or is_row_by_row)
-    if ops.in_transform() or others_differ:
-        if weight_grad_accumulator is not None:
-            raise RuntimeError(
-                "weight_grad_accumulator works neither with probability targets nor under "
-                "torch.func transforms"
-            )
-        return call.unfused(token_weight, num_items, reduction, label_smoothing, z_loss)
-    if not is_row_by_row:
-        return call.located(
-            autograd.loss, call.hidden, linear_weight, linear_bias, call.scale, call.targets,
-            weight, token_weight, num_items, call.options, loss, chunks,
-        )  # fmt: skip
-    rows = call.stats((False, label_smoothing != 0, False), chunks, weight_grad_accumulator)
-    losses = composite.losses_of(
-        rows, call.targets, weight, token_weight, call.options.ignore_index, loss
-    )
-    if reduction == "none":
-        return losses.reshape(call.shape)
-    items = (weight, token_weight, num_items, call.options.ignore_index, loss.reduction)
-    denominator = total_items(call.hidden, call.targets, *items)
-    return composite.reduce(losses, denominator, loss.reduction)
+    call = LinearCall(input, linear_weight, target, linear_bias, weight, logits, shift, shard)
+    return call.loss(call.token_weights(token_weight), items, loss, walk)
 
 
 def _torchs_options(
@@ -182,15 +150,326 @@ def _torchs_options(
     return chunk_tokens or theirs[0], weight_grad_dtype or theirs[1]
 
 
+@documented
+def linear_token_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    with_rank: bool = False,
+    extra: Sequence[str] = (),
+    shift: int = 0,
+    chunk_tokens: int | None = None,
+    max_chunk_bytes: int | None = None,
+    drop_ignored: bool | None = None,
+    weight_grad_dtype: torch.dtype | None = None,
+    shard: Shard | None = None,
+) -> TokenStats:
+    """`llmloss_ext.token_stats` of ``input @ linear_weight.T + linear_bias``, a chunk at a time.
+
+    Differentiable with respect to input, linear_weight, linear_bias and a tensor logit_scale, in
+    any combination of the statistics; backward computes each chunk's logits again.
+
+    Args:
+        input: Hidden states, as in `linear_cross_entropy`.
+        linear_weight: The projection (V, D).
+        target: Class indices of shape (), (N) or (...), int64 or int32.
+        Options: each is described in `llmloss_ext.options`.
+
+    Returns:
+        A `TokenStats`, each shaped like the target.
+
+    Raises:
+        ValueError: Shapes that do not fit, or an option out of range.
+        IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
+        RuntimeError: A wrong dtype or device.
+    """
+    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
+    call = LinearCall(input, linear_weight, target, linear_bias, weight, logits, shift, shard)
+    wanted = asked_by_user(with_rank, extra)
+    return TokenStats.shaped(call.stats(wanted, call.chunk_options(walk)), wanted, call.shape)
+
+
+@documented
+def linear_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    shift: int = 0,
+    chunk_tokens: int | None = None,
+    max_chunk_bytes: int | None = None,
+    drop_ignored: bool | None = None,
+    weight_grad_dtype: torch.dtype | None = None,
+    shard: Shard | None = None,
+) -> Tensor:
+    """Log p_target of every token, shaped like the target; 0 at ignored ones.
+
+    What preference and policy losses (DPO, PPO, GRPO) are made of: `linear_token_stats`'s
+    ``log_prob`` without the cost of the other statistics. Differentiable.
+
+    Args:
+        input: Hidden states, as in `linear_cross_entropy`.
+        linear_weight: The projection (V, D).
+        target: Class indices of shape (), (N) or (...), int64 or int32.
+        Options: each is described in `llmloss_ext.options`.
+
+    Returns:
+        (...), in nats; float32 for 16-bit inputs.
+
+    Raises:
+        ValueError, IndexError, RuntimeError: As `linear_token_stats`.
+    """
+    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
+    call = LinearCall(input, linear_weight, target, linear_bias, None, logits, shift, shard)
+    log_probs: Tensor = call.stats(
+        asked(("log_prob", "lse")), call.chunk_options(walk)
+    ).floats.log_prob
+    return log_probs.reshape(call.shape)
+
+
+class _HowLogits(NamedTuple):
+    """What users say of the logits."""
+
+    ignore_index: int | None
+    softcap: float | None
+    logit_scale: float | Tensor
+    vocab_size: int | None
+
+
+class _HowChunks(NamedTuple):
+    """What users say of the walk."""
+
+    chunk_tokens: int | None
+    max_chunk_bytes: int | None
+    drop_ignored: bool | None
+    weight_grad_dtype: torch.dtype | None
+    accumulator: Tensor | None = None
+
+
+class LinearCall:
+    """The arguments that all functions share, checked and brought into the operators' shapes.
+
+    Attributes:
+        inputs: The hidden states (N, D) in the dtype of the products, and what else may have a
+            gradient.
+        targets: (N), or probabilities (N, V).
+        shape: The shape of one number per token.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None,
+        weight: Tensor | None,
+        logits: _HowLogits,
+        shift: int,
+        shard: Shard | None,
+    ) -> None:
+        ignore_index, softcap, logit_scale, vocab_size = logits
+        check_projection(input, linear_weight, linear_bias)
+        input = to_dtype_of_products(input)
+        columns = linear_weight.shape[0]
+        self.shard: ShardedColumns | None = None
+        if shard is not None:
+            self.shard, vocab_size = shard.columns(columns, target, vocab_size), None
+        ignore_index = -100 if ignore_index is None else ignore_index
+        self.options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
+        self.weight, self.shape = weight, input.shape[:-1]
+        self.has_probabilities = target.is_floating_point()
+        if self.has_probabilities:
+            target = target.to(input.dtype)
+        expected = (*self.shape, columns) if self.has_probabilities else tuple(self.shape)
+        if tuple(target.shape) != expected:
+            raise ValueError(
+                f"target of shape {tuple(target.shape)} does not fit hidden states of shape "
+                f"{tuple(input.shape)}: expected {expected}"
+            )
+        target = check_target(target, input, self.options.ignore_index)
+        self.given, self.shift = target, as_integer("shift", shift)
+        if self.shift:
+            target = self._shifted(target)
+        hidden = as_rows(input)
+        self.targets = target.reshape(hidden.shape[0], *expected[len(self.shape) :])
+        check_weight(weight, columns, input)
+        self.inputs = Inputs(hidden, linear_weight, linear_bias, check_scale(logit_scale, input))
+        if self.shard is not None and self.shard.must_check_targets(target):
+            self._check_range(self.shard.vocab_size)
+
+    def _shifted(self, target: Tensor) -> Tensor:
+        if self.shift < 0 or self.has_probabilities or target.dim() == 0:
+            raise ValueError(
+                "shift must be an integer >= 0, with class indices (..., S) as targets; got "
+                f"shift={self.shift} and targets of shape {tuple(target.shape)}, {target.dtype}"
+            )
+        return _shift(target, self.shift, self.options.ignore_index)
+
+    def _check_range(self, classes: int) -> None:
+        check_range(self.given, self.options.ignore_index, classes, self.shift)
+
+    def token_weights(self, token_weight: Tensor | None) -> Tensor | None:
+        """(N), of the labels that the tokens predict."""
+        if token_weight is None:
+            return None
+        token_weight = check_token_weight(token_weight, self.shape, self.inputs.input)
+        if self.shift:
+            token_weight = _shift(token_weight, self.shift, 0)
+        return token_weight.reshape(-1)
+
+    def loss(
+        self,
+        token_weight: Tensor | None,
+        num_items: Tensor | None,
+        loss: LossOptions,
+        walk: _HowChunks,
+    ) -> Tensor:
+        """The loss, by the way that the situation allows."""
+        # A loss is made of the rows' statistics, and not with its gradients at once, where a
+        # gradient has to wait for what backward knows.
+        by_rows = (
+            loss.reduction == NONE
+            or walk.accumulator is not None
+            or (token_weight is not None and token_weight.requires_grad)
+        )
+        chunks = self.chunk_options(walk)
+        whole = self.has_probabilities and (self.targets.requires_grad or by_rows)
+        if ops.in_transform() or whole:
+            if walk.accumulator is not None:
+                raise RuntimeError(
+                    "weight_grad_accumulator works neither with probability targets nor under "
+                    "torch.func transforms"
+                )
+            value = self._from_whole_logits(token_weight, num_items, loss)
+        elif by_rows:
+            stats = self.stats(asked(loss.statistics()), chunks, walk.accumulator)
+            value = self._loss_of(stats, token_weight, num_items, loss)
+        else:
+            targets = Targets(self.targets, self.weight, token_weight, num_items)
+            value = self._run(operators.loss, self.inputs, targets, self.options, loss, chunks)
+        return value.reshape(self.shape) if loss.reduction == NONE else value
+
+    def stats(
+        self, wanted: int, chunks: ChunkOptions, accumulator: Tensor | None = None
+    ) -> RowStats:
+        """The statistics of the rows; under transforms from whole logits."""
+        if self.has_probabilities:
+            raise RuntimeError("statistics: target must hold class indices (int64 or int32)")
+        if ops.in_transform():
+            hidden, linear_weight, linear_bias, scale = self.inputs
+            logits = operators.logits_of(hidden, linear_weight, linear_bias)
+            inputs = StatsInputs(logits, self.targets, self.weight, scale)
+            return ops.token_stats(inputs, self.options, wanted)
+        return self._run(
+            operators.stats, self.inputs, self.targets, self.weight, self.options, wanted,
+            chunks, accumulator,
+        )  # fmt: skip
+
+    def _loss_of(
+        self,
+        stats: RowStats,
+        token_weight: Tensor | None,
+        num_items: Tensor | None,
+        loss: LossOptions,
+    ) -> Tensor:
+        find = composite.target_weights if self.shard is None else self.shard.target_weights
+        ignored, real = self.options.ignore_index, real_of(self.inputs.input)
+        w_y = find(self.targets, self.weight, ignored, real)
+        if token_weight is not None:
+            token_weight = composite.weight_tokens(token_weight, self.targets, ignored, real)
+        return composite.loss_of(stats.floats, w_y, token_weight, num_items, loss)
+
+    def _from_whole_logits(
+        self, token_weight: Tensor | None, num_items: Tensor | None, loss: LossOptions
+    ) -> Tensor:
+        """With every derivative."""
+        hidden, linear_weight, linear_bias, scale = self.inputs
+        logits = operators.logits_of(hidden, linear_weight, linear_bias)
+        return ops.cross_entropy(
+            LossInputs(logits, self.targets, self.weight, token_weight, num_items, scale),
+            self.options, loss,
+        )  # fmt: skip
+
+    def _run(self, run: Callable[..., T], *arguments: Any) -> T:
+        """Runs; a target out of range is named by its place in what was given, not in its chunk."""
+        if self.shard is not None:
+            from ..ops.sharded import eagerly  # needs torch's compiler: a second to import
+
+            return eagerly(run, *arguments)
+        if torch.compiler.is_compiling():
+            return run(*arguments)
+        try:
+            return run(*arguments)
+        except IndexError:
+            self._check_range(self.options.vocab_size)
+            raise
+
+    def chunk_options(self, walk: _HowChunks) -> ChunkOptions:
+        """How to walk through the tokens, by the plan: the same chunks on every rank."""
+        hidden, weight = self.inputs.input, self.inputs.linear_weight
+        columns = weight.shape[0] if self.shard is None else self.shard.usual_count
+        tokens = tokens_of_a_chunk(
+            hidden.shape[0], columns, hidden.dtype, hidden.device.type, walk.chunk_tokens,
+            walk.max_chunk_bytes,
+        )  # fmt: skip
+        dtype, real = walk.weight_grad_dtype, real_of(hidden)
+        if walk.accumulator is not None:
+            dtype = dtype or walk.accumulator.dtype
+            _check_accumulator(walk.accumulator, weight, dtype)
+        if dtype not in (None, real, hidden.dtype, weight.dtype):
+            raise ValueError(f"weight_grad_dtype must be {real} or the weight's dtype, got {dtype}")
+        drops = hidden.device.type == "cpu" if walk.drop_ignored is None else walk.drop_ignored
+        return ChunkOptions(tokens, drops, dtype or real, self.shard)
+
+
+def _shift(labels: Tensor, shift: int, fill: int) -> Tensor:
+    return F.pad(labels[..., shift:], (0, min(shift, labels.shape[-1])), value=fill)
+
+
+def _check_accumulator(accumulator: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    if accumulator.shape != weight.shape or accumulator.device != weight.device:
+        raise ValueError(
+            f"weight_grad_accumulator must have the weight's shape {tuple(weight.shape)} "
+            f"on {weight.device}, got {tuple(accumulator.shape)} on {accumulator.device}"
+        )
+    if accumulator.dtype != dtype:
+        raise ValueError(f"weight_grad_accumulator must be of {dtype}, got {accumulator.dtype}")
+    if not accumulator.is_contiguous():
+        raise ValueError(
+            "weight_grad_accumulator must be contiguous, got strides "
+            f"{accumulator.stride()} for shape {tuple(accumulator.shape)}"
+        )
+    if accumulator.requires_grad:
+        raise ValueError("weight_grad_accumulator must not require a gradient itself")
+    if torch.compiler.is_compiling():
+        raise RuntimeError("weight_grad_accumulator does not work under torch.compile")
+
+
 def _multi_dimensional(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
+    weight: Tensor | None,
     token_weight: Tensor | None,
-    reduction: str,
-    num_items: int | Tensor | None,
-    **options: Any,
+    num_items: Tensor | None,
+    logits: _HowLogits,
+    loss: LossOptions,
+    walk: _HowChunks,
 ) -> Tensor:
     """Torch's K-dimensional loss: a classification at each of d1 x ... x dK positions."""
     classes, *positions, features = linear_weight.shape
@@ -215,188 +494,20 @@ def _multi_dimensional(
             return [None] * math.prod(positions)
         return tensor.flatten(dim, dim + len(positions) - 1).unbind(dim)
 
-    targets, tokens = each(target, 2 if probabilities else 1), each(token_weight)
-    losses = torch.stack([
-        linear_cross_entropy(
-            input, w, y, linear_bias=b, token_weight=t,
-            reduction="none" if reduction == "none" else "sum", **options,
-        )
-        for w, y, b, t in zip(each(linear_weight), targets, each(linear_bias), tokens, strict=True)
-    ], dim=-1)  # fmt: skip
-    if reduction == "none":
-        return losses.reshape(shape)
-    if reduction == "sum":
-        return losses.sum()
-    if num_items is not None:
-        return losses.sum() / dense.items_tensor(num_items, reduction, input)
-    ignored = -100 if options["ignore_index"] is None else options["ignore_index"]
-    rows = [
-        composite.denominators(input, y, options["weight"], t, ignored)
-        for y, t in zip(targets, tokens, strict=True)
-    ]
-    return losses.sum() / torch.stack(rows).sum()
-
-
-def linear_token_stats(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int | None = None,
-    softcap: float | None = None,
-    logit_scale: float | Tensor = 1.0,
-    vocab_size: int | None = None,
-    with_rank: bool = False,
-    shift: int = 0,
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
-    weight_grad_dtype: torch.dtype | None = None,
-) -> TokenStats:
-    """`llmloss_ext.token_stats` of ``input @ linear_weight.T + linear_bias``, a chunk at a time.
-
-    Differentiable with respect to input, linear_weight, linear_bias and a tensor logit_scale, in
-    any combination of the statistics; backward computes each chunk's logits again.
-
-    Args: as in `linear_cross_entropy` and `llmloss_ext.token_stats`.
-
-    Returns:
-        A `TokenStats`, each shaped like the target.
-
-    Raises:
-        ValueError: Shapes that do not fit, or an option out of range.
-        IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
-        RuntimeError: A wrong dtype or device.
-    """
-    call = LinearCall(
-        input, linear_weight, target, linear_bias, weight, ignore_index, softcap, logit_scale,
-        vocab_size, shift,
-    )  # fmt: skip
-    chunks = call.chunk_options(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
-    stats = call.stats((True, True, with_rank), chunks)
-    return dense.as_token_stats(stats, call.shape, with_rank)
-
-
-def linear_log_probs(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    ignore_index: int | None = None,
-    softcap: float | None = None,
-    logit_scale: float | Tensor = 1.0,
-    vocab_size: int | None = None,
-    shift: int = 0,
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
-    weight_grad_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Log p_target of every token, shaped like the target; 0 at ignored ones.
-
-    What preference and policy losses (DPO, PPO, GRPO) are made of: `linear_token_stats`'s
-    ``log_prob`` without the cost of the other statistics. Differentiable.
-
-    Args, errors: as in `linear_token_stats`.
-    """
-    call = LinearCall(
-        input, linear_weight, target, linear_bias, None, ignore_index, softcap, logit_scale,
-        vocab_size, shift,
-    )  # fmt: skip
-    chunks = call.chunk_options(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
-    return call.stats((False, False, False), chunks)[0].reshape(call.shape)
-
-
-def linear_kl_div(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    direction: str = "forward",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    target: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
-) -> Tensor:
-    r"""Distillation: the divergence of two projections' distributions, neither in memory whole.
-
-    With P the teacher's and Q the student's distribution at ``temperature`` T, per token:
-    ``"forward"``: KL(P || Q) = sum P (log P - log Q); ``"reverse"``: KL(Q || P);
-    ``"jsd"``: beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q.
-    Each times T^2, which keeps the gradient's size (Hinton et al. 2015).
-
-    Args:
-        student_hidden: (..., D).
-        student_weight: (V, D).
-        teacher_hidden: (..., E), without a gradient.
-        teacher_weight: (V, E), without a gradient.
-        student_bias: (V).
-        teacher_bias: (V).
-        direction: ``"forward"``, ``"reverse"`` or ``"jsd"``.
-        beta: Share of the teacher in M, in (0, 1).
-        temperature: > 0.
-        target: Labels (...), where given, tell which tokens are ignored; nothing else.
-        ignore_index: Tokens with this label take no part.
-        reduction: ``"mean"`` over the tokens that take part, or ``"sum"``.
-        chunk_tokens: Tokens of a chunk.
-        max_chunk_bytes: The most that the student's logits of a chunk may take.
-        drop_ignored: Whether ignored tokens are left out of the matrix products. By default on a
-            CPU; on CUDA it has to wait for the device to know their number.
-
-    Returns:
-        The loss, 0-d, in nats; the mean of no token is nan.
-
-    Raises:
-        ValueError: Shapes that do not fit, or an option out of range.
-        RuntimeError: A wrong dtype.
-    """
-    check_divergence(direction, beta, temperature)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'linear_kl_div: reduction must be "mean" or "sum", got {reduction!r}')
-    check_projection(student_hidden, student_weight, student_bias)
-    check_projection(teacher_hidden, teacher_weight, teacher_bias)
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        raise ValueError(
-            f"student and teacher must have the same tokens, got {tuple(student_hidden.shape)} "
-            f"and {tuple(teacher_hidden.shape)}"
-        )
-    if student_weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(
-            "student and teacher must have the same vocabulary, got "
-            f"{student_weight.shape[0]} and {teacher_weight.shape[0]}"
-        )
-    if target is not None and target.shape != student_hidden.shape[:-1]:
-        raise ValueError(
-            f"target must have one label per token, shape {tuple(student_hidden.shape[:-1])}, got "
-            f"{tuple(target.shape)}"
-        )
-    teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in teacher):
-        raise RuntimeError("linear_kl_div: the teacher gets no gradient; pass it detached")
-    if ops.in_transform():
-        raise RuntimeError("linear_kl_div does not work under torch.func transforms")
-    hidden = as_rows(to_dtype_of_products(student_hidden))
-    tokens, features = hidden.shape
-    planned = plan(
-        tokens, features, student_weight.shape[0], hidden.dtype, hidden.device,
-        chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
-    )  # fmt: skip
-    valid = None if target is None else (target != ignore_index).reshape(-1)
-    if drop_ignored is None:
-        drop_ignored = hidden.device.type == "cpu"
-    teacher_hidden = as_rows(to_dtype_of_products(teacher_hidden))
-    return kl_div(
-        hidden, student_weight, student_bias, teacher_hidden, teacher_weight,
-        teacher_bias, valid, direction, beta, temperature, reduction == "mean",
-        planned.chunk_tokens, drop_ignored and valid is not None,
-    )  # fmt: skip
+    by_position = loss if loss.reduction == NONE else loss._replace(reduction=SUM)
+    losses, items = [], []
+    for w, y, b, t in zip(
+        each(linear_weight), each(target, 2 if probabilities else 1), each(linear_bias),
+        each(token_weight), strict=True,
+    ):  # fmt: skip
+        call = LinearCall(input, w, y, b, weight, logits, shift=0, shard=None)
+        losses.append(call.loss(call.token_weights(t), None, by_position, walk))
+        if loss.reduction == MEAN and num_items is None:
+            ignored = call.options.ignore_index
+            items.append(composite.denominators(call.inputs.input, y, weight, t, ignored).sum())
+    stacked = torch.stack(losses, dim=-1)
+    if loss.reduction == NONE:
+        return stacked.reshape(shape)
+    if items:
+        num_items = torch.stack(items).sum()
+    return stacked.sum() if num_items is None else stacked.sum() / num_items

@@ -1,37 +1,51 @@
-"""The linear losses as operators of torch: opaque to compilers, and without derivatives.
+"""The linear losses as torch sees them: with their derivatives, and opaque to compilers.
 
-Tensors that are not asked for come back without elements.
+`loss` has its gradients from the forward pass: three products in all. `stats` computes the logits
+again in backward: four, for any function of the statistics. What asks for more than first-order
+gradients gets torch arithmetic over whole logits: slower, never wrong.
+
+The walks themselves are the operators ``llmloss::linear_*``, which compilers do not look into.
+Where nothing looks on, they are called directly, which saves a small call 40 us.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from llmloss_ext import fake
-from llmloss_ext.composite import LogitOptions, real_of
-from llmloss_ext.linear.chunked import (
-    ChunkOptions,
+from .. import composite
+from ..composite import real_of
+from ..ops.derivatives import Composite, needs_differentiable_backward
+from ..ops.fake import statistics_like
+from ..ops.library import STATE, kernels
+from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions, pack, unpack
+from ..shard import refuse_second_order
+from ..statistics import FloatStats, RowStats
+from .walk import (
     Inputs,
+    LossResults,
+    Targets,
+    gradient_dtype,
     gradients_by_chunks,
     loss_by_chunks,
+    or_empty,
     stats_by_chunks,
 )
-from llmloss_ext.linear.loop import Chunk
-
-__all__ = ["linear_loss", "linear_stats", "linear_stats_backward"]
-
-LIBRARY = fake.LIBRARY
-_ops = torch.ops.llmloss
 
 
-def must_be_opaque(tensor: Tensor) -> bool:
-    """Whether a tracer, a fake tensor or a subclass looks on: then only the operators will do.
+class _Options(NamedTuple):
+    logits: LogitOptions
+    loss: LossOptions
+    """Of the statistics: not read."""
+    chunks: ChunkOptions
 
-    Elsewhere the functions themselves are called, which saves a small call 40 us.
-    """
+
+def _must_be_opaque(tensor: Tensor) -> bool:
+    """Whether a tracer, a fake tensor or a subclass looks on: then only the operators will do."""
     return (
         torch.compiler.is_compiling()
         or tensor.device.type not in ("cpu", "cuda")
@@ -40,151 +54,341 @@ def must_be_opaque(tensor: Tensor) -> bool:
     )
 
 
-def compute_loss(
+def logits_of(input: Tensor, linear_weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The whole logits, (N, V), with every derivative."""
+    logits = input @ linear_weight.to(input.dtype).t()
+    return logits if bias is None else logits + bias.to(input.dtype)
+
+
+# ---------------------------------------------------------------------------------- the loss
+
+
+@torch.library.custom_op("llmloss::linear_loss", mutates_args=())
+def _linear_loss(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
     linear_bias: Tensor | None,
+    logit_scale: Tensor | None,
+    target: Tensor,
     weight: Tensor | None,
     token_weight: Tensor | None,
     num_items: Tensor | None,
-    logit_scale: Tensor | None,
-    scale: float,
-    softcap: float,
-    ignore_index: int,
-    vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
-    reduction: int,
+    floats: Sequence[float],
+    ints: Sequence[int],
     chunk_tokens: int,
     drop_ignored: bool,
-    needs: list[bool],
     weight_grad_dtype: torch.dtype,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The mean (1) or sum (2) over the tokens, with its gradients.
-
-    ``needs`` says which gradients: of input, linear_weight, linear_bias, logit_scale.
-
-    Returns:
-        The loss; the gradients of input, linear_weight, linear_bias and logit_scale; and the factor
-        (0-d) that is still to be multiplied into them. It is 1 except for float16, whose gradients
-        are kept away from its subnormal numbers (and the weight's and bias's in float32).
-    """
-    options = (scale, softcap, ignore_index, vocab_size, label_smoothing, z_loss)
-
-    def loss_of(
-        chunk: Chunk, targets: Tensor, tokens: Tensor | None, divisor: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        arguments = (chunk.logits, targets, weight, tokens, divisor, logit_scale, *options, 1)
-        if any(needs):
-            part, part_scale = _ops.cross_entropy_fused_(*arguments, needs[3])
-            return part, part_scale
-        return _ops.cross_entropy(*arguments)[0], divisor.new_empty(0)
-
+    """`loss_by_chunks`; ``needs`` says which of the first four arguments get a gradient."""
     return loss_by_chunks(
-        loss_of, Inputs(input, linear_weight, linear_bias, logit_scale), target, weight,
-        token_weight, num_items, ignore_index, reduction,
-        ChunkOptions(chunk_tokens, drop_ignored, weight_grad_dtype), needs,
-    )  # fmt: skip
+        Inputs(input, linear_weight, linear_bias, logit_scale),
+        Targets(target, weight, token_weight, num_items),
+        *unpack(floats, ints),
+        ChunkOptions(chunk_tokens, drop_ignored, weight_grad_dtype),
+        Inputs(*needs),
+    )
 
 
-linear_loss = torch.library.custom_op("llmloss::linear_loss", compute_loss, mutates_args=())
+@_linear_loss.register_fake
+def _(  # type: ignore[no-untyped-def]
+    input, linear_weight, linear_bias, logit_scale, target, weight, token_weight, num_items,
+    floats, ints, chunk_tokens, drop_ignored, weight_grad_dtype, needs,
+):  # fmt: skip
+    def gradient(parameter: Any, asked: bool, dtype: Callable[[Tensor], torch.dtype]) -> Tensor:
+        if not asked or parameter is None:
+            return or_empty(None, input)
+        empty: Tensor = parameter.new_empty(parameter.shape, dtype=dtype(parameter))
+        return empty
+
+    needs = Inputs(*needs)
+    scalar = input.new_empty((), dtype=real_of(input))
+    return (
+        scalar,
+        gradient(input, needs.input, lambda x: x.dtype),
+        gradient(linear_weight, needs.linear_weight, lambda x: gradient_dtype(input, x)),
+        gradient(linear_bias, needs.linear_bias, lambda x: gradient_dtype(input, x)),
+        gradient(logit_scale, needs.logit_scale, lambda x: x.dtype),
+        torch.empty_like(scalar),
+    )
 
 
-def compute_stats(
+def _loss_and_gradients(
+    inputs: Inputs, targets: Targets, options: _Options, needs: Inputs
+) -> LossResults:
+    chunks = options.chunks
+    if chunks.shard is not None or not _must_be_opaque(inputs.input):
+        return loss_by_chunks(inputs, targets, options.logits, options.loss, chunks, needs)
+    packed = pack(options.logits, options.loss)
+    how = (chunks.chunk_tokens, chunks.drop_ignored, chunks.weight_grad_dtype)
+    return LossResults(*_linear_loss(*inputs, *targets, *packed, *how, needs))
+
+
+class LinearCrossEntropy(Function):
+    """`loss`: the gradients are formed in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """The loss; ``needs`` says which inputs get a gradient."""
+        *tensors, options, needs = args
+        count = len(Inputs._fields)
+        inputs, targets = Inputs(*tensors[:count]), Targets(*tensors[count:])
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.needs = options, needs
+        results = _loss_and_gradients(inputs, targets, options, needs)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*inputs, *targets, *results)
+        else:
+            # Not saved, but handed out by the first backward: then nothing is copied.
+            ctx.save_for_backward(*inputs, *targets)
+            ctx.results = results
+        return results.loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Multiplies what the forward pass has left by the gradient of the loss."""
+        others = (*Targets(), None, None)
+        if grad_loss is None:
+            return (*Inputs(), *others)
+        saved = list(ctx.saved_tensors)
+        inputs = Inputs(*(saved.pop(0) for _ in Inputs._fields))
+        targets = Targets(*(saved.pop(0) for _ in Targets._fields))
+        if torch.compiler.is_compiling():
+            results = LossResults(*saved)
+            factor = grad_loss * results.factor
+            every = zip(results.gradients, inputs, ctx.needs, strict=True)
+            return (*((g * factor).to(x.dtype) if need else None for g, x, need in every), *others)
+        if needs_differentiable_backward():
+            refuse_second_order(ctx.options.chunks.shard)
+            by_name = _loss_composite(inputs, targets, ctx.options).vjp((grad_loss,))
+            return (*Inputs(**by_name), *others)
+        if ctx.results is None:  # a second backward
+            ctx.results = _loss_and_gradients(inputs, targets, ctx.options, ctx.needs)
+        results, ctx.results = ctx.results, None
+        factor = grad_loss * results.factor
+        every = zip(results.gradients, inputs, ctx.needs, strict=True)
+        return (*(_scaled(g, factor, x.dtype) if need else None for g, x, need in every), *others)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplies in place, by 1 without touching it; rounds after, if it has to."""
+    if gradient.dim() == 2 and gradient.numel():
+        kernels.scale_(gradient, factor)
+        return gradient.to(dtype)
+    return (gradient * factor).to(dtype)
+
+
+def _loss_composite(inputs: Inputs, targets: Targets, options: _Options) -> Composite:
+    target, weight, token_weight, num_items = targets
+    logits, loss, _ = options
+
+    def whole(input: Tensor, linear_weight: Tensor, bias: Any, logit_scale: Any) -> Any:
+        rows = composite.row_losses(
+            logits_of(input, linear_weight, bias), target, weight, token_weight, logit_scale,
+            logits, loss,
+        ).sum()  # fmt: skip
+        if loss.reduction != MEAN:
+            return (rows,)
+        items = num_items
+        if items is None:
+            items = composite.denominators(
+                input, target, weight, token_weight, logits.ignore_index
+            ).sum()
+        return (rows / items.to(rows.dtype).reshape(()),)
+
+    return Composite(whole, inputs, Inputs._fields)
+
+
+def needs_gradients(inputs: Sequence[Tensor | None]) -> tuple[bool, ...]:
+    """Which of the inputs get a gradient.
+
+    Asked before a Function is entered: inside, ``needs_input_grad`` knows nothing of no_grad.
+    """
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and x is not None and x.requires_grad for x in inputs)
+
+
+def loss(
+    inputs: Inputs,
+    targets: Targets,
+    logits: LogitOptions,
+    loss: LossOptions,
+    chunks: ChunkOptions,
+) -> Tensor:
+    """The mean or sum over tokens, 0-d, of class indices or probabilities without a gradient."""
+    needs = Inputs(*needs_gradients(inputs))
+    options = _Options(logits, loss, chunks)
+    if not any(needs):
+        return _loss_and_gradients(inputs, targets, options, needs).loss
+    return LinearCrossEntropy.apply(*inputs, *targets, options, needs)  # type: ignore[no-untyped-call]
+
+
+# ---------------------------------------------------------------------------- the statistics
+
+
+@torch.library.custom_op("llmloss::linear_stats", mutates_args=())
+def _linear_stats(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
     linear_bias: Tensor | None,
-    weight: Tensor | None,
     logit_scale: Tensor | None,
-    scale: float,
-    softcap: float,
-    ignore_index: int,
-    vocab_size: int,
-    wanted: list[bool],
+    target: Tensor,
+    weight: Tensor | None,
+    floats: Sequence[float],
+    ints: Sequence[int],
+    wanted: int,
     chunk_tokens: int,
     drop_ignored: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The statistics of `token_stats`, and the state that backward needs, (N, 3).
-
-    ``wanted`` says whether entropy, mean_log_prob, and argmax and rank are asked for.
-    """
-    options = (scale, softcap, ignore_index, vocab_size)
-
-    def stats_of(logits: Tensor, targets: Tensor) -> Sequence[Tensor]:
-        stats: Sequence[Tensor] = _ops.token_stats(
-            logits, targets, weight, logit_scale, *options, *wanted
-        )
-        return stats
-
-    return stats_by_chunks(
-        stats_of, Inputs(input, linear_weight, linear_bias, logit_scale), target, ignore_index,
-        vocab_size, wanted, ChunkOptions(chunk_tokens, drop_ignored, real_of(input)),
-    )  # fmt: skip
+) -> list[Tensor]:
+    """`stats_by_chunks`."""
+    inputs = Inputs(input, linear_weight, linear_bias, logit_scale)
+    logits, _ = unpack(floats, ints)
+    chunks = ChunkOptions(chunk_tokens, drop_ignored, real_of(input))
+    return list(stats_by_chunks(inputs, Targets(target, weight), logits, wanted, chunks).results())
 
 
-linear_stats = torch.library.custom_op("llmloss::linear_stats", compute_stats, mutates_args=())
-
-
-def stats_backward(
-    grads: tuple[Tensor | None, ...],
-    inputs: Inputs,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LogitOptions,
-    entropy: Tensor,
-    states: Tensor,
-    chunks: ChunkOptions,
-    needs: list[bool],
-    accumulator: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients from those of log_prob, lse, entropy and mean_log_prob, each (N) or None.
-
-    The weight's is added to ``accumulator`` if there is one.
-    """
-
-    def gradient_of(
-        grads: tuple[Tensor | None, ...], logits: Tensor, targets: Tensor, entropy: Tensor,
-        state: Tensor,
-    ) -> Tensor:  # fmt: skip
-        where = (logits, targets, weight, inputs.logit_scale, *options)
-        grad_scale: Tensor = _ops.token_stats_backward_(*grads, *where, entropy, state, needs[3])
-        return grad_scale
-
-    return gradients_by_chunks(
-        gradient_of, grads, inputs, target, options.ignore_index, entropy, states, chunks, needs,
-        accumulator,
-    )  # fmt: skip
+@_linear_stats.register_fake
+def _(  # type: ignore[no-untyped-def]
+    input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, wanted,
+    chunk_tokens, drop_ignored,
+):  # fmt: skip
+    tokens = input.shape[0]
+    state = input.new_empty((tokens, len(STATE)), dtype=real_of(input))
+    return [state, *statistics_like(input, (tokens,), wanted)]
 
 
 @torch.library.custom_op("llmloss::linear_stats_backward", mutates_args=())
-def linear_stats_backward(
-    grad_log_prob: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_mean_log_prob: Tensor | None,
+def _linear_stats_backward(
+    grads: Sequence[Tensor | None],
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
     linear_bias: Tensor | None,
-    weight: Tensor | None,
     logit_scale: Tensor | None,
-    scale: float,
-    softcap: float,
-    ignore_index: int,
-    vocab_size: int,
-    entropy: Tensor,
-    states: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    floats: Sequence[float],
+    ints: Sequence[int],
+    stats: Sequence[Tensor],
+    state: Tensor,
     chunk_tokens: int,
     drop_ignored: bool,
-    needs: list[bool],
     weight_grad_dtype: torch.dtype,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`stats_backward` without an accumulator."""
-    return stats_backward(
-        (grad_log_prob, grad_lse, grad_entropy, grad_mean_log_prob),
-        Inputs(input, linear_weight, linear_bias, logit_scale), target, weight,
-        LogitOptions(scale, softcap, ignore_index, vocab_size), entropy, states,
-        ChunkOptions(chunk_tokens, drop_ignored, weight_grad_dtype), needs,
+    """`gradients_by_chunks` without an accumulator."""
+    inputs = Inputs(input, linear_weight, linear_bias, logit_scale)
+    logits, _ = unpack(floats, ints)
+    chunks = ChunkOptions(chunk_tokens, drop_ignored, weight_grad_dtype)
+    return gradients_by_chunks(
+        FloatStats(*grads), inputs, Targets(target, weight), logits, list(stats), state, chunks,
+        Inputs(*needs),
     )  # fmt: skip
+
+
+@_linear_stats_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    grads, input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, stats,
+    state, chunk_tokens, drop_ignored, weight_grad_dtype, needs,
+):  # fmt: skip
+    parameters = (input, linear_weight, linear_bias, logit_scale)
+    return tuple(
+        p.new_empty(p.shape) if asked and p is not None else input.new_empty(0)
+        for p, asked in zip(parameters, needs, strict=True)
+    )
+
+
+class _StatsCall(NamedTuple):
+    """What the statistics take besides tensors with an autograd of their own."""
+
+    logits: LogitOptions
+    wanted: int
+    chunks: ChunkOptions
+    accumulator: Tensor | None
+
+
+class LinearTokenStats(Function):
+    """`stats`: backward computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        """Returns `RowStats.results`."""
+        *tensors, call = args
+        count = len(Inputs._fields)
+        inputs, targets = Inputs(*tensors[:count]), Targets(*tensors[count:])
+        chunks = call.chunks
+        if chunks.shard is not None or not _must_be_opaque(inputs.input):
+            output = stats_by_chunks(inputs, targets, call.logits, call.wanted, chunks)
+        else:
+            packed, how = pack(call.logits), (chunks.chunk_tokens, chunks.drop_ignored)
+            where = (*inputs, targets.target, targets.weight)
+            output = RowStats.of(_linear_stats(*where, *packed, call.wanted, *how))
+        ctx.mark_non_differentiable(output.state, output.argmax, output.rank)
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        kept = output.floats.for_backward()
+        ctx.save_for_backward(*inputs, targets.target, targets.weight, output.state, *kept)
+        return output.results()
+
+    @staticmethod
+    def backward(ctx: Any, _state: None, *grad_results: Tensor | None) -> tuple[Any, ...]:
+        """One walk, whatever the statistics that were used."""
+        call = ctx.call
+        # A compiled graph also passes gradients of what was not asked for.
+        grads = FloatStats(*grad_results[: len(FloatStats._fields)]).only(call.wanted)
+        others = (*Targets(), None)
+        if not grads.used:
+            return (*Inputs(), *others)
+        saved = list(ctx.saved_tensors)
+        inputs = Inputs(*(saved.pop(0) for _ in Inputs._fields))
+        target, weight, state, *stats = saved
+        if needs_differentiable_backward():
+            refuse_second_order(call.chunks.shard)
+            if call.accumulator is not None:
+                raise RuntimeError("weight_grad_accumulator has no second-order gradient")
+            function = _stats_composite(inputs, target, weight, call.logits, grads.used)
+            by_name = function.vjp(tuple(grad for grad in grads if grad is not None))
+            return (*Inputs(**by_name), *others)
+        needs = Inputs(*ctx.needs_input_grad[: len(Inputs._fields)])
+        chunks, results = call.chunks, Inputs()
+        is_direct = chunks.shard is not None or call.accumulator is not None
+        if is_direct or not _must_be_opaque(inputs.input):
+            results = gradients_by_chunks(
+                grads, inputs, Targets(target, weight), call.logits, stats, state, chunks, needs,
+                call.accumulator,
+            )  # fmt: skip
+        else:
+            how = (chunks.chunk_tokens, chunks.drop_ignored, chunks.weight_grad_dtype)
+            where = (*inputs, target, weight, *pack(call.logits), stats, state)
+            results = Inputs(*_linear_stats_backward(grads, *where, *how, needs))
+        if call.accumulator is not None:
+            needs = needs._replace(linear_weight=False)
+        every = zip(results, needs, strict=True)
+        return (*(result if need else None for result, need in every), *others)
+
+
+def _stats_composite(
+    inputs: Inputs, target: Tensor, weight: Any, options: LogitOptions, names: tuple[str, ...]
+) -> Composite:
+    def whole(input: Tensor, linear_weight: Tensor, bias: Any, logit_scale: Any) -> Any:
+        logits = logits_of(input, linear_weight, bias)
+        every = composite.token_stats(logits, target, weight, logit_scale, options)
+        return tuple(getattr(every, name) for name in names)
+
+    return Composite(whole, inputs, Inputs._fields)
+
+
+def stats(
+    inputs: Inputs,
+    target: Tensor,
+    weight: Tensor | None,
+    logits: LogitOptions,
+    wanted: int,
+    chunks: ChunkOptions,
+    accumulator: Tensor | None = None,
+) -> RowStats:
+    """The statistics of the tokens; backward adds the weight's gradient to ``accumulator``."""
+    call = _StatsCall(logits, wanted, chunks, accumulator)
+    results: tuple[Tensor, ...] = LinearTokenStats.apply(  # type: ignore[no-untyped-call]
+        *inputs, *Targets(target, weight), call
+    )
+    return RowStats.of(results)

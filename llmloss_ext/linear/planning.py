@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmloss_ext.functional import as_integer
+from ..options import as_integer
 
 __all__ = ["Plan", "plan", "row_stride"]
 

@@ -1,20 +1,20 @@
 """The loss family: each a few readable lines over the row statistics."""
 
-from llmloss_ext.losses.combined import (
+from .combined import (
     CombinedLoss,
     UncertaintyWeights,
     combined_loss,
     linear_schedule,
 )
-from llmloss_ext.losses.contrastive import ClipLoss, contrastive_loss
-from llmloss_ext.losses.distillation import distillation_loss, top_k_distillation_loss
-from llmloss_ext.losses.distributions import (
+from .contrastive import ClipLoss, contrastive_loss
+from .distillation import distillation_loss, top_k_distillation_loss
+from .distributions import (
     check_probabilities,
     cross_entropy_between,
     entropy,
     kl_divergence,
 )
-from llmloss_ext.losses.language_model import (
+from .language_model import (
     LabelSmoothingCrossEntropy,
     LanguageModelLoss,
     LossStats,
@@ -23,8 +23,8 @@ from llmloss_ext.losses.language_model import (
     create_causal_mask,
     next_token_targets,
 )
-from llmloss_ext.losses.masked_lm import mask_tokens, mlm_loss
-from llmloss_ext.losses.preference import (
+from .masked_lm import mask_tokens, mlm_loss
+from .preference import (
     PreferenceLoss,
     dpo_loss,
     grpo_loss,

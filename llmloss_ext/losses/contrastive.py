@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from llmloss_ext import functional
-from llmloss_ext.linear import linear_cross_entropy
-from llmloss_ext.linear.planning import plan
-from llmloss_ext.ops import in_transform
+from .. import functional
+from ..linear import linear_cross_entropy
+from ..linear.planning import plan
+from ..ops import in_transform
 
 __all__ = ["ClipLoss", "contrastive_loss"]
 

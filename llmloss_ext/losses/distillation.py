@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llmloss_ext import composite
-from llmloss_ext.composite import real_of
-from llmloss_ext.linear.distillation import check_divergence, divergence, divergence_of
-from llmloss_ext.linear.rowwise import by_rows
+from .. import composite
+from ..composite import real_of
+from ..divergence import check_divergence, divergence, divergence_of
+from ..rowwise import by_rows
 
 __all__ = ["distillation_loss", "top_k_distillation_loss"]
 

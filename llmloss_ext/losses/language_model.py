@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmloss_ext import composite, functional
-from llmloss_ext.linear import linear_cross_entropy
-from llmloss_ext.losses.objective import Objective, check_projection, statistics
-from llmloss_ext.losses.shapes import classes_last
+from .. import composite, functional
+from ..linear import linear_cross_entropy
+from ..options import LOSS_OPTIONS, spelled_out
+from ..statistics import TokenStats
+from .objective import Objective, check_projection, statistics
+from .shapes import classes_last
 
 __all__ = [
     "LabelSmoothingCrossEntropy",
@@ -136,13 +138,14 @@ class LanguageModelLoss(torch.nn.Module):
         pad_token_id: Of padding.
         ignore_index: Tokens that are no targets. None: ``pad_token_id``; but where a call has an
             ``attention_mask``, that alone, so that a pad id may double as a real token.
-        label_smoothing: In [0, 1].
-        z_loss: Factor of lse^2.
         confidence_penalty: beta of -beta entropy (Pereyra et al. 2017).
         top_k: k of the statistics' top-k accuracy.
+        **options: Of the loss, as `llmloss_ext.cross_entropy` has them: ``label_smoothing``,
+            ``z_loss`` ... Each is an attribute.
 
     Raises:
         ValueError: A size or an option is out of range.
+        TypeError: There is no such option.
     """
 
     def __init__(
@@ -151,23 +154,25 @@ class LanguageModelLoss(torch.nn.Module):
         pad_token_id: int = 0,
         ignore_index: int | None = None,
         *,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
         confidence_penalty: float = 0.0,
         top_k: int = 5,
+        **options: float,
     ) -> None:
         super().__init__()
         if vocab_size < 1 or top_k < 1:
             raise ValueError(f"vocab_size and top_k must be at least 1, got {vocab_size, top_k}")
-        Objective(label_smoothing, z_loss, confidence_penalty).check()
+        self.objective = Objective.of(confidence_penalty=confidence_penalty, **options)
         self.vocab_size = vocab_size
         self.pad_token_id = pad_token_id
         self.ignore_index = pad_token_id if ignore_index is None else ignore_index
         self.ignore_index_is_pad = ignore_index is None
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.confidence_penalty = confidence_penalty
         self.top_k = top_k
+
+    def __getattr__(self, name: str) -> Any:
+        """The options are attributes."""
+        if name in LOSS_OPTIONS:
+            return getattr(self.objective.loss, name)
+        return super().__getattr__(name)
 
     def forward(
         self,
@@ -204,18 +209,14 @@ class LanguageModelLoss(torch.nn.Module):
         Raises:
             ValueError: The shapes do not fit.
         """
-        if self.confidence_penalty:
+        if self.objective.confidence_penalty:
             return self._from_statistics(
                 logits, input_ids, attention_mask, linear_weight, linear_bias, with_rank=False
             )[0]
         targets, ignore_index = self._targets(logits, input_ids, attention_mask, linear_weight)
         check_projection(linear_weight, linear_bias=linear_bias)
-        options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "label_smoothing": self.label_smoothing,
-            "z_loss": self.z_loss,
-            "vocab_size": self.vocab_size,
-        }
+        options: dict[str, Any] = {"ignore_index": ignore_index, "vocab_size": self.vocab_size}
+        options |= self.objective.options
         if linear_weight is None:
             return functional.cross_entropy(classes_last(logits, targets), targets, **options)
         return linear_cross_entropy(
@@ -261,16 +262,15 @@ class LanguageModelLoss(torch.nn.Module):
         linear_bias: Tensor | None,
         *,
         with_rank: bool,
-    ) -> tuple[Tensor, functional.TokenStats, Tensor]:
+    ) -> tuple[Tensor, TokenStats, Tensor]:
         """The mean loss, the statistics, and which tokens have a target."""
         targets, ignore_index = self._targets(logits, input_ids, attention_mask, linear_weight)
         stats = statistics(
             logits, targets, linear_weight, linear_bias, ignore_index=ignore_index,
             vocab_size=self.vocab_size, with_rank=with_rank,
         )  # fmt: skip
-        objective = Objective(self.label_smoothing, self.z_loss, self.confidence_penalty)
         valid = targets != ignore_index
-        rows = objective.rows(stats, targets, ignore_index)
+        rows = self.objective.rows(stats, targets, ignore_index)
         return composite.total(rows) / valid.sum(), stats, valid
 
     def _targets(
@@ -301,8 +301,13 @@ class LanguageModelLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The settings."""
-        names = ("vocab_size", "ignore_index", "label_smoothing", "z_loss", "confidence_penalty")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        shown: dict[str, float] = {"vocab_size": self.vocab_size, "ignore_index": self.ignore_index}
+        shown |= self.objective.options
+        shown |= {"confidence_penalty": self.objective.confidence_penalty}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+spelled_out(LanguageModelLoss.__init__, LOSS_OPTIONS)
 
 
 class LabelSmoothingCrossEntropy(torch.nn.Module):
@@ -373,9 +378,9 @@ def confidence_penalty_loss(
     Raises:
         ValueError: beta is negative or not finite, or the shapes do not fit.
     """
-    objective = Objective(confidence_penalty=beta)
     if not 0.0 <= beta < math.inf:
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
+    objective = Objective.of(confidence_penalty=beta)
     stats = statistics(logits, target, linear_weight, linear_bias, ignore_index=ignore_index)
     tokens = (target != ignore_index).sum()
     return composite.total(objective.rows(stats, target, ignore_index)) / tokens

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmloss_ext import functional
-from llmloss_ext.linear import linear_cross_entropy
-from llmloss_ext.losses.objective import check_projection
-from llmloss_ext.losses.shapes import classes_last
+from .. import functional
+from ..linear import linear_cross_entropy
+from .objective import check_projection
+from .shapes import classes_last
 
 __all__ = ["mask_tokens", "mlm_loss"]
 
@@ -99,9 +100,9 @@ def mlm_loss(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
-    label_smoothing: float = 0.0,
     num_items: int | Tensor | None = None,
     drop_ignored: bool | None = None,
+    **options: Any,
 ) -> Tensor:
     """Mean cross entropy of the chosen positions (Devlin et al. 2019).
 
@@ -113,17 +114,18 @@ def mlm_loss(
         linear_weight: The projection (V, D).
         linear_bias: (V), with ``linear_weight``.
         ignore_index: Label of positions that are not chosen.
-        label_smoothing: In [0, 1].
         num_items: What the sum over positions is divided by in place of their number: the chosen
             positions of all micro-batches of a step.
         drop_ignored: With ``linear_weight``: as in `llmloss_ext.linear_cross_entropy`. By default
             on a CPU; on CUDA it has to wait for the device to know the number of positions.
+        **options: Of the loss, as both functions have them: ``label_smoothing``, ``z_loss`` ...
 
     Returns:
         0-d, in nats; 0 with a graph where no position is chosen.
 
     Raises:
-        ValueError: The shapes do not fit, or an option of the projection has none.
+        ValueError: The shapes do not fit, or an option belongs to a projection
+            that is not given.
     """
     check_projection(linear_weight, linear_bias=linear_bias, drop_ignored=drop_ignored)
     if num_items is None:
@@ -132,9 +134,9 @@ def mlm_loss(
     if linear_weight is None:
         return functional.cross_entropy(
             classes_last(input, labels), labels, ignore_index=ignore_index, num_items=num_items,
-            label_smoothing=label_smoothing,
+            **options,
         )  # fmt: skip
     return linear_cross_entropy(
         input, linear_weight, labels, linear_bias=linear_bias, ignore_index=ignore_index,
-        num_items=num_items, label_smoothing=label_smoothing, drop_ignored=drop_ignored,
+        num_items=num_items, drop_ignored=drop_ignored, **options,
     )  # fmt: skip

@@ -7,40 +7,50 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from llmloss_ext import functional
-from llmloss_ext.composite import LossOptions, losses_of
-from llmloss_ext.functional import TokenStats
-from llmloss_ext.linear import linear_token_stats
-from llmloss_ext.losses.shapes import classes_last
+from .. import functional
+from ..composite import losses_of, target_weights
+from ..linear import linear_token_stats
+from ..options import LOSS_OPTIONS, LossOptions
+from ..statistics import FloatStats, TokenStats
+from .shapes import classes_last
 
 __all__ = ["Objective", "check_projection", "statistics"]
 
 
 class Objective(NamedTuple):
-    """What the loss of a token is made of, besides -log p."""
+    """What the loss of a token is made of."""
 
-    label_smoothing: float = 0.0
-    """In [0, 1]."""
-    z_loss: float = 0.0
-    """Factor of lse^2, >= 0."""
+    loss: LossOptions
     confidence_penalty: float = 0.0
     """Factor of -entropy, >= 0 (Pereyra et al. 2017)."""
 
-    def check(self) -> None:
-        """Raises a ValueError if an option is out of range."""
-        smoothing, z_loss, penalty = self
-        if not 0.0 <= smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must be between 0 and 1, got {smoothing}")
-        if not 0.0 <= z_loss < math.inf or not 0.0 <= penalty < math.inf:
+    @classmethod
+    def of(cls, *, confidence_penalty: float = 0.0, **options: float) -> Objective:
+        """From the options of the loss: label_smoothing, z_loss ...
+
+        Raises:
+            ValueError: An option is out of range.
+            TypeError: There is no such option.
+        """
+        if not 0.0 <= confidence_penalty < math.inf:
             raise ValueError(
-                "z_loss and confidence_penalty must be finite numbers >= 0, got "
-                f"{z_loss} and {penalty}"
+                f"confidence_penalty must be a finite number >= 0, got {confidence_penalty}"
             )
+        unknown = options.keys() - set(LOSS_OPTIONS)
+        if unknown:
+            raise TypeError(f"there is no option {', '.join(sorted(unknown))} of the loss")
+        return cls(LossOptions.of(**options), confidence_penalty)  # type: ignore[arg-type]
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The options of the loss by name, for `llmloss_ext.cross_entropy`."""
+        return {name: getattr(self.loss, name) for name in LOSS_OPTIONS}
 
     def rows(self, stats: TokenStats, target: Tensor, ignore_index: int) -> Tensor:
         """The loss of each token in nats, shaped like the target; 0 where it is ignored."""
-        options = LossOptions(self.label_smoothing, self.z_loss, 0)
-        rows = losses_of(stats[:4], target, None, None, ignore_index, options)
+        floats = FloatStats(**{name: getattr(stats, name) for name in FloatStats._fields})
+        w_y = target_weights(target, None, ignore_index, stats.lse.dtype)
+        rows = losses_of(floats, w_y, None, self.loss)
         return rows - self.confidence_penalty * stats.entropy if self.confidence_penalty else rows
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmloss_ext import composite
+from .. import composite
 
 __all__ = ["PreferenceLoss", "dpo_loss", "grpo_loss", "ppo_clip_loss", "sequence_log_probs"]
 

@@ -2,9 +2,11 @@
 // kernels of each instruction set. bfloat16 arrays travel as uint16.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <array>
+#include <iterator>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "core/row_stats.h"
@@ -20,7 +22,7 @@ using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
 using Indices = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 // The state of the given columns of a row, joined one by one.
-State state_of(Array logits, Array weights, Indices columns, double target_logit) {
+State columns_state(Array logits, Array weights, Indices columns, double target_logit) {
   State total;
   for (py::ssize_t i = 0; i < columns.size(); ++i) {
     const int64_t column = columns.at(i);
@@ -28,6 +30,7 @@ State state_of(Array logits, Array weights, Indices columns, double target_logit
     one.max = logits.at(column);
     one.argmax = column;
     one.sum_exp = exp_of(one.max - one.reference());
+    one.sum_sq_exp = one.sum_exp * one.sum_exp;
     one.sum_weights = weights.at(column);
     if (one.sum_weights != 0) one.sum_weighted = one.sum_weights * (one.max - one.reference());
     one.rank = one.max > target_logit;
@@ -38,12 +41,10 @@ State state_of(Array logits, Array weights, Indices columns, double target_logit
 
 py::dict as_dict(const RowStats<double>& stats) {
   py::dict d;
-  d["log_prob"] = stats.log_prob;
-  d["lse"] = stats.lse;
-  d["entropy"] = stats.entropy;
-  d["mean_log_prob"] = stats.mean_log_prob;
-  d["argmax"] = stats.argmax;
-  d["rank"] = stats.rank;
+  for (int stat = 0; stat < Stat::count; ++stat) {
+    const bool is_float = stat < Stat::float_count;
+    d[Stat::names[stat]] = is_float ? py::cast(stats.floats[stat]) : py::cast(stats.integers[stat]);
+  }
   return d;
 }
 
@@ -68,25 +69,36 @@ struct Call {
     in.targets.data = targets.data();
     in.weights.beta = Real(1) / Real(vocab_size);
     std::iota(order.begin(), order.end(), 0);
-    for (auto& v : real) v = py::array_t<Real>(rows);
-    for (auto& v : index) v = Indices(rows);
-    const auto at = [&](int i) { return real[size_t(i)].mutable_data(); };
-    out = {at(0), at(1), at(2), at(3), index[0].mutable_data(), index[1].mutable_data(),
-           at(4), at(5), at(6)};
+    for (int stat = 0; stat < Stat::float_count; ++stat) {
+      floats[stat] = py::array_t<Real>(rows);
+      out.floats[stat] = floats[stat].mutable_data();
+    }
+    for (int stat = Stat::float_count; stat < Stat::count; ++stat) {
+      integers[stat] = Indices(rows);
+      out.integers[stat] = integers[stat].mutable_data();
+    }
+    for (int field = 0; field < StateField::count; ++field) {
+      state[field] = py::array_t<Real>(rows);
+      out.state[field] = state[field].mutable_data();
+    }
   }
 
-  SavedStats<Real> saved() const {
-    return {out.reference, out.sum_exp, out.sum_weights, out.entropy};
+  // Only what is asked for is there afterwards.
+  void ask_for(const LossOptions<Real>& options) {
+    for (int stat = 0; stat < Stat::float_count; ++stat) {
+      if (!options.reads(stat)) out.floats[stat] = nullptr;
+    }
+    out.integers = {};
   }
 
   py::dict statistics() const {
     py::dict d;
-    d["log_prob"] = real[0];
-    d["lse"] = real[1];
-    d["entropy"] = real[2];
-    d["mean_log_prob"] = real[3];
-    d["argmax"] = index[0];
-    d["rank"] = index[1];
+    for (int stat = 0; stat < Stat::float_count; ++stat) {
+      if (out.floats[stat] != nullptr) d[Stat::names[stat]] = floats[stat];
+    }
+    for (int stat = Stat::float_count; stat < Stat::count; ++stat) {
+      if (out.integers[stat] != nullptr) d[Stat::names[stat]] = integers[stat];
+    }
     return d;
   }
 
@@ -94,8 +106,9 @@ struct Call {
   RowInputs<T> in;
   RowOutputs<Real> out;
   std::vector<int64_t> order;
-  std::array<py::array_t<Real>, 7> real;
-  std::array<Indices, 2> index;
+  FloatStats<py::array_t<Real>> floats;
+  IntegerStats<Indices> integers;
+  StateFields<py::array_t<Real>> state;
 };
 
 template <typename T>
@@ -105,7 +118,7 @@ py::dict row_stats(int isa, py::array logits, Indices targets, int64_t vocab_siz
   return call.statistics();
 }
 
-// dL/dlogits for the upstream gradients (4, rows) of log_prob, lse, mean_log_prob and entropy.
+// dL/dlogits for the upstream gradients (float statistics, rows).
 template <typename T>
 void row_grad(int isa, py::array logits, Indices targets, int64_t vocab_size, Array upstream,
               py::array grad) {
@@ -113,30 +126,28 @@ void row_grad(int isa, py::array logits, Indices targets, int64_t vocab_size, Ar
   Call<T> call(isa, logits, targets, vocab_size);
   const int64_t rows = call.in.rows;
   if (grad.size() != rows * call.in.columns || grad.itemsize() != sizeof(T) ||
-      upstream.size() != 4 * rows) {
-    throw py::value_error("grad is shaped like logits, upstream is (4, rows)");
+      upstream.size() != Stat::float_count * rows) {
+    throw py::value_error("grad is shaped like logits, upstream is (float statistics, rows)");
   }
   const std::vector<Real> up(upstream.data(), upstream.data() + upstream.size());
   GradSource<Real> source;
-  source.log_prob = up.data();
-  source.lse = up.data() + rows;
-  source.mean_log_prob = up.data() + 2 * rows;
-  source.entropy = up.data() + 3 * rows;
+  for (int stat = 0; stat < Stat::float_count; ++stat) source.grads[stat] = up.data() + stat * rows;
   call.kernels.row_stats(call.in, call.out, call.order.data(), rows);
-  call.kernels.row_grad(call.in, call.saved(), source,
+  call.kernels.row_grad(call.in, SavedStats<Real>::needed_by(source, call.out), source,
                         {static_cast<T*>(grad.mutable_data()), {rows, 0, call.in.columns}, nullptr},
                         call.order.data(), rows);
 }
 
-// The gradient of the summed loss written over the logits; returns the statistics.
+// The gradient of the summed loss written over the logits; returns the statistics that it reads.
 template <typename T>
 py::dict fused(int isa, py::array logits, Indices targets, int64_t vocab_size,
-               double label_smoothing, double z_loss) {
+               double label_smoothing, double z_loss, double focal_gamma) {
   using Real = real_t<T>;
   Call<T> call(isa, logits, targets, vocab_size);
   GradSource<Real> source;
   source.from_loss = true;
-  source.options = {Real(label_smoothing), Real(z_loss)};
+  source.options = {Real(label_smoothing), Real(z_loss), Real(focal_gamma)};
+  call.ask_for(source.options);
   call.kernels.fused(call.in, call.out, source,
                      {static_cast<T*>(logits.mutable_data()), call.in.layout, nullptr},
                      call.order.data(), call.in.rows);
@@ -158,11 +169,14 @@ PYBIND11_MODULE(llmloss_core, m) {
       .def_readonly("max", &State::max)
       .def_readonly("sum_exp", &State::sum_exp)
       .def_readonly("sum_x_exp", &State::sum_x_exp)
+      .def_readonly("sum_sq_exp", &State::sum_sq_exp)
       .def_readonly("sum_weighted", &State::sum_weighted)
       .def_readonly("sum_weights", &State::sum_weights)
       .def_readonly("argmax", &State::argmax)
       .def_readonly("rank", &State::rank);
-  m.def("state_of", state_of);
+  m.attr("statistics") = std::vector<std::string>(std::begin(Stat::names), std::end(Stat::names));
+  m.attr("float_statistics") = Stat::float_count;
+  m.def("state_of", columns_state);
   m.def("merge", [](const State& a, const State& b) { return merge(a, b); });
   m.def("finalize", [](const State& state, double target_logit, int64_t vocab_size) {
     return as_dict(finalize(state, target_logit, vocab_size));

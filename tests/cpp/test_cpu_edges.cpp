@@ -26,8 +26,9 @@ struct Table {
       from_real(Real((i * 37 % 101) / 25.0 - 2), value);
       logits.push_back(value);
     }
-    for (auto& v : real) v.assign(size_t(rows), Real(-1));
-    for (auto& v : index) v.assign(size_t(rows), -7);
+    for (auto& v : floats.at) v.assign(size_t(rows), Real(-1));
+    for (auto& v : integers.at) v.assign(size_t(rows), -7);
+    for (auto& v : state.at) v.resize(size_t(rows));
     grad.resize(logits.size());
     for (int64_t row = 0; row < rows; ++row) order.push_back(row);
     targets.assign(size_t(rows), 0);
@@ -49,30 +50,34 @@ struct Table {
   }
 
   void run(cpu::Isa isa, const RowInputs<T>& in, const LossOptions<Real>& options = {}) {
-    const auto at = [&](int i) { return real[i].data(); };
-    const RowOutputs<Real> out{at(0),           at(1), at(2), at(3), index[0].data(),
-                               index[1].data(), at(4), at(5), at(6)};
-    const SavedStats<Real> saved{at(4), at(5), at(6), at(2)};
+    RowOutputs<Real> out;
+    for (int i = 0; i < floats.size; ++i) out.floats.at[i] = floats.at[i].data();
+    for (int i = 0; i < integers.size; ++i) out.integers.at[i] = integers.at[i].data();
+    for (int i = 0; i < state.size; ++i) out.state.at[i] = state.at[i].data();
     GradSource<Real> source;
     source.from_loss = true;
     source.options = options;
     const auto& kernels = cpu::kernels<T>(isa);
     kernels.row_stats(in, out, order.data(), rows);
-    kernels.row_grad(in, saved, source, {grad.data(), {rows, 0, columns}, nullptr}, order.data(),
-                     rows);
+    kernels.row_grad(in, SavedStats<Real>::needed_by(source, out), source,
+                     {grad.data(), {rows, 0, columns}, nullptr}, order.data(), rows);
   }
 
   double gradient(int64_t row, int64_t column) const {
     return to_real(grad[size_t(row * columns + column)]);
   }
-  double log_prob(int64_t row) const { return real[0][size_t(row)]; }
-  double lse(int64_t row) const { return real[1][size_t(row)]; }
-  double mean_log_prob(int64_t row) const { return real[3][size_t(row)]; }
+  double log_prob(int64_t row) const { return floats[Stat::log_prob][size_t(row)]; }
+  double lse(int64_t row) const { return floats[Stat::lse][size_t(row)]; }
+  int64_t argmax(int64_t row) const { return integers[Stat::argmax][size_t(row)]; }
+  int64_t rank(int64_t row) const { return integers[Stat::rank][size_t(row)]; }
+  double mean_log_prob(int64_t row) const { return floats[Stat::mean_log_prob][size_t(row)]; }
 
   int64_t rows, columns;
   std::vector<T> logits, grad;
-  std::vector<Real> real[7];
-  std::vector<int64_t> index[2], targets, order;
+  FloatStats<std::vector<Real>> floats;
+  IntegerStats<std::vector<int64_t>> integers;
+  StateFields<std::vector<Real>> state;
+  std::vector<int64_t> targets, order;
 };
 
 template <typename T>
@@ -83,7 +88,7 @@ void test_targets_out_of_range(cpu::Isa isa) {
   CHECK(std::isfinite(table.log_prob(0)));
   for (int64_t row = 1; row < 4; ++row) {
     CHECK(std::isnan(table.log_prob(row)) && std::isnan(table.lse(row)));
-    CHECK(table.index[0][size_t(row)] == -1 && table.index[1][size_t(row)] == 37);
+    CHECK(table.argmax(row) == -1 && table.rank(row) == 37);
     for (int64_t i = 0; i < 37; ++i) CHECK(table.gradient(row, i) == 0);
   }
 }
@@ -140,7 +145,7 @@ void test_spoilt_rows(cpu::Isa isa) {
       table.set(1, column, bad);
       table.run(isa, table.inputs());
       CHECK(std::isnan(table.log_prob(1)));
-      CHECK(table.index[0][1] == -1 && table.index[1][1] == 2059);
+      CHECK(table.argmax(1) == -1 && table.rank(1) == 2059);
       for (const int64_t row : {0, 2}) {
         CHECK(table.log_prob(row) == clean.log_prob(row));
         for (int64_t i = 0; i < 2059; ++i) CHECK(table.gradient(row, i) == clean.gradient(row, i));
@@ -161,7 +166,7 @@ void test_rows_of_minus_infinity(cpu::Isa isa) {
   table.run(isa, in);
   CHECK(std::isnan(table.log_prob(0)) && table.lse(0) == -inf);
   CHECK(table.log_prob(1) == 0 && table.lse(1) == 1.5);
-  CHECK(table.index[0][1] == 4099 && table.index[1][1] == 0);
+  CHECK(table.argmax(1) == 4099 && table.rank(1) == 0);
   for (int64_t i = 0; i < 4100; ++i) CHECK(table.gradient(1, i) == 0);
 }
 

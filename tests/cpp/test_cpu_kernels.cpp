@@ -65,28 +65,36 @@ void run(cpu::Isa isa, const Case<T>& c) {
   in.targets.data = targets.data();
   in.weights.beta = Real(1) / Real(c.vocab_size);
   if (c.weighted) in.weights.class_weight = weight.data();
-  std::vector<Real> out[7];
-  for (auto& v : out) v.assign(size_t(c.rows), Real(-12345));
-  std::vector<int64_t> argmax(size_t(c.rows)), rank(size_t(c.rows));
-  const RowOutputs<Real> outputs{out[0].data(), out[1].data(), out[2].data(),
-                                 out[3].data(), argmax.data(), rank.data(),
-                                 out[4].data(), out[5].data(), out[6].data()};
+  FloatStats<std::vector<Real>> out;
+  StateFields<std::vector<Real>> state;
+  IntegerStats<std::vector<int64_t>> order_of;
+  RowOutputs<Real> outputs;
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    out[stat].assign(size_t(c.rows), Real(-12345));
+    outputs.floats[stat] = out[stat].data();
+  }
+  for (int field = 0; field < StateField::count; ++field) {
+    state[field].resize(size_t(c.rows));
+    outputs.state[field] = state[field].data();
+  }
+  for (int stat = Stat::float_count; stat < Stat::count; ++stat) {
+    order_of[stat].resize(size_t(c.rows));
+    outputs.integers[stat] = order_of[stat].data();
+  }
+  const auto &argmax = order_of[Stat::argmax], &rank = order_of[Stat::rank];
   const auto& kernels = cpu::kernels<T>(isa);
   kernels.row_stats(in, outputs, order.data(), c.rows);
 
-  std::vector<Real> up[4];
-  for (auto& v : up) {
-    for (int64_t row = 0; row < c.rows; ++row) v.push_back(Real(normal(random_bits)));
-  }
+  FloatStats<std::vector<Real>> up;
   GradSource<Real> source;
-  source.log_prob = up[0].data();
-  source.lse = up[1].data();
-  source.mean_log_prob = up[2].data();
-  source.entropy = up[3].data();
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    for (int64_t row = 0; row < c.rows; ++row) up[stat].push_back(Real(normal(random_bits)));
+    source.grads[stat] = up[stat].data();
+  }
   std::vector<T> grad(size_t(c.rows * c.columns));
   std::memset(static_cast<void*>(grad.data()), 0xff, grad.size() * sizeof(T));
   std::vector<Real> grad_scale(size_t(c.rows));
-  const SavedStats<Real> saved{out[4].data(), out[5].data(), out[6].data(), out[2].data()};
+  const auto saved = SavedStats<Real>::needed_by(source, outputs);
   kernels.row_grad(in, saved, source, {grad.data(), {c.rows, 0, c.columns}, grad_scale.data()},
                    order.data(), c.rows);
 
@@ -94,13 +102,14 @@ void run(cpu::Isa isa, const Case<T>& c) {
     const size_t r = size_t(row);
     const T* g = grad.data() + row * c.columns;
     if (targets[r] == -100) {
-      CHECK(out[0][r] == 0 && out[1][r] == 0 && argmax[r] == -1 && rank[r] == c.vocab_size);
+      CHECK(out[Stat::log_prob][r] == 0 && out[Stat::lse][r] == 0 && argmax[r] == -1 &&
+            rank[r] == c.vocab_size);
       for (int64_t i = 0; i < c.columns; ++i) CHECK(to_real(g[i]) == 0);
       continue;
     }
     const LogitTransform<double> transform{double(c.scale), double(c.cap)};
     std::vector<double> x(size_t(c.vocab_size));
-    double max = -INFINITY, sum = 0, entropy = 0, mean = 0, weights = 0;
+    double max = -INFINITY, sum = 0, entropy = 0, squares = 0, mean = 0, weights = 0;
     for (int64_t i = 0; i < c.vocab_size; ++i) {
       x[size_t(i)] = transform.apply(to_real(first[row * c.stride + i]));
       max = std::fmax(max, x[size_t(i)]);
@@ -112,14 +121,16 @@ void run(cpu::Isa isa, const Case<T>& c) {
     };
     for (int64_t i = 0; i < c.vocab_size; ++i) {
       if (x[size_t(i)] > -INFINITY) entropy -= std::exp(log_p(i)) * log_p(i);
+      squares += std::exp(2 * log_p(i));
       if (a(i) != 0) mean += a(i) * log_p(i);
       weights += a(i);
     }
     const double t = tolerance<T>();
-    CHECK_CLOSE(out[0][r], log_p(targets[r]), t);
-    CHECK_CLOSE(out[1][r], max + std::log(sum), t);
-    CHECK_CLOSE(out[2][r], entropy, t * 3);
-    CHECK_CLOSE(out[3][r], mean, t * 3);
+    CHECK_CLOSE(out[Stat::log_prob][r], log_p(targets[r]), t);
+    CHECK_CLOSE(out[Stat::lse][r], max + std::log(sum), t);
+    CHECK_CLOSE(out[Stat::entropy][r], entropy, t * 3);
+    CHECK_CLOSE(out[Stat::mean_log_prob][r], mean, t * 3);
+    CHECK_CLOSE(out[Stat::log_sum_sq_probs][r], std::log(squares), t * 3);
     CHECK(x[size_t(argmax[r])] >= max - 1e-5);
     double expected_scale = 0;
     for (int64_t i = 0; i < c.columns; ++i) {
@@ -128,9 +139,10 @@ void run(cpu::Isa isa, const Case<T>& c) {
         continue;
       }
       const double p = std::exp(log_p(i));
-      double dx =
-          up[1][r] * p + up[2][r] * (a(i) - p * weights) + up[0][r] * ((i == targets[r]) - p);
-      if (p > 0) dx -= up[3][r] * p * (log_p(i) + entropy);
+      double dx = up[Stat::lse][r] * p + up[Stat::mean_log_prob][r] * (a(i) - p * weights) +
+                  up[Stat::log_prob][r] * ((i == targets[r]) - p);
+      if (p > 0) dx -= up[Stat::entropy][r] * p * (log_p(i) + entropy);
+      dx += up[Stat::log_sum_sq_probs][r] * 2 * p * (p / squares - 1);
       const auto chain = transform.with_derivatives(to_real(first[row * c.stride + i]));
       CHECK_CLOSE(to_real(g[i]), dx * chain.dx_dz, store_tolerance<T>() * 20);
       if (chain.dx_dscale > -INFINITY && dx != 0) expected_scale += dx * chain.dx_dscale;
@@ -145,9 +157,13 @@ void run(cpu::Isa isa, const Case<T>& c) {
   loss.from_loss = true;
   loss.options.label_smoothing = Real(0.1);
   loss.options.z_loss = Real(0.01);
-  kernels.row_grad(in, saved, loss, {grad.data(), {c.rows, 0, c.columns}, nullptr}, order.data(),
-                   c.rows);
+  if (c.scale != Real(1)) loss.options.focal_gamma = Real(1.5);
+  kernels.row_grad(in, SavedStats<Real>::needed_by(loss, outputs), loss,
+                   {grad.data(), {c.rows, 0, c.columns}, nullptr}, order.data(), c.rows);
   std::vector<T> before = z;
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    if (!loss.options.reads(stat)) outputs.floats[stat] = nullptr;
+  }
   kernels.fused(in, outputs, loss, {first, in.layout, nullptr}, order.data(), c.rows);
   for (int64_t row = 0; row < c.rows; ++row) {
     for (int64_t i = 0; i < c.columns; ++i) {

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from oracle import Problem, cross_entropy, cross_entropy_gradient, row_stats, stats_gradient
+from oracle import Problem, cross_entropy, cross_entropy_gradient
 
+from simt.expected import row_stats, stats_gradient
 from simt.harness import SCHEDULES, STATISTICS, Case
 
 TOLERANCES = {"bfloat16": (3e-6, 4e-3), "float32": (3e-6, 3e-6)}  # statistics, gradients
@@ -58,6 +59,7 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
             yield 1, grad, cross_entropy_gradient(case.problem).logits
             yield 1, case.logits.gaps(), np.full(2, 7.0)
         upstream = {"entropy": np.array([1.0, 1.0, -2.0]), "log_prob": np.ones(3)}
+        upstream["log_sum_sq_probs"] = np.array([0.5, 1.0, 1.0])
         case = Case(kernels, dtype, _problem(columns, softcap=50.0), 1, device=device)
         grad, scale = case.row_grad(upstream, with_scale=True)
         expected = stats_gradient(case.problem, **upstream)

@@ -52,29 +52,34 @@ RowInputs<T> inputs(const py::dict& d) {
   return in;
 }
 
+// One array for each statistic and state field, by its name behind `prefix`.
+FloatStats<Real*> floats(const py::dict& d, const std::string& prefix = "") {
+  FloatStats<Real*> arrays;
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    arrays[stat] = pointer<Real>(d, (prefix + Stat::names[stat]).c_str());
+  }
+  return arrays;
+}
+
 RowOutputs<Real> outputs(const py::dict& d) {
-  return {.log_prob = pointer<Real>(d, "log_prob"),
-          .lse = pointer<Real>(d, "lse"),
-          .entropy = pointer<Real>(d, "entropy"),
-          .mean_log_prob = pointer<Real>(d, "mean_log_prob"),
-          .argmax = pointer<int64_t>(d, "argmax"),
-          .rank = pointer<int64_t>(d, "rank"),
-          .reference = pointer<Real>(d, "reference"),
-          .sum_exp = pointer<Real>(d, "sum_exp"),
-          .sum_weights = pointer<Real>(d, "sum_weights")};
+  RowOutputs<Real> out{floats(d), {}, {}};
+  for (int stat = Stat::float_count; stat < Stat::count; ++stat) {
+    out.integers[stat] = pointer<int64_t>(d, Stat::names[stat]);
+  }
+  for (int field = 0; field < StateField::count; ++field) {
+    out.state[field] = pointer<Real>(d, StateField::names[field]);
+  }
+  return out;
 }
 
 LossOptions<Real> loss_options(const py::dict& d) {
   return {number<Real>(d, "label_smoothing", 0), number<Real>(d, "z_loss", 0),
-          d.contains("probabilities")};
+          number<Real>(d, "focal_gamma", 0), d.contains("probabilities")};
 }
 
 GradSource<Real> source(const py::dict& d) {
   GradSource<Real> source;
-  source.log_prob = pointer<const Real>(d, "grad_log_prob");
-  source.lse = pointer<const Real>(d, "grad_lse");
-  source.mean_log_prob = pointer<const Real>(d, "grad_mean_log_prob");
-  source.entropy = pointer<const Real>(d, "grad_entropy");
+  source.grads = floats(d, "grad_").as<const Real*>();
   source.from_loss = number<bool>(d, "from_loss", false);
   source.options = loss_options(d);
   source.grad_loss = pointer<const Real>(d, "grad_loss");
@@ -97,9 +102,7 @@ LossRows<Real> loss_rows(const py::dict& d) {
   rows.vocab_size = in.vocab_size;
   rows.class_weight = in.weights.class_weight;
   rows.token_weight = pointer<const Real>(d, "token_weight");
-  rows.log_prob = pointer<const Real>(d, "log_prob");
-  rows.lse = pointer<const Real>(d, "lse");
-  rows.mean_log_prob = pointer<const Real>(d, "mean_log_prob");
+  rows.stats = floats(d).as<const Real*>();
   return rows;
 }
 
@@ -131,9 +134,7 @@ py::dict row_stats(const py::dict& d) {
 py::dict row_grad(const py::dict& d) {
   const RowInputs<T> in = inputs(d);
   const GradOutputs<T> out = gradient(d);
-  const SavedStats<Real> saved{
-      pointer<const Real>(d, "reference"), pointer<const Real>(d, "sum_exp"),
-      pointer<const Real>(d, "sum_weights"), pointer<const Real>(d, "entropy")};
+  const auto saved = SavedStats<Real>::needed_by(source(d), outputs(d));
   const auto plan =
       cuda::plan_grad(in.rows, in.columns, sizeof(T), out.grad_scale != nullptr, limits(d));
   Row::row_grad(in, saved, source(d), out, plan, nullptr);
@@ -178,7 +179,7 @@ void sum(const py::dict& d, int64_t count) {
 
 void whole_rows(const py::dict& d) {
   ShardRows<Real> in;
-  in.said = pointer<const Real>(d, "said");
+  in.shard_stats = pointer<const Real>(d, "shard_stats");
   in.ranks = d["ranks"].cast<int64_t>();
   in.rows = d["rows"].cast<int64_t>();
   in.targets = {pointer<const void>(d, "targets"), number<bool>(d, "is_int64", true),
@@ -200,4 +201,5 @@ PYBIND11_MODULE(LLMLOSS_SIMT_MODULE, m) {
   m.def("sum", sum);
   m.def("merge_shards", whole_rows);
   m.attr("tile_columns") = cuda::tile_columns<T>;
+  m.attr("shard_fields") = ShardField::count;
 }

@@ -33,37 +33,18 @@ __device__ __forceinline__ int64_t warp_first(int64_t column) {
   return column;
 }
 
-// Which of the optional statistics a kernel is asked for.
-struct Wanted {
-  bool entropy = false;
-  bool mean = false;
-  bool rank = false;  // with argmax
-
-  template <typename Real>
-  static LLMLOSS_HD Wanted by(const RowOutputs<Real>& out) {
-    return {.entropy = out.entropy != nullptr,
-            .mean = out.mean_log_prob != nullptr,
-            .rank = out.argmax != nullptr || out.rank != nullptr};
-  }
-};
-
 // The merge of all lanes' states, in every lane: all move to the common maximum at once, so that
 // only sums are left to exchange.
 template <typename Real>
 __device__ __forceinline__ PartialState<Real> warp_merge(PartialState<Real> state,
                                                          const Wanted& wanted) {
   const Real max = warp_max(state.max);
-  if (wanted.rank) {
+  if (wanted.order()) {
     state.argmax = warp_first(state.max == max ? state.argmax : -1);
     state.rank = warp_sum(state.rank);
   }
   state.rebase(max);
-  state.sum_exp = warp_sum(state.sum_exp);
-  state.sum_x_exp = wanted.entropy ? warp_sum(state.sum_x_exp) : Real(0);
-  if (wanted.mean) {
-    state.sum_weighted = warp_sum(state.sum_weighted);
-    state.sum_weights = warp_sum(state.sum_weights);
-  }
+  state.join_sums(wanted, [](Real sum) { return warp_sum(sum); });
   return state;
 }
 

@@ -103,12 +103,13 @@ struct ColumnReducer {
     state.max = larger(before, max);
     const Real shift = before - state.reference();  // -inf for the identity, whose sums are 0
     const Real factor = exp_for<T>(shift);
-    if (!plain && wanted.entropy) {
+    if (!plain && wanted.floats[Stat::entropy]) {
       // A part that underflows is gone; 0 * inf must not make it nan.
       state.sum_x_exp =
           factor == Real(0) ? Real(0) : factor * (state.sum_x_exp + shift * state.sum_exp);
     }
-    if (!plain && wanted.mean && state.sum_weights != Real(0)) {
+    if (!plain && wanted.floats[Stat::log_sum_sq_probs]) state.sum_sq_exp *= factor * factor;
+    if (!plain && wanted.floats[Stat::mean_log_prob] && state.sum_weights != Real(0)) {
       state.sum_weighted += state.sum_weights * (reference_before - state.reference());
     }
     return factor;
@@ -146,7 +147,7 @@ struct ColumnReducer {
             is_there(column + i) ? transform.apply(element<T>(vectors[v], i)) : -infinity<Real>();
         largest = larger(largest, x[v][i]);
       }
-      if (wanted.rank) {
+      if (wanted.order()) {
         if (is_there(column) && (largest > larger(state.max, max) || state.argmax < 0)) {
           int place = 0;
 #pragma unroll
@@ -164,15 +165,17 @@ struct ColumnReducer {
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
       const int column = first + v * stride;
-      Real sum_x_exp = 0, sum_shifted = 0;
+      Real sum_x_exp = 0, sum_sq_exp = 0, sum_shifted = 0;
       int count = 0;
 #pragma unroll
       for (int i = 0; i < width; ++i) {
         const Real shifted = x[v][i] - reference;
         const Real exp = exp_for<T>(shifted);
         sums[v] = i == 0 ? exp : sums[v] + exp;
-        if (wanted.entropy) sum_x_exp += max_of(lowest_log_prob<Real>(), shifted) * exp;
-        if (!wanted.mean || !is_there(column + i)) continue;
+        if (wanted.floats[Stat::entropy])
+          sum_x_exp += max_of(lowest_log_prob<Real>(), shifted) * exp;
+        if (wanted.floats[Stat::log_sum_sq_probs]) sum_sq_exp = fma_of(exp, exp, sum_sq_exp);
+        if (!wanted.floats[Stat::mean_log_prob] || !is_there(column + i)) continue;
         if (in.weights.is_constant()) {
           sum_shifted += shifted;
           ++count;
@@ -184,8 +187,9 @@ struct ColumnReducer {
           state.sum_weights += a;
         }
       }
-      if (wanted.entropy) state.sum_x_exp += sum_x_exp;
-      if (wanted.mean && in.weights.is_constant()) {
+      if (wanted.floats[Stat::entropy]) state.sum_x_exp += sum_x_exp;
+      if (wanted.floats[Stat::log_sum_sq_probs]) state.sum_sq_exp += sum_sq_exp;
+      if (wanted.floats[Stat::mean_log_prob] && in.weights.is_constant()) {
         state.sum_weighted += in.weights.beta * sum_shifted;
         state.sum_weights += in.weights.beta * Real(count);
       }
@@ -207,14 +211,7 @@ __device__ __forceinline__ PartialState<Real> merge_chunks(const PartialState<Re
 template <typename Real>
 __device__ __forceinline__ RowStats<double> finalize_row(const PartialState<Real>& state,
                                                          Real target_logit, int64_t vocab_size) {
-  const PartialState<double> exact{.max = state.max,
-                                   .sum_exp = state.sum_exp,
-                                   .sum_x_exp = state.sum_x_exp,
-                                   .sum_weighted = state.sum_weighted,
-                                   .sum_weights = state.sum_weights,
-                                   .argmax = state.argmax,
-                                   .rank = state.rank};
-  return finalize(exact, double(target_logit), vocab_size);
+  return finalize(state.template as<double>(), double(target_logit), vocab_size);
 }
 
 // The target of an active row, without its logit.

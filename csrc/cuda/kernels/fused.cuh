@@ -83,18 +83,24 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
   simt::cluster_sync();  // all states are here, and all reads of the row are done
   const State total = merge_chunks(states, chunks.count, wanted);
 
-  if (rank == 0 && thread == 0) write_row(in, out, row, total, target.logit);
-  // What row_grad_kernel would read back. A loss has no gradient through the entropy.
-  const RowFacts<Real> facts{.target = target,
-                             .reference = total.reference(),
-                             .sum_exp = total.sum_exp,
-                             .entropy = 0,
-                             .sum_weights = total.sum_weights};
-  const auto upstream = [&](Real lse) {
-    return loss_upstream(source.options, of_loss, lse, target.weight);
+  // Every thread computes what row_grad_kernel would read back, to the same bits; most losses need
+  // the state alone.
+  const bool writes = rank == 0 && thread == 0;
+  RowStats<double> stats;
+  if (writes || source.options.gradient_reads_values()) {
+    stats = finalize_row(total, target.logit, in.vocab_size);
+  }
+  if (writes) write_statistics(out, row, stats);
+  RowStats<Real> known;
+  known.floats = stats.floats.template as<Real>();
+  known.state[StateField::reference] = total.reference();
+  known.state[StateField::sum_exp] = total.sum_exp;
+  known.state[StateField::sum_weights] = total.sum_weights;
+  const auto upstream = [&](const FloatStats<Real>& values) {
+    return loss_upstream(source.options, of_loss, values, target.weight);
   };
   const ColumnGradient<T, plain_grad> gradient{
-      in, transform, row, grad_row(in, facts, upstream), int(target.column), false};
+      in, transform, row, grad_row(in, known, upstream), int(target.column), false};
   gradient.write(columns, grad + begin, begin, end, thread, threads);
   if (rank == blocks - 1) write_zeros(grad, vocab_size, int(in.columns), thread, threads);
 }

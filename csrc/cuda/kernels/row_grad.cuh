@@ -27,17 +27,13 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   }
   const LogitTransform<Real> transform = in.transform.resolved();
   const Target<Real> target = target_class(in, row);
-  const RowFacts<Real> facts{.target = target,
-                             .reference = saved.reference[row],
-                             .sum_exp = saved.sum_exp[row],
-                             .entropy = saved.entropy ? saved.entropy[row] : Real(0),
-                             .sum_weights = saved.sum_weights ? saved.sum_weights[row] : Real(0)};
-  const ColumnGradient<T, plain> gradient{in,
-                                          transform,
-                                          row,
-                                          grad_row(in, source, row, facts),
-                                          int(target.column),
-                                          out.grad_scale != nullptr};
+  const ColumnGradient<T, plain> gradient{
+      in,
+      transform,
+      row,
+      grad_row(in, source, row, saved.of_row(row), target.weight),
+      int(target.column),
+      out.grad_scale != nullptr};
   const double sum =
       gradient.write(logits_of(in, row), grad, 0, int(in.vocab_size), thread, threads);
   write_zeros(grad, int(in.vocab_size), int(in.columns), thread, threads);

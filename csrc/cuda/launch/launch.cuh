@@ -19,17 +19,18 @@ static_assert(block_size == max_warps_per_block * int{warp_size});
 template <typename T>
 bool is_plain(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out) {
   const Wanted wanted = Wanted::by(out);
-  return in.transform.kind() == TransformKind::identity && !wanted.entropy && !wanted.mean &&
-         !wanted.rank;
+  return in.transform.kind() == TransformKind::identity && !wanted.more_sums() &&
+         !wanted.floats[Stat::mean_log_prob] && !wanted.order();
 }
 
 template <typename T>
 bool is_plain(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
               const GradOutputs<T>& out) {
-  const bool has_mean =
-      source.from_loss ? source.options.needs_mean() : source.mean_log_prob != nullptr;
-  return in.transform.kind() == TransformKind::identity && source.entropy == nullptr &&
-         (!has_mean || in.weights.is_constant()) && out.grad_scale == nullptr;
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    if (Stat::needs_more_sums(stat) && source.has(stat)) return false;
+  }
+  return in.transform.kind() == TransformKind::identity && out.grad_scale == nullptr &&
+         (in.weights.is_constant() || !source.has(Stat::mean_log_prob));
 }
 
 // The fused kernel whose halves are those that row_stats and row_grad would be: the bits are

@@ -1,0 +1,122 @@
+// The statistics of a row, and the state that its backward starts from. Each is named here and
+// nowhere else: whatever holds one thing for each of them is an array over these enumerations.
+#pragma once
+
+#include <cstdint>
+
+#include "macros.h"
+
+// Real numbers, which have gradients; integers, which have none; and the fields of the state.
+#define LLMLOSS_FLOAT_STATISTICS(X) \
+  X(log_prob) X(lse) X(entropy) X(mean_log_prob) X(log_sum_sq_probs)
+#define LLMLOSS_INTEGER_STATISTICS(X) X(argmax) X(rank)
+#define LLMLOSS_STATE_FIELDS(X) X(reference) X(sum_exp) X(sum_weights)
+
+#define LLMLOSS_ENUMERATOR(name) name,
+#define LLMLOSS_STRING(name) #name,
+#define LLMLOSS_PLUS_ONE(name) +1
+
+namespace llmloss {
+
+// log_prob          log p_target
+// lse               log sum e^x
+// entropy           - sum p log p, nats
+// mean_log_prob     sum a log p, with the weights a of ColumnWeights
+// log_sum_sq_probs  log sum p^2
+// argmax            the first of the largest; -1 where a nan or +inf leaves the row without
+//                   statistics
+// rank              columns above the target's logit; vocab_size there, so that the row is in no
+//                   top-k
+struct Stat {
+  enum : int {
+    LLMLOSS_FLOAT_STATISTICS(LLMLOSS_ENUMERATOR) LLMLOSS_INTEGER_STATISTICS(LLMLOSS_ENUMERATOR)
+  };
+  static constexpr int float_count = LLMLOSS_FLOAT_STATISTICS(LLMLOSS_PLUS_ONE);
+  static constexpr int count = float_count LLMLOSS_INTEGER_STATISTICS(LLMLOSS_PLUS_ONE);
+  static constexpr const char* names[] = {LLMLOSS_FLOAT_STATISTICS(LLMLOSS_STRING)
+                                              LLMLOSS_INTEGER_STATISTICS(LLMLOSS_STRING)};
+
+  // Whether a float statistic needs a sum over the exponentials besides sum_exp. If it does, its
+  // gradient is more than a multiple of p and of the column weights.
+  static LLMLOSS_HD constexpr bool needs_more_sums(int stat) {
+    return stat != log_prob && stat != lse && stat != mean_log_prob;
+  }
+};
+
+// p_i = e^(x_i - reference) / sum_exp, so that no digits are lost to a large lse; sum_weights is
+// sum a.
+struct StateField {
+  enum : int { LLMLOSS_STATE_FIELDS(LLMLOSS_ENUMERATOR) };
+  static constexpr int count = LLMLOSS_STATE_FIELDS(LLMLOSS_PLUS_ONE);
+  static constexpr const char* names[] = {LLMLOSS_STATE_FIELDS(LLMLOSS_STRING)};
+};
+
+// One T for each enumerator in [first, end).
+template <typename T, int first, int end>
+struct Indexed {
+  static constexpr int size = end - first;
+  T at[size] = {};
+
+  LLMLOSS_HD T& operator[](int i) { return at[i - first]; }
+  LLMLOSS_HD const T& operator[](int i) const { return at[i - first]; }
+
+  template <typename To>
+  LLMLOSS_HD Indexed<To, first, end> as() const {
+    Indexed<To, first, end> result;
+    LLMLOSS_UNROLL
+    for (int i = 0; i < size; ++i) result.at[i] = To(at[i]);
+    return result;
+  }
+};
+
+template <typename T>
+using FloatStats = Indexed<T, 0, Stat::float_count>;
+template <typename T>
+using IntegerStats = Indexed<T, Stat::float_count, Stat::count>;
+template <typename T>
+using StateFields = Indexed<T, 0, StateField::count>;
+
+// A row's number of each array; 0 where there is no array.
+template <typename Real>
+LLMLOSS_HD FloatStats<Real> values_of_row(const FloatStats<const Real*>& arrays, int64_t row) {
+  FloatStats<Real> values;
+  LLMLOSS_UNROLL
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    if (arrays[stat] != nullptr) values[stat] = arrays[stat][row];
+  }
+  return values;
+}
+
+// Which statistics a call asks for.
+struct Wanted {
+  FloatStats<bool> floats;
+  IntegerStats<bool> integers;
+
+  // Those that the outputs have memory for.
+  template <typename Outputs>
+  static LLMLOSS_HD Wanted by(const Outputs& out) {
+    return {out.floats.template as<bool>(), out.integers.template as<bool>()};
+  }
+
+  // Whether the order of the columns is asked for: argmax or rank.
+  LLMLOSS_HD bool order() const { return integers[Stat::argmax] || integers[Stat::rank]; }
+
+  // Whether sums over the exponentials are asked for besides sum_exp.
+  LLMLOSS_HD bool more_sums() const {
+    bool more = false;
+    LLMLOSS_UNROLL
+    for (int stat = 0; stat < Stat::float_count; ++stat) {
+      more = more || (floats[stat] && Stat::needs_more_sums(stat));
+    }
+    return more;
+  }
+};
+
+}  // namespace llmloss
+
+#undef LLMLOSS_ENUMERATOR
+#undef LLMLOSS_STRING
+#undef LLMLOSS_PLUS_ONE
+#undef LLMLOSS_FLOAT_STATISTICS
+#undef LLMLOSS_INTEGER_STATISTICS
+#undef LLMLOSS_STATE_FIELDS

@@ -1,0 +1,134 @@
+"""Checks of the tensors that come with logits or hidden states: targets, weights, numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops.derivatives import in_transform
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
+    """Targets as the operators read them; the shape is not looked at.
+
+    Raises:
+        RuntimeError: On another device; neither int64 nor int32 nor probabilities of the input's
+            dtype; or probabilities with an ``ignore_index`` that could be meant.
+    """
+    if target.device != input.device:
+        raise RuntimeError(
+            f"expected input and target on the same device, got {input.device} and {target.device}"
+        )
+    if target.dtype == torch.int64:
+        return target
+    if target.dtype == torch.int32:
+        # So that the two can be compared.
+        return target if -(2**31) <= ignore_index < 2**31 else target.long()
+    if not target.is_floating_point():
+        raise RuntimeError(f"expected class indices of int64 or int32, got {target.dtype}")
+    if target.dtype != input.dtype:
+        raise RuntimeError(
+            f"expected probability targets of the input's dtype {input.dtype}, got {target.dtype}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+    return target.contiguous() if target.stride(-1) != 1 else target
+
+
+def check_range(target: Tensor, ignore_index: int, classes: int, shift: int = 0) -> None:
+    """Raises an IndexError that names the first target that is neither a class nor ignored.
+
+    The first ``shift`` targets of each sequence are not looked at. Waits for the target's device.
+    """
+    if target.dtype == torch.int32:
+        target = target.long()  # ignore_index may be beyond int32
+    used = target[..., shift:] if shift else target
+    bad = (used != ignore_index) & ((used < 0) | (used >= classes))
+    if not bad.any():
+        return
+    *leading, last = bad.nonzero()[0].tolist() or [0]
+    place = (*leading, last + shift)
+    raise IndexError(
+        f"Target {int(used[bad][0])} at position {place if leading else place[0]} is out of "
+        f"bounds: expected a class in [0, {classes}) or ignore_index = {ignore_index}."
+    )
+
+
+def check_weight(weight: Tensor | None, columns: int, input: Tensor) -> None:
+    """Raises a RuntimeError if the class weights do not fit logits of so many columns."""
+    if weight is None:
+        return
+    if weight.shape != (columns,):
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {columns} classes or no classes "
+            f"but got weight tensor of shape: {list(weight.shape)}"
+        )
+    if weight.device != input.device or not weight.is_floating_point():
+        raise RuntimeError(
+            f"expected weight to be floating point on {input.device}, got {weight.dtype} on "
+            f"{weight.device}"
+        )
+    if weight.requires_grad:
+        raise RuntimeError("weight has no gradient: pass weight.detach()")
+
+
+def check_scale(logit_scale: float | Tensor, input: Tensor) -> Tensor | None:
+    """``logit_scale`` if it is a tensor.
+
+    Raises:
+        ValueError: It is a tensor that does not hold one number.
+        RuntimeError: It is on another device.
+    """
+    if not isinstance(logit_scale, Tensor):
+        return None
+    is_number = logit_scale.numel() == 1 and logit_scale.dim() <= 1
+    if not is_number or not logit_scale.is_floating_point():
+        raise ValueError(
+            "logit_scale must be a number or a floating-point tensor with one element, got "
+            f"shape {tuple(logit_scale.shape)} of {logit_scale.dtype}"
+        )
+    if logit_scale.device != input.device:
+        raise RuntimeError(f"expected logit_scale on {input.device}, got {logit_scale.device}")
+    return logit_scale
+
+
+def items_tensor(num_items: int | Tensor | None, reduction: str, input: Tensor) -> Tensor | None:
+    """``num_items`` as a constant on the input's device; a ValueError if it cannot be one."""
+    if num_items is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(
+            f'num_items replaces the denominator of reduction="mean"; got reduction={reduction!r}'
+        )
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1 or num_items.device != input.device:
+            raise ValueError(
+                f"num_items must be a number or hold one number on {input.device}, got shape "
+                f"{tuple(num_items.shape)} on {num_items.device}"
+            )
+        on_host = num_items.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and not in_transform() and not num_items > 0:
+            raise ValueError(f"num_items must be > 0, got {num_items.item()}")
+        return num_items.detach()
+    if not num_items > 0:
+        raise ValueError(f"num_items must be > 0, got {num_items}")
+    return torch.full((), float(num_items), dtype=torch.float64, device=input.device)
+
+
+def check_token_weight(token_weight: Tensor, shape: torch.Size, input: Tensor) -> Tensor:
+    """The weight of each token.
+
+    Raises:
+        ValueError: It is not one number for each token.
+        RuntimeError: It is on another device.
+    """
+    if token_weight.shape != shape:
+        raise ValueError(
+            f"token_weight must have one number per token, shape {tuple(shape)}, got "
+            f"{tuple(token_weight.shape)}"
+        )
+    if token_weight.device != input.device:
+        raise RuntimeError(f"expected token_weight on {input.device}, got {token_weight.device}")
+    return token_weight

@@ -1,0 +1,277 @@
+"""The chunked projection: logits exist for one chunk of tokens at a time, and are overwritten.
+
+Everything here works on (N, D) hidden states and is without derivatives; `operators` has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOATS
+from ..composite import real_of
+from ..ops.library import kernels
+from ..ops.rows import Rows, put, take
+from .planning import block_rows, even_chunk, first_part_rows, row_stride
+
+_HUGE_PAGE = 2 << 20
+
+
+def as_rows(hidden: Tensor) -> Tensor:
+    """(..., D) as (N, D)."""
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises a ValueError or RuntimeError if ``hidden @ weight.T + bias`` cannot be computed."""
+    if hidden.dtype not in FLOATS:
+        raise RuntimeError(
+            f"expected hidden states of float32, bfloat16, float16 or float64, got {hidden.dtype}"
+        )
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            "expected hidden states (..., D) and a weight (V, D), got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"the weight is empty: {tuple(weight.shape)}")
+    if weight.device != hidden.device:
+        raise RuntimeError(
+            f"expected input and weight on the same device, got {hidden.device} and {weight.device}"
+        )
+    for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise RuntimeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
+    if weight.dtype != hidden.dtype and not _is_autocast(hidden):
+        raise RuntimeError(
+            f"expected input and weight of the same dtype, got {hidden.dtype} and {weight.dtype}; "
+            "convert one, or use torch.autocast"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
+        raise ValueError(
+            f"the bias must have shape ({weight.shape[0]},) on {weight.device}, got "
+            f"{tuple(bias.shape)} on {bias.device}"
+        )
+
+
+def _is_autocast(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def to_dtype_of_products(hidden: Tensor) -> Tensor:
+    """Autocast's, if it is on; float64 stays."""
+    if not _is_autocast(hidden) or hidden.dtype == torch.float64:
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+
+
+def chunk_rows(tokens: int, chunk_tokens: int, valid: Tensor | None) -> Iterator[Rows]:
+    """The rows of each chunk.
+
+    Args:
+        tokens: N.
+        chunk_tokens: Rows of a chunk at most.
+        valid: (N) bool: rows that are not ignored, if the others are to be dropped. On CUDA their
+            number has to be waited for.
+    """
+    indices = None if valid is None else valid.nonzero().squeeze(1)
+    if indices is not None and indices.numel() < tokens:
+        if indices.numel():
+            yield from torch.split(indices, even_chunk(indices.numel(), chunk_tokens))
+        return
+    for begin in range(0, tokens, chunk_tokens):
+        yield slice(begin, min(begin + chunk_tokens, tokens))
+
+
+def new_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory of many megabytes."""
+    buffer = torch.empty(shape, dtype=dtype, device=like.device)
+    if buffer.device.type == "cpu" and buffer.nbytes >= _HUGE_PAGE:
+        kernels.prefer_huge_pages_(buffer)
+    return buffer
+
+
+@dataclass
+class Chunk:
+    """Some tokens: their rows, hidden states and logits (which may be overwritten)."""
+
+    rows: Rows
+    hidden: Tensor
+    logits: Tensor
+
+
+class Projection:
+    """``hidden @ weight.T + bias`` in the dtype of the hidden states, a chunk at a time."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Hidden states (N, D); weight (V, D); bias (V) or None."""
+        self.hidden = hidden
+        # Under autocast the weight may be float32: one copy in the dtype of the products.
+        self.weight = weight.to(hidden.dtype)
+        self.bias = None if bias is None else bias.to(hidden.dtype)
+
+    def chunks(self, chunk_tokens: int, valid: Tensor | None) -> Iterator[Chunk]:
+        """Each chunk's logits, all in one buffer: a chunk ends where the next one begins."""
+        tokens, vocab_size = self.hidden.shape[0], self.weight.shape[0]
+        dtype = self.hidden.dtype
+        shape = (min(chunk_tokens, tokens), row_stride(vocab_size, dtype))
+        buffer = new_buffer(self.hidden, shape, dtype)
+        # oneDNN's products read a column too many and multiply it by 0: no nan may stand there.
+        if vocab_size < shape[1]:
+            buffer[:, vocab_size:] = 0
+        for rows in chunk_rows(tokens, chunk_tokens, valid):
+            hidden = take(self.hidden, rows)
+            logits = buffer[: hidden.shape[0], :vocab_size]
+            self.project(hidden, logits)
+            yield Chunk(rows, hidden, logits)
+
+    def project(self, hidden: Tensor, logits: Tensor) -> None:
+        """Writes the logits of hidden states."""
+        # Products into `out`, here and below, are not autocast's to round.
+        if self.bias is None:
+            torch.mm(hidden, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+
+
+class WeightGradient:
+    """The gradient of a weight (V, D), summed over chunks and rounded once.
+
+    Where the result has half the bytes of the sums, these lie in two parts. The first is rounded
+    into the first half of its own memory and the second into what that leaves: sums and result are
+    never there side by side, and the result holds on to no memory but its own.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        dtype: torch.dtype,
+        result_dtype: torch.dtype,
+        accumulator: Tensor | None = None,
+    ) -> None:
+        """dtype: of the sums. accumulator: that of the caller, to which is added instead."""
+        self._is_empty = accumulator is None
+        self._result_dtype = result_dtype
+        self._parts = [] if accumulator is None else [accumulator]
+        if accumulator is None:
+            rows, columns = weight.shape
+            first = first_part_rows(rows, dtype, result_dtype)
+            self._parts = [
+                new_buffer(weight, (part, columns), dtype) for part in (first, rows - first) if part
+            ]
+
+    def add(self, gradient: Tensor, hidden: Tensor) -> None:
+        """Adds ``gradient.T @ hidden``, of (n, V) and (n, D)."""
+        begin = 0
+        for part in self._parts:
+            columns = gradient[:, begin : begin + part.shape[0]]
+            if part.dtype == gradient.dtype:
+                self._add_in_one_dtype(part, columns, hidden)
+            elif part.is_cuda:
+                self._add_from_16_bits(part, columns, hidden)
+            else:
+                self._add_blocks(part, columns, hidden)
+            begin += part.shape[0]
+        self._is_empty = False
+
+    def _add_in_one_dtype(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        if self._is_empty:
+            torch.mm(gradient.t(), hidden, out=total)
+        else:
+            total.addmm_(gradient.t(), hidden)
+
+    def _add_from_16_bits(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        if self._is_empty:
+            total.zero_()
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+
+    def _add_blocks(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        """Products whose results have 16 bits, as a CPU's have, stay in its cache until added."""
+        # float16 has no fast products there: float32 costs no more, and rounds nothing.
+        if gradient.dtype == torch.float16:
+            hidden = hidden.to(total.dtype)
+        height = min(block_rows(hidden.shape[1]), total.shape[0])
+        block = hidden.new_empty(height, hidden.shape[1])
+        for begin in range(0, total.shape[0], height):
+            rows = slice(begin, min(begin + height, total.shape[0]))
+            left = gradient[:, rows].to(hidden.dtype).t()
+            product = torch.mm(left, hidden, out=block[: rows.stop - rows.start])
+            if self._is_empty:
+                total[rows] = product
+            else:
+                total[rows] += product
+
+    def result(self) -> Tensor:
+        """The rounded gradient. Call it when the chunks are gone, and once."""
+        parts, self._parts = self._parts, []
+        if self._is_empty:
+            for part in parts:
+                part.zero_()
+        dtype = self._result_dtype
+        if len(parts) == 1:
+            return parts[0].to(dtype)
+        rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        result = torch.empty(0, dtype=dtype, device=parts[0].device)
+        result.set_(parts[0].untyped_storage(), 0, (rows, columns), (columns, 1))  # type: ignore[call-overload]
+        begin, height = 0, block_rows(columns)
+        if result.is_cuda:
+            height *= 16  # launches cost more there than a larger copy
+        for block in (block for part in parts for block in torch.split(part, height)):
+            # The first block's place lies over the block itself, every other over an earlier one.
+            source = block if begin else block.to(dtype)
+            result[begin : begin + block.shape[0]] = source
+            begin += block.shape[0]
+        return result
+
+
+class Gradients:
+    """The gradients of a projection, gathered chunk by chunk; None where not asked for."""
+
+    def __init__(
+        self,
+        projection: Projection,
+        needs_hidden: bool,
+        needs_weight: bool,
+        needs_bias: bool,
+        sums_dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        accumulator: Tensor | None = None,
+    ) -> None:
+        """sums_dtype: in which the weight's gradient is accumulated, to be rounded once.
+
+        weight_dtype: to which it is rounded. accumulator: to which it is added instead.
+        """
+        hidden, weight = projection.hidden, projection.weight
+        self._weight_of_products = weight
+        # Rows that are dropped have a gradient too: zero.
+        self.hidden = hidden.new_zeros(hidden.shape) if needs_hidden else None
+        self._weight: WeightGradient | None = None
+        if needs_weight or accumulator is not None:
+            self._weight = WeightGradient(weight, sums_dtype, weight_dtype, accumulator)
+        dtype = real_of(hidden)
+        self.bias = weight.new_zeros(weight.shape[0], dtype=dtype) if needs_bias else None
+
+    def add(self, chunk: Chunk) -> None:
+        """Adds a chunk whose logits have become their gradient."""
+        gradient = chunk.logits
+        if self.hidden is not None:
+            weight = self._weight_of_products
+            if isinstance(chunk.rows, slice):
+                torch.mm(gradient, weight, out=self.hidden[chunk.rows])
+            else:
+                part = torch.empty_like(chunk.hidden)
+                put(self.hidden, chunk.rows, torch.mm(gradient, weight, out=part))
+        if self._weight is not None:
+            self._weight.add(gradient, chunk.hidden)
+        if self.bias is not None:
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+
+    def weight_result(self) -> Tensor | None:
+        """The weight's gradient, rounded. Call it when the chunks are gone, and once."""
+        return None if self._weight is None else self._weight.result()

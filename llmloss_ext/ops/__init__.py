@@ -1,0 +1,17 @@
+"""What torch sees of the kernels: operators with their derivatives, over rows of logits."""
+
+from . import fake  # noqa: F401  (registers itself)
+from .cross_entropy import LossInputs, cross_entropy
+from .derivatives import in_transform
+from .library import LIBRARY, kernels
+from .token_stats import StatsInputs, token_stats
+
+__all__ = [
+    "LIBRARY",
+    "LossInputs",
+    "StatsInputs",
+    "cross_entropy",
+    "in_transform",
+    "kernels",
+    "token_stats",
+]

@@ -1,0 +1,53 @@
+"""The reference is right, and so is everybody on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import peers
+from bench.cases import OPTIONS
+from bench.contenders import Step, contenders, eager, make_inputs
+from bench.reference import errors, reference
+
+from .runs import DENSE, LINEAR
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_reference_is_float64_autograd(option):
+    case = replace(DENSE, option=option, ignored=0.25)
+    made = make_inputs(case)
+    truth = reference(case, made)
+    leaf = made.logits.double().requires_grad_()
+    loss = eager(case)(leaf, made.target)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert truth.loss == pytest.approx(float(loss.detach()), rel=1e-12)
+    torch.testing.assert_close(truth.gradients[0], gradient[truth.samples[0]], rtol=1e-9, atol=0)
+    assert truth.samples[0][0] == 0
+    assert truth.samples[0][-1] == case.rows - 1
+
+
+def test_the_reference_of_a_projection():
+    case = replace(LINEAR, ignored=0.25)
+    made = make_inputs(case)
+    truth = reference(case, made)
+    leaves = [t.detach().double().requires_grad_() for t in (made.hidden, made.weight)]
+    loss = F.cross_entropy(F.linear(*leaves), made.target)
+    assert truth.loss == pytest.approx(float(loss.detach()), rel=1e-12)
+    for samples, ours, all_of_them in zip(
+        truth.samples, truth.gradients, torch.autograd.grad(loss, leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, all_of_them[samples], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("case", [DENSE, LINEAR, replace(DENSE, passes="forward")])
+def test_everybody_on_this_machine_is_right(case):
+    made = make_inputs(case)
+    truth = reference(case, made)
+    absent = set(peers.PACKAGES)
+    for contender in contenders(case, {"torch", "torch chunked"}, absent):
+        found = errors(case, Step(case, contender, made), truth, contender.is_ours)
+        assert found.are_tolerable, (contender.name, found)

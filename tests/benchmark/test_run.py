@@ -1,0 +1,84 @@
+"""A run: wrong results get no speed, and nothing that was measured is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import contenders as table
+from bench.cases import Case
+from bench.report.tables import missing, tables
+from bench.results import FILE, Results
+from bench.run import Runner
+from llmloss_ext.cli.errors import UserError
+
+from .runs import DENSE, LINEAR, measured, replaced, scaled
+
+
+@pytest.mark.parametrize("case", [DENSE, LINEAR])
+@pytest.mark.parametrize(("value", "gradient"), [(1.001, 1.0), (1.0, 1.001), (1.0, float("nan"))])
+def test_a_wrong_kernel_gets_no_speed(tmp_path, monkeypatch, case, value, gradient):
+    replaced(monkeypatch, "llmloss", scaled(value, gradient))
+    results = measured(tmp_path, [case])
+    ours = results.rows[0].contenders["llmloss"]
+    assert ours.status == "wrong"
+    assert ours.seconds == []
+    assert results.rows[0].contenders["torch"].seconds
+    assert results.rows[0].times_faster("torch") is None
+    assert results.rows[0].share_of_ceiling() is None
+    times = tables(results)[0]
+    assert times.rows[0][times.columns.index("llmloss")] == "wrong"
+    assert any("llmloss: wrong" in line for line in missing(results))
+
+
+def test_a_wrong_row_is_seen_among_right_ones(tmp_path, monkeypatch):
+    """As a bfloat16 softmax less 1 is wrong: where the target is almost certain."""
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            return logits.view_as(logits)
+
+        @staticmethod
+        def backward(ctx, grad):
+            grad = grad.clone()
+            grad[0] *= 1.3
+            return grad
+
+    def make(case: Case):
+        return lambda logits, target: table.ours(case)(Spoilt.apply(logits), target)
+
+    replaced(monkeypatch, "llmloss", make)
+    assert measured(tmp_path, [DENSE]).rows[0].contenders["llmloss"].status == "wrong"
+
+
+def test_what_was_measured_before_an_interruption_is_there(tmp_path, monkeypatch):
+    runner = Runner("quick", 1, tmp_path, set(), with_memory=False)
+    one = runner._measure(DENSE, lambda line, share: None)
+
+    def interrupted(case, progress):
+        if case is LINEAR:
+            raise KeyboardInterrupt
+        return one
+
+    monkeypatch.setattr(runner, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([DENSE, LINEAR])
+    found = Results.load(tmp_path)
+    assert [row.case for row in found.rows] == [DENSE]
+    assert not found.complete
+
+
+def test_earlier_results_are_not_overwritten(tmp_path):
+    (tmp_path / FILE).write_text("precious")
+    with pytest.raises(UserError, match="--overwrite"):
+        Runner("quick", 1, tmp_path)
+    assert (tmp_path / FILE).read_text() == "precious"
+    Runner("quick", 1, tmp_path, overwrite=True)
+    assert Results.load(tmp_path).rows == []
+
+
+def test_an_unknown_contender_is_refused(tmp_path):
+    with pytest.raises(UserError, match="unknown contenders: megatron"):
+        Runner("quick", 1, tmp_path, wanted={"megatron"})
+    assert not (tmp_path / FILE).exists()

@@ -1,0 +1,23 @@
+"""The suites hold what they should."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.cases import OPTIONS, Case
+from bench.suites import SUITES, suite
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_has_each_case_once(name):
+    cases = suite(name, has_gpu=name == "gpu")
+    assert len(set(cases)) == len(cases) > 10
+    assert {case.device for case in cases} == {"cuda" if name == "gpu" else "cpu"}
+    assert {case.option for case in cases} == set(OPTIONS)
+    for case in cases:
+        assert Case(**case.to_json()) == case
+
+
+def test_the_gpu_suite_needs_a_gpu():
+    with pytest.raises(ValueError, match="CUDA device"):
+        suite("gpu", has_gpu=False)

@@ -1,0 +1,347 @@
+"""Hugging Face's models: losses and gradients, from logits and straight from hidden states."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from helpers import assert_close
+
+import llmloss_ext
+
+transformers = pytest.importorskip("transformers")
+
+from llmloss_ext.integrations.transformers import (  # noqa: E402
+    causal_lm_loss,
+    stop_linear_cross_entropy,
+    use_linear_cross_entropy,
+)
+
+V, B, S = 211, 2, 9
+SMALL = {
+    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+CONFIGS = {
+    "llama": ("LlamaConfig", SMALL),
+    "tied": ("Qwen2Config", SMALL | {"tie_word_embeddings": True}),
+    "softcap": ("Gemma2Config", SMALL | {"final_logit_softcapping": 3.0, "sliding_window": 32}),
+    "scale": ("CohereConfig", SMALL | {"logit_scale": 0.25}),
+    "scaling": ("GraniteConfig", SMALL | {"logits_scaling": 8.0}),
+    "experts": (
+        "MixtralConfig",
+        SMALL | {"num_local_experts": 4, "output_router_logits": True},
+    ),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+}  # fmt: skip
+
+
+def model_of(name: str):
+    kind, options = CONFIGS[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options))
+    for parameter in model.parameters():  # logits of a size at which a softcap matters
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    return model.train()
+
+
+def batch() -> dict:
+    torch.manual_seed(1)
+    ids = torch.randint(3, V, (B, S))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    labels[1, -2:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def run(model, **inputs):
+    model.zero_grad()
+    output = model(**(batch() | inputs))
+    output.loss.backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def check_same(one, other):
+    assert_close(one[0].loss.detach(), other[0].loss.detach(), 1e-5)
+    for name, grad in one[1].items():
+        scale = other[1][name].abs().max().clamp_min(1e-6)
+        assert_close(grad / scale, other[1][name] / scale, 1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("items", [None, 5, torch.tensor(7)])
+def test_linear(name, items):
+    """The same loss and gradients as the model's own, router's loss and all."""
+    inputs = {} if items is None else {"num_items_in_batch": items}
+    model = model_of(name)
+    expected = run(model, **inputs)
+    use_linear_cross_entropy(model)
+    found = run(model, **inputs)
+    check_same(found, expected)
+    assert found[0].logits.shape == (B, 1, V)
+    assert_close(found[0].logits, expected[0].logits[:, -1:], 1e-5)
+    stop_linear_cross_entropy(model)
+    check_same(run(model, **inputs), expected)
+    assert run(model)[0].logits.shape == (B, S, V)
+
+
+@pytest.mark.parametrize("name", ["llama", "softcap"])
+@pytest.mark.parametrize("items", [None, 5, torch.tensor(7)])
+def test_from_logits(name, items):
+    inputs = {} if items is None else {"num_items_in_batch": items}
+    model = model_of(name)
+    expected = run(model, **inputs)
+    model.loss_function = causal_lm_loss
+    check_same(run(model, **inputs), expected)
+    model.loss_function = functools.partial(causal_lm_loss, inplace=True)
+    check_same(run(model, **inputs), expected)
+
+
+def test_any_option_from_logits():
+    logits, labels = torch.randn(2, 5, V), torch.randint(0, V, (2, 5))
+    loss = functools.partial(causal_lm_loss, softcap=2.0, weight=torch.rand(V))
+    one = loss(logits, labels, V, use_cache=False)  # a model passes on what it was called with
+    expected = llmloss_ext.cross_entropy(
+        logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1), **loss.keywords
+    )
+    assert torch.equal(one, expected)
+
+
+def test_options_and_shifted_labels():
+    model = model_of("llama")
+    shifted = torch.nn.functional.pad(batch()["labels"][:, 1:], (0, 1), value=-100)
+    plain = run(model)
+    model.loss_function = functools.partial(causal_lm_loss, label_smoothing=0.1, z_loss=1e-3)
+    expected = run(model)
+    assert expected[0].loss > plain[0].loss
+    use_linear_cross_entropy(model, label_smoothing=0.1, z_loss=1e-3, max_chunk_bytes=V * 4 * 8)
+    check_same(run(model), expected)
+    check_same(run(model, labels=torch.zeros_like(shifted), shift_labels=shifted), expected)
+
+
+def test_evaluation_is_as_it_was():
+    model = model_of("llama").eval()
+    expected = model(**batch())
+    use_linear_cross_entropy(model)
+    found = model(**batch())
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.logits, expected.logits)
+    model.train()
+    without = {k: v for k, v in batch().items() if k != "labels"}
+    assert model(**without).logits.shape == (B, S, V)
+    loss, logits = model(**batch(), return_dict=False)[:2]
+    assert loss.dim() == 0
+    assert logits.shape == (B, 1, V)
+    positional = model(batch()["input_ids"], batch()["attention_mask"], labels=batch()["labels"])
+    assert torch.equal(positional.loss, loss)
+
+
+def test_a_copy_is_bound_to_itself():
+    model = model_of("llama")
+    use_linear_cross_entropy(model)
+    copied = copy.deepcopy(model)
+    before = copied(**batch()).loss
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(**batch()).loss, before)
+    assert model(**batch()).loss != before
+
+
+def test_refusals():
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="no option z_losss"):
+        use_linear_cross_entropy(model, z_losss=1.0)
+    with pytest.raises(ValueError, match="labels or shift_labels"):
+        causal_lm_loss(torch.randn(1, 3, V), None, V)
+    encoder = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=V,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=32,
+        )
+    )
+    with pytest.raises(ValueError, match="takes no logits_to_keep"):
+        use_linear_cross_entropy(encoder)
+    own_loss = transformers.BartForCausalLM(
+        transformers.BartConfig(
+            vocab_size=V,
+            d_model=32,
+            decoder_layers=1,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=32,
+        )
+    )
+    with pytest.raises(ValueError, match="does not call its loss_function"):
+        use_linear_cross_entropy(own_loss)
+
+    for wrong in ("shift", "reduction", "num_items", "linear_bias", "target"):
+        with pytest.raises(ValueError, match=f"no option {wrong}"):
+            use_linear_cross_entropy(model, **{wrong: None})
+
+    # A head that is more than its weight, before or after.
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    use_linear_cross_entropy(model)
+    model(**batch())
+    model.lm_head.__class__ = Doubled
+    with pytest.raises(ValueError, match="plain torch.nn.Linear, got Doubled"):
+        model(**batch())
+    with pytest.raises(ValueError, match="plain torch.nn.Linear, got Doubled"):
+        use_linear_cross_entropy(model)
+    model.lm_head.__class__ = torch.nn.Linear
+    hook = model.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="plain"):
+        model(**batch())
+    hook.remove()
+    model(**batch())
+
+
+def test_logits_that_are_something_else():
+    model = model_of("softcap")
+    use_linear_cross_entropy(model)
+    model._llmloss_linear_cross_entropy._options["softcap"] = 2.0  # the config says 3
+    with pytest.raises(ValueError, match="use causal_lm_loss"):
+        model(**batch())
+
+
+def test_what_a_config_or_a_call_asks_for():
+    model = model_of("llama")
+    expected = run(model)
+    use_linear_cross_entropy(model)
+    loss, logits = model(**batch(), return_dict=False)[:2]
+    assert_close(loss, expected[0].loss, 1e-5)
+    assert logits.shape == (B, 1, V)
+    stop_linear_cross_entropy(model)
+    ids = batch()["input_ids"]
+    other = {"labels": ids, "ignore_index": int(ids[0, 3])}
+    expected_of_other = run(model, **other)
+    assert not torch.equal(expected_of_other[0].loss, run(model, labels=ids)[0].loss)
+    use_linear_cross_entropy(model)
+    check_same(run(model, **other), expected_of_other)
+    # Checkpointed layers are run again in backward, and the hidden states kept once.
+    model.gradient_checkpointing_enable()
+    check_same(run(model, use_cache=False), expected)
+    # In training mode, without labels: as ever.
+    assert model.generate(ids, max_new_tokens=2, do_sample=False, use_cache=False).shape == (
+        B,
+        S + 2,
+    )
+
+
+def test_an_own_forward_of_the_model_stays():
+    """Wrapped before or after: as an autocast, a compiler or an adapter would."""
+    model = model_of("llama")
+    calls = []
+    inner = model.forward
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    model.forward = wrapped
+    use_linear_cross_entropy(model)
+    assert model(**batch()).logits.shape == (B, 1, V)
+    # Called by another module's forward, and not by the model's hooks.
+    assert model.forward(**batch()).logits.shape == (B, 1, V)
+    stop_linear_cross_entropy(model)
+    assert model.forward is wrapped
+    assert model(**batch()).logits.shape == (B, S, V)
+    assert len(calls) == 3
+    del model.forward
+    use_linear_cross_entropy(model)
+    inner = model.forward
+    model.forward = wrapped
+    assert model(**batch()).logits.shape == (B, 1, V)
+    stop_linear_cross_entropy(model)
+    assert model.forward is wrapped
+    assert model(**batch()).logits.shape == (B, S, V)
+
+
+def test_stopping_leaves_others_settings():
+    model = model_of("llama")
+    before = set(vars(model))
+    use_linear_cross_entropy(model)
+    stop_linear_cross_entropy(model)
+    assert set(vars(model)) == before
+    use_linear_cross_entropy(model)
+    model.loss_function = causal_lm_loss
+    stop_linear_cross_entropy(model)
+    assert model.loss_function is causal_lm_loss
+
+
+def test_a_call_that_fails_leaves_nothing_behind():
+    model = model_of("llama")
+    use_linear_cross_entropy(model)
+    with pytest.raises(IndexError, match="Target 1000"):
+        model(**batch() | {"labels": torch.full((B, S), 1000)})
+    copied = copy.deepcopy(model)
+    assert_close(copied(**batch()).loss, model(**batch()).loss.detach(), 1e-6)
+
+
+def test_replicas_are_refused():
+    model = model_of("llama")
+    use_linear_cross_entropy(model)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(**batch())
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_sixteen_bits(how):
+    model = model_of("llama")
+    expected = run(model)[0].loss
+    if how == "bfloat16":
+        model = model.bfloat16()
+    use_linear_cross_entropy(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        loss, logits = model(**batch(), return_dict=False)[:2]
+    loss.backward()
+    assert logits.shape == (B, 1, V)
+    assert loss.dtype == torch.float32
+    assert_close(loss, expected, 3e-2)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's, where a graph breaks
+def test_compiled():
+    model = model_of("llama")
+    expected = run(model)
+    use_linear_cross_entropy(model)
+    compiled = torch.compile(model, backend="eager")
+    model.zero_grad()
+    output = compiled(**batch())
+    output.loss.backward()
+    assert output.logits.shape == (B, 1, V)
+    assert_close(output.loss, expected[0].loss, 1e-5)
+    assert_close(model.lm_head.weight.grad, expected[1]["lm_head.weight"], 1e-5)
+
+
+def test_the_logits_are_never_there():
+    """What a training step keeps for backward holds no tensor of the logits' size."""
+    model = model_of("llama")
+    use_linear_cross_entropy(model)
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch()).loss.backward()
+    assert sizes
+    assert not [s for s in sizes if s[-1:] == (V,) and s[:-1] in [(B * S,), (B, S), (B, S - 1)]]

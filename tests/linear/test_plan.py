@@ -1,0 +1,127 @@
+"""The plan of the linear losses, and that the memory is what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import llmloss_ext
+from llmloss_ext import plan
+
+HERE = Path(__file__).parent
+MIB = 2**20
+
+
+def test_numbers():
+    planned = plan(2048, 768, 50257)
+    assert planned.products == 3
+    assert planned.flops == 3 * 2 * 2048 * 768 * 50257
+    assert planned.chunk_bytes <= 64 * MIB
+    assert (
+        planned.chunk_tokens * (planned.chunks - 1) < 2048 <= planned.chunk_tokens * planned.chunks
+    )
+    assert planned.gradient_bytes == (2048 + 50257) * 768 * 4
+    assert planned.peak_bytes - planned.gradient_bytes <= 64 * MIB
+    assert planned.unfused_bytes == 2 * 2048 * 50257 * 4 + planned.gradient_bytes
+    assert plan(2048, 768, 50257, recompute=True).products == 4
+    assert plan(2048, 768, 50257, needs_grad=(True, False)).products == 2
+    assert plan(2048, 768, 50257, needs_grad=(False, False), recompute=True).products == 1
+
+
+def test_a_budget_is_honoured():
+    for budget in (MIB, 10 * MIB, 100 * MIB):
+        for dtype in (torch.float32, torch.bfloat16):
+            planned = plan(10_000, 64, 30_001, dtype, max_chunk_bytes=budget)
+            assert planned.chunk_bytes <= budget
+    assert plan(100, 64, 1000, chunk_tokens=7).chunk_tokens == 7
+    assert plan(100, 64, 1000, chunk_tokens=1000).chunk_tokens == 100
+    row = plan(1, 64, 1000).chunk_bytes
+    assert plan(100, 64, 1000, chunk_tokens=50, max_chunk_bytes=3 * row).chunk_tokens == 3
+
+
+def test_chunks_are_large_enough_for_the_products():
+    """A chunk of few tokens reads the whole weight, and adds to all of its gradient, for little."""
+    assert plan(8192, 4096, 1_000_000).chunk_tokens >= 256
+    assert plan(8192, 4096, 1_000_000, torch.bfloat16, "cuda").chunk_tokens >= 1024
+    even = plan(1000, 64, 50257, torch.bfloat16)
+    assert even.chunk_tokens * even.chunks - 1000 < 32  # no short last one
+
+
+def test_the_chunk_does_not_grow_with_the_tokens():
+    chunks = {plan(n, 768, 262_144, torch.bfloat16).chunk_bytes for n in (2048, 65_536, 1_000_000)}
+    assert len(chunks) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1"),
+        ({"max_chunk_bytes": 3999}, "max_chunk_bytes must be at least 4096"),
+        ({"vocab_size": 0}, "V >= 1"),
+        ({"features": 0}, "D >= 1"),
+        ({"tokens": -1}, "N >= 0"),
+        ({"dtype": torch.int32}, "^dtype must be float32, bfloat16, float16 or float64"),
+        ({"weight_grad_dtype": torch.int8}, "weight_grad_dtype must be float32"),
+        ({"weight_dtype": torch.bool}, "weight_dtype must be float32"),
+    ],
+)
+def test_bad_input(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        plan(**{"tokens": 10, "features": 8, "vocab_size": 1000, **arguments})
+
+
+@pytest.mark.parametrize("name", ["chunk_tokens", "max_chunk_bytes"])
+def test_integers(name):
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got 5000.5"):
+        plan(10, 8, 1000, **{name: 5000.5})
+
+
+def peak(*arguments: object) -> tuple[int, int]:
+    """The measured and the planned peak, in bytes."""
+    command = [sys.executable, str(HERE / "peak_memory.py"), *map(str, arguments)]
+    here = {**os.environ, "PYTHONPATH": str(Path(llmloss_ext.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=here)
+    measured, planned = map(int, done.stdout.split())
+    return measured, planned
+
+
+linux_only = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
+)
+
+
+@linux_only
+@pytest.mark.parametrize(
+    "case",
+    ["1024 768 50257 float32 mean", "1024 768 50257 bfloat16 mean", "1024 768 50257 bfloat16 none",
+     "1024 768 50257 bfloat16 mean autocast", "256 256 30000 float16 mean",
+     "256 256 30000 float16 none", "2048 1024 8000 bfloat16 mean 2048",
+     "2048 1024 8000 bfloat16 none 1024", "2048 1024 8000 bfloat16 mean dropped 1024"],
+)  # fmt: skip
+def test_the_peak_is_what_the_plan_says(case):
+    measured, planned = peak(*case.split())
+    assert 0.9 * planned <= measured <= 1.1 * planned
+
+
+def test_16_bit_gradients_take_the_memory_of_their_sums_and_64_mib():
+    """The float32 sums are rounded in place."""
+    planned = plan(2048, 768, 50257, torch.bfloat16)
+    own = 2048 * 768 * 2 + 50257 * 768 * 4
+    assert planned.peak_bytes - own <= 64 * MIB
+    large = plan(8192, 4096, 128256, torch.bfloat16, "cuda")
+    assert large.peak_bytes - (8192 * 4096 * 2 + 128256 * 4096 * 4) <= 300 * MIB
+
+
+@linux_only
+def test_more_tokens_take_no_more_memory_than_their_own_gradient():
+    small, planned_small = peak(2048, 32, 100_000, "bfloat16", "mean")
+    large, planned_large = peak(8192, 32, 100_000, "bfloat16", "mean")
+    own = (8192 - 2048) * 32 * 2
+    assert planned_large - planned_small - own <= 8 * MIB  # chunks of nearly one size
+    # Whole logits would add 1.2 GiB; huge pages come and go by a few MiB.
+    assert large - small <= planned_large - planned_small + 16 * MIB
