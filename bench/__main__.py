@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench: error: " + " ".join(str(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bench: interrupted; what was measured is in the results", file=sys.stderr)
+        print("bench: interrupted; the results hold the finished cases", file=sys.stderr)
         return 130
 
 
@@ -35,38 +35,48 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks the losses.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="measure a suite, and write results and report")
+    run = commands.add_parser("run", help="measure a suite, and write results and a report")
     run.add_argument("--suite", choices=SUITES, default="quick", help="default: quick")
-    run.add_argument("--peers", metavar="A,B", help='only these beside llmloss; "none" for none')
+    run.add_argument(
+        "--peers", metavar="A,B", help='contenders besides llmloss (default: all); "none" for none'
+    )
     run.add_argument(
         "--rounds",
         type=_at_least(1),
-        help="measurements of each contender, fewer (3) where they take long",
+        help="measurements of each contender; slow ones get fewer, at least 3",
     )
-    run.add_argument("--only", default="", metavar="TEXT", help="only cases named like this")
+    run.add_argument(
+        "--only", default="", metavar="TEXT", help="only the cases whose name contains this"
+    )
     run.add_argument("--out", type=Path, default=Path("runs/bench"), help="default: runs/bench")
     run.add_argument("--overwrite", action="store_true", help="replace earlier results")
-    run.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    run.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     run.add_argument("--list", action="store_true", help="print the cases, measure nothing")
     run.set_defaults(command=_run)
 
-    report = commands.add_parser("report", help="write a page, Markdown and plots of a run")
+    report = commands.add_parser("report", help="write a page, Markdown and plots for a run")
     report.add_argument("results", type=Path, help="results.json, or its folder")
     report.add_argument("--out", type=Path, help="default: the folder of the results")
     report.set_defaults(command=_report)
 
-    compare = commands.add_parser("compare", help="what changed between two runs; 1 if for worse")
+    compare = commands.add_parser(
+        "compare", help="compare two runs; exit status 1 after a regression"
+    )
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
-    compare.add_argument("--tolerance", type=_share, help="change of time that is no change")
-    compare.add_argument("--other-machine", action="store_true", help="the machines may differ")
+    compare.add_argument(
+        "--tolerance", type=_share, help="relative change of time to tolerate (default: 0.1)"
+    )
+    compare.add_argument(
+        "--other-machine", action="store_true", help="allow results from different machines"
+    )
     compare.set_defaults(command=_compare)
 
     readme = commands.add_parser("readme", help="write the measured figures into README.md")
     how = readme.add_mutually_exclusive_group()
-    how.add_argument("--check", action="store_true", help="only say whether they are there")
+    how.add_argument("--check", action="store_true", help="only check that they are up to date")
     how.add_argument("--demo", type=Path, metavar="RUN",
-                     help="first keep the figures of this run of llmloss train")  # fmt: skip
+                     help="first store the figures of this run of llmloss train")  # fmt: skip
     readme.set_defaults(command=_readme)
     return parser
 
@@ -85,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     cases = [case for case in cases if args.only in case.label or args.only == case.figure]
     if not cases:
-        raise UserError(f"--only {args.only}: no case of the suite {args.suite} is named like that")
+        raise UserError(f"--only {args.only}: no case of the suite {args.suite} matches")
     if args.list:
         for case in cases:
             print(f"{case.figure:<8} {case.label}")
@@ -97,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
         with progress(len(cases)) as say:
             runner.run(cases, say)
     finally:
-        # Also of a run that was interrupted: what it has measured counts.
+        # Also after an interruption: the finished cases count.
         report = _try_report(runner.path)
     results = runner.results
     made = tables(results)
@@ -114,11 +124,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _try_report(results: Path) -> str:
-    """The page's path, or what it lacks: results are worth keeping also where it cannot be made."""
+    """Writes the report, and returns its path, or else why there is none: results come first."""
     try:
         from bench.report.page import write_report
     except ImportError as error:
-        return f"not made: {error}; elsewhere: python -m bench report {results}"
+        return f"not made: {error}; to make it elsewhere: python -m bench report {results}"
     return str(write_report(results, results.parent)[0])
 
 
@@ -145,7 +155,7 @@ def _compare(args: argparse.Namespace) -> int:
         print(f"{change.case:<64} {change.name:<16} {ratio:>6} {low_high:>13}  {change.verdict}")
     worse = sum(change.is_regression for change in changes)
     better = sum(change.verdict in ("faster", "less memory") for change in changes)
-    print(f"{worse} for worse, {better} for better, {len(changes)} compared (tolerance "
+    print(f"{worse} worse, {better} better, {len(changes)} compared (tolerance "
           f"{tolerance:.0%})")  # fmt: skip
     return 1 if worse else 0
 
@@ -159,8 +169,8 @@ def _readme(args: argparse.Namespace) -> int:
     if args.check:
         if is_current():
             return 0
-        raise UserError("README.md does not hold the committed figures: python -m bench readme")
-    print("README.md is changed" if update() else "README.md is as it was")
+        raise UserError("README.md does not hold the committed figures: run python -m bench readme")
+    print("README.md is updated" if update() else "README.md was up to date")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A case: what is computed, at which size, and the work that no implementation can do without."""
+"""A case: an operation at a size, and the least work that any implementation has to do."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ OPTIONS: dict[str, dict[str, float]] = {
     "entropy": {"entropy": 0.01},
     "entropy and rank": {"entropy": 0.01, "rank": 1.0},
 }
-"""Name and settings. ``entropy``: the loss is cross entropy less that much of the entropy.
-``rank``: argmax and the target's rank as well, from the same pass."""
+"""Settings by name. ``entropy``: the loss is cross entropy minus this factor times the entropy.
+``rank``: the same pass also gives argmax and the target's rank."""
 
-# Of a logit: x - m, exp, the sum, the maximum; then x - m, exp and the product.
+# Per logit. Forward: x - m, exp, the sum and the maximum. Backward: x - m, exp and the product.
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 4, 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured.
+    """A case to measure.
 
     Attributes:
         operation: One of `OPERATIONS`.
         passes: One of `PASSES`.
-        rows: Tokens, N.
-        columns: Vocabulary, V.
-        dtype: Of the logits or the hidden states, by torch's name.
-        features: D of ``linear_cross_entropy``, else 0.
+        rows: The number of tokens, N.
+        columns: The vocabulary size, V.
+        dtype: The dtype of the logits or the hidden states, by torch's name.
+        features: D for ``linear_cross_entropy``, else 0.
         option: A key of `OPTIONS`.
-        ignored: Share of the tokens that are ignored.
+        ignored: The fraction of tokens that are ignored.
         device: "cpu" or "cuda".
-        threads: Of the CPU; 0 for all.
-        warm: Whether the inputs may lie in the caches: for calls whose cost is their overhead.
-        figure: What the case is for: "peers", "plain" (what options are compared with), "options",
-            "ignored", "small", "V", "N", "D" or "threads" (curves).
+        threads: The number of CPU threads; 0 for all.
+        warm: Whether the inputs may be in the caches, to measure the overhead of small calls.
+        figure: The figure that the case belongs to: "peers", "plain" (the baseline of options),
+            "options", "ignored", "small", or a curve over "V", "N", "D" or "threads".
     """
 
     operation: str
@@ -59,7 +59,7 @@ class Case:
     figure: str = "peers"
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the description makes no sense."""
+        """Raises a ValueError if the attributes are invalid."""
         if self.operation not in OPERATIONS or self.passes not in PASSES:
             raise ValueError(f"unknown operation or passes: {self.operation}, {self.passes}")
         if self.option not in OPTIONS or (self.features > 0) != self.is_linear:
@@ -69,29 +69,29 @@ class Case:
 
     @property
     def is_linear(self) -> bool:
-        """From hidden states."""
+        """Whether the case starts from hidden states."""
         return self.operation == "linear_cross_entropy"
 
     @property
     def has_backward(self) -> bool:
-        """Forward and backward."""
+        """Whether the case includes backward."""
         return self.passes == "forward+backward"
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
+        """The dtype as torch's object."""
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
 
     @property
     def settings(self) -> dict[str, float]:
-        """Of the option."""
+        """The settings of the option."""
         return OPTIONS[self.option]
 
     @property
     def label(self) -> str:
-        """The case in one line."""
+        """Describes the case in one line."""
         size = f"{self.rows} x {self.columns}"
         if self.is_linear:
             size = f"{self.rows} x {self.features} x {self.columns}"
@@ -108,21 +108,21 @@ class Case:
 
     @property
     def valid_rows(self) -> int:
-        """Tokens that are not ignored."""
+        """The number of tokens that are not ignored."""
         return self.rows - round(self.rows * self.ignored)
 
     @property
     def logits_bytes(self) -> int:
-        """Of N x V logits."""
+        """The size of N x V logits."""
         return self.rows * self.columns * self.torch_dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        """The fewest bytes that can be moved.
+        """The least memory traffic in bytes.
 
-        From logits: those of the valid tokens are read once; with backward the gradient, zeros of
-        ignored tokens too, is written once. From hidden states: hidden states, weight and their
-        gradients, each once.
+        From logits: the valid rows are read once, and with backward the whole gradient, with its
+        zeros, is written once. From hidden states: the hidden states, the weight and their
+        gradients are moved once each.
         """
         size = self.torch_dtype.itemsize
         if self.is_linear:
@@ -133,7 +133,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations: of the matrix products, or an estimate a logit."""
+        """Floating-point operations: of the matrix products, or an estimate per logit."""
         if self.is_linear:
             products = 3 if self.has_backward else 1
             return 2 * products * self.valid_rows * self.columns * self.features
@@ -141,7 +141,7 @@ class Case:
         return per_logit * self.valid_rows * self.columns
 
     def to_json(self) -> dict[str, Any]:
-        """What differs from the defaults, so that files stay short and old ones readable."""
+        """The attributes that differ from the defaults: short, and old files stay readable."""
         return {
             name: value
             for name, value in asdict(self).items()

@@ -1,4 +1,4 @@
-"""What got faster or slower between two runs, with the noise of both taken into account."""
+"""Compares two runs, and takes the noise of both into account."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.results import Measurement, Results, Row
 from llmloss_ext.cli.errors import UserError
 
 TOLERANCE = 0.1
-"""Changes up to this share are nobody's fault: runs differ by as much."""
+"""Relative changes up to this are noise: identical runs differ by as much."""
 _RESAMPLES = 500
 _CONFIDENCE = 0.95
 _MORE_BYTES, _MORE_SHARE = 1 << 20, 0.05
@@ -21,16 +21,16 @@ _LESS_EXACT = 1.5
 
 @dataclass(frozen=True)
 class Change:
-    """One contender of this library in one case.
+    """The change of one of this library's contenders in one case.
 
     Attributes:
-        case: Its label.
+        case: The label of the case.
         name: The contender.
         verdict: "same", "faster", "slower", "more memory", "less memory", "less exact", "broken"
-            (measured before, not any more) or "gone" (not in the second run).
-        ratio: The second run's time over the first's, each relative to the machine's limit in its
-            own run; or of bytes, or of errors.
-        interval: Where the ratio of times lies with a probability of 95 %.
+            (measured in the first run, failed in the second) or "gone" (not in the second run).
+        ratio: The second run's value over the first's: times, each relative to the machine's limit
+            in its own run, or bytes, or errors.
+        interval: The 95 % confidence interval of the ratio of times.
     """
 
     case: str
@@ -41,30 +41,32 @@ class Change:
 
     @property
     def is_regression(self) -> bool:
-        """Whether somebody has to look."""
+        """Whether the change is for the worse."""
         return self.verdict in ("slower", "more memory", "less exact", "broken")
 
 
 def compare(
     before: Results, after: Results, tolerance: float = TOLERANCE, other_machine: bool = False
 ) -> list[Change]:
-    """Every case of the first run in the second.
+    """Looks up every case of the first run in the second, and compares them.
 
     Args:
         before: The first run.
-        after: The second.
-        tolerance: Share by which a time may differ without being called a change.
+        after: The second run.
+        tolerance: The relative change of a time that does not count.
         other_machine: Whether the runs may come from different machines.
 
     Raises:
-        UserError: They come from different machines, or have no case in common.
+        UserError: The runs come from different machines, or have no case in common.
     """
     differing = [k for k in IDENTITY if before.machine.get(k) != after.machine.get(k)]
     if differing and not other_machine:
         details = "; ".join(
             f"{k}: {before.machine.get(k)} and {after.machine.get(k)}" for k in differing
         )
-        raise UserError(f"the runs come from different machines ({details}); --other-machine")
+        raise UserError(
+            f"the runs come from different machines ({details}): --other-machine allows it"
+        )
     changes = [
         change for row in before.rows for change in _of_row(row, after.find(row.case), tolerance)
     ]
@@ -114,7 +116,7 @@ def _times(before: Row, after: Row, name: str, tolerance: float) -> Change:
 
 
 def _control(row: Row) -> list[float]:
-    """What tells a slow hour from a slow kernel: the machine's limit, or else eager torch."""
+    """What shows that the whole machine was slow: its limit, or else eager torch."""
     if row.case.is_linear and row.ceilings:
         return min((c.seconds for c in row.ceilings.values()), key=statistics.median)
     name = "copy" if row.case.has_backward else "read"
@@ -137,6 +139,6 @@ def _others(label: str, name: str, old: Measurement, new: Measurement) -> Iterat
         (old.loss_error, new.loss_error),
         (old.gradient_error, new.gradient_error),
     ):
-        # Below 1e-7 an error of float32 is a matter of luck.
+        # Below 1e-7, float32 errors are random.
         if before is not None and after is not None and after > max(before, 1e-7) * _LESS_EXACT:
             yield Change(label, name, "less exact", after / max(before, 1e-7))

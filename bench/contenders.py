@@ -1,4 +1,4 @@
-"""Who competes: each contender is a loss of the case's inputs, whoever has written it."""
+"""The contenders: implementations of a case's loss, by this library and by others."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from bench.cases import Case
 from bench.inputs import LinearInputs, LogitsInputs
 
 Loss = Callable[..., Tensor]
-"""Of (logits, target) or (hidden, weight, target): the mean over the valid tokens."""
+"""Takes (logits, target) or (hidden, weight, target); returns the mean over the valid tokens."""
 
 
 class UnsupportedError(Exception):
-    """A contender that has no such operation or option: it is listed as such."""
+    """The contender lacks the operation or the option, and is reported as unsupported."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do a case's work.
+    """An implementation.
 
     Attributes:
-        name: Shown in tables.
-        loss: Makes the loss of a case; raises `UnsupportedError`, or what an import raises.
-        overwrites: Whether its gradient is written over the logits.
-        is_ours: Of this library.
+        name: The name in tables.
+        loss: Makes the loss of a case; raises `UnsupportedError`, or the error of a failed import.
+        overwrites: Whether the gradient overwrites the logits.
+        is_ours: Whether it is this library's.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Contender:
     is_ours: bool = False
 
     def takes(self, case: Case) -> bool:
-        """Whether it is another one than the rest in this case."""
+        """Whether it differs from this library's other contenders in this case."""
         if not (self.is_ours and self.overwrites):
             return True
-        # token_stats writes its gradient into memory of its own.
+        # token_stats has no variant that overwrites the logits.
         return case.has_backward and "entropy" not in case.settings
 
 
 def eager(case: Case) -> Loss:
-    """What one writes in plain torch. In float64 it is the reference."""
+    """Plain torch, as most code is written. In float64 it is the reference."""
     settings = dict(case.settings)
     softcap, z_loss = settings.get("softcap", 0.0), settings.get("z_loss", 0.0)
     entropy, smoothing = settings.get("entropy", 0.0), settings.get("label_smoothing", 0.0)
@@ -77,12 +77,12 @@ def eager(case: Case) -> Loss:
 
 
 def ours(case: Case) -> Loss:
-    """This library's loss; its gradient in memory of its own."""
+    """This library's loss, with a gradient in new memory."""
     return _ours(case)
 
 
 def ours_inplace(case: Case) -> Loss:
-    """This library's loss; its gradient over the logits."""
+    """This library's loss, with a gradient that overwrites the logits."""
     return _ours(case, inplace=True)
 
 
@@ -105,14 +105,14 @@ def _with_entropy(beta: float, with_rank: bool) -> Loss:
 
 
 def compiled(case: Case) -> Loss:
-    """The same as eager, by torch.compile for this very size."""
+    """The eager loss, compiled by torch.compile for the exact size."""
     torch._dynamo.reset()
     loss: Loss = torch.compile(eager(case), fullgraph=True, dynamic=False)
     return loss
 
 
 def chunked(case: Case) -> Loss:
-    """Torch's linear cross entropy in chunks."""
+    """Torch's chunked linear cross entropy."""
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if options is None:
         raise UnsupportedError(f"torch {torch.__version__} has no chunked linear_cross_entropy")
@@ -159,19 +159,19 @@ LINEAR = {
     ]
 }
 NAMES = tuple(dict.fromkeys([*DENSE, *LINEAR]))
-"""Every contender, this library's first."""
+"""The names of all contenders, this library's first."""
 
 _NOT_COMPARED = {"V", "N", "D", "threads", "options", "ignored", "small"}
-"""Figures about this library's own cost: beside eager torch alone."""
+"""Figures about this library's own cost, compared with eager torch only."""
 
 
 def contenders(case: Case, wanted: set[str] | None, absent: set[str]) -> list[Contender]:
-    """Who competes in a case, this library first.
+    """The contenders in a case, this library's first.
 
     Args:
-        case: What is measured.
-        wanted: Names of those beside this library; None for all that the case calls for.
-        absent: Names of those that cannot be imported.
+        case: The case.
+        wanted: The names of the other contenders; None for all that suit the case.
+        absent: The names of contenders that cannot be imported.
     """
     table = LINEAR if case.is_linear else DENSE
     chosen = [c for c in table.values() if c.takes(case)]
@@ -183,7 +183,7 @@ def contenders(case: Case, wanted: set[str] | None, absent: set[str]) -> list[Co
 
 
 class Step:
-    """A contender's work on a case's inputs, prepared outside the clock and run inside it."""
+    """A contender's call on a case's inputs: `prepare` is not timed, `run` is."""
 
     def __init__(self, case: Case, contender: Contender, inputs: LogitsInputs | LinearInputs):
         self._case, self._inputs = case, inputs
@@ -191,7 +191,7 @@ class Step:
         self._loss = contender.loss(case)
 
     def prepare(self) -> tuple[Tensor, ...]:
-        """Fresh arguments."""
+        """Makes fresh arguments."""
         if isinstance(self._inputs, LinearInputs):
             return self._inputs.fresh()
         if not self._case.has_backward:
@@ -200,7 +200,7 @@ class Step:
         return (self._inputs.overwritable() if overwrites else self._inputs.leaf(),)
 
     def run(self, *arguments: Tensor) -> Tensor:
-        """Forward, and backward where the case has it."""
+        """Runs forward, and backward if the case includes it."""
         if not self._case.has_backward:
             with torch.no_grad():
                 return self._loss(*arguments, self._inputs.target)
@@ -209,14 +209,14 @@ class Step:
         return loss.detach()
 
     def outcome(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and the gradients of the arguments, to be checked."""
+        """Computes the loss and the gradients of the arguments, for the check."""
         if not self._case.has_backward:
             return self.run(*self.prepare()), ()
         if isinstance(self._inputs, LinearInputs):
             leaves = arguments = self._inputs.fresh()
         else:
             leaves = (self._inputs.leaf(),)
-            # What is overwritten must not be a leaf.
+            # A leaf must not be overwritten.
             arguments = (leaves[0].clone(),) if self._overwrites else leaves
         loss = self._loss(*arguments, self._inputs.target)
         gradients = torch.autograd.grad(loss, leaves)
@@ -224,5 +224,5 @@ class Step:
 
 
 def make_inputs(case: Case) -> LogitsInputs | LinearInputs:
-    """The case's tensors."""
+    """Makes the tensors of a case."""
     return LinearInputs(case) if case.is_linear else LogitsInputs(case)

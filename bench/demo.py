@@ -1,4 +1,4 @@
-"""The figures of `make demo` that README quotes: kept with the machine they were measured on."""
+"""The figures of `make demo` that README quotes, stored with the facts of their machine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ KEPT = Path(__file__).parent / "results" / "demo" / "summary.json"
 
 
 def keep(folder: Path) -> Path:
-    """Keeps the summary of a run of ``llmloss train`` in `folder`, beside this machine's facts.
+    """Stores the summary of the run of ``llmloss train`` in ``folder``, with this machine's facts.
 
     Raises:
-        UserError: There is none, or it is not readable.
+        UserError: There is no summary, or it cannot be read.
     """
     summary = _load(folder / "summary.json") | {"machine": machine()}
     KEPT.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def keep(folder: Path) -> Path:
 
 
 def render() -> str:
-    """A sentence on the run, and its table of the kinds of loss."""
+    """Renders a sentence on the run, and its table of losses."""
     summary = _load(KEPT)
     facts = summary["machine"]
     minutes, seconds = divmod(round(summary["seconds"]), 60)
@@ -55,5 +55,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no summary of a training run ({error}); make demo") from error
+        raise UserError(
+            f"{path} is not the summary of a training run ({error}); make demo writes one"
+        ) from error
     return summary

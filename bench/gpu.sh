@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitizes and times the CUDA kernels on this machine, without a network:
-#   bash bench/gpu.sh OUT [build] [test] [sanitize] [bench]     all four, if none is named
-# Where a command may take nine minutes only, two calls do everything (what is built stays):
+#   bash bench/gpu.sh OUT [build] [test] [sanitize] [bench]     default: all four
+# If a command may take nine minutes at most, split the work (the build is kept):
 #   bash bench/gpu.sh OUT build test
 #   bash bench/gpu.sh OUT build sanitize bench
 # Needs a Python with torch 2.11 or later for CUDA (PYTHON=..., default python3), pytest, nvcc.
-# What is learnt goes to a few files in OUT: a log, results.json, report.html, bench.tar.gz. A step
-# that fails is reported at the end, and does not keep the others from running.
+# The results go to OUT: a log, results.json, report.html and bench.tar.gz. A step that fails is
+# reported at the end; the other steps still run.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: bash bench/gpu.sh OUT [build] [test] [sanitize] [bench]}
@@ -20,7 +20,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 failed=()
 
-# step NAME SECONDS COMMAND... An interrupt first, so that pytest still says what it has seen.
+# step NAME SECONDS COMMAND... The timeout interrupts first, so that pytest still prints its summary.
 step() {
   local name=$1 limit=$2 start=$SECONDS
   shift 2
@@ -35,12 +35,12 @@ build() {
 }
 
 test_() {
-  # First what only a GPU shows.
+  # First the tests that need a GPU.
   step pytest 340 "$python" -m pytest -q -m cuda -p no:cacheprovider --durations 5 \
     tests/test_cuda.py tests
 }
 
-# Every kernel and plan, in two types; the caching allocator would hide what lies beyond a tensor.
+# Every kernel and plan, in two dtypes. The caching allocator would hide accesses out of bounds.
 sanitize() {
   local tool
   for tool in memcheck racecheck; do
@@ -60,7 +60,7 @@ bench() {
     -exec cp {} "$out" \;
 }
 
-# Code for this machine's own architecture only.
+# Compile for this machine's architecture only.
 LLMLOSS_CUDA_ARCHS=${LLMLOSS_CUDA_ARCHS:-$("$python" -c \
   'import torch; print("%d%d" % torch.cuda.get_device_capability())')}
 export LLMLOSS_CUDA_ARCHS MAX_JOBS=${MAX_JOBS:-$(nproc)}

@@ -1,4 +1,4 @@
-"""The tensors of a case: drawn by a seed, cold in the caches, and whole again when overwritten."""
+"""The tensors of a case: seeded, not in the caches, and restored after they are overwritten."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from llmloss_ext.linear.planning import row_stride
 
 IGNORE_INDEX = -100
 _CONFIDENT = 64
-"""One row in so many is predicted right with probability 0.99: there p - 1 cancels."""
+"""One row in this many predicts its target with p = 0.99, where p - 1 cancels."""
 _CHUNKS = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 8192)}
 
 
 class LogitsInputs:
     """N x V logits and targets.
 
-    On a CPU the logits exist so many times that together they exceed the caches, and are handed out
-    in turn: each use finds them cold. (On a GPU the clock empties the cache.) The logits that a
-    contender has overwritten are restored before they are handed out again.
+    On a CPU there are enough copies of the logits to exceed the caches. They are used in turn, so
+    that no use finds its copy in a cache. (On a GPU, the timer flushes the cache.) Logits that a
+    contender has overwritten are restored before their next use.
     """
 
     def __init__(self, case: Case) -> None:
@@ -34,7 +34,7 @@ class LogitsInputs:
         for rows in self.logits.split(max((1 << 26) // case.columns, 1)):
             rows.copy_(torch.randn(rows.shape, **like) * 2)
         self.target = torch.randint(0, case.columns, (case.rows,), **like)
-        peak = 2.0 + math.log(99 * case.columns)  # log of the others' sum, and p = 0.99
+        peak = 2.0 + math.log(99 * case.columns)  # log-sum of the other columns, and p = 0.99
         confident = torch.arange(0, case.rows, _CONFIDENT, device=case.device)
         self.logits[confident, self.target[confident]] = peak
         _ignore(self.target, case, generator)
@@ -44,7 +44,7 @@ class LogitsInputs:
         self._spoilt: Tensor | None = None
 
     def next(self) -> Tensor:
-        """Logits without history."""
+        """The next copy of the logits, which needs no gradient."""
         if self._spoilt is not None:
             self._spoilt.copy_(self.logits)
             self._spoilt = None
@@ -52,22 +52,22 @@ class LogitsInputs:
         return self._sets[self._turn]
 
     def leaf(self) -> Tensor:
-        """Logits that want a gradient."""
+        """The next copy of the logits, as a leaf that needs a gradient."""
         return self.next().detach().requires_grad_()
 
     def overwritable(self) -> Tensor:
-        """Logits that are not a leaf, as a model's projection would hand them over."""
+        """The next copy of the logits, not as a leaf: like the output of a projection."""
         self._spoilt = self.next()
         anchor = torch.zeros((), requires_grad=True, device=self.logits.device)
         passed: Tensor = _Passed.apply(self._spoilt, anchor)
         return passed
 
     def copy(self) -> None:
-        """The bytes of the logits, read once and written once."""
+        """Reads the bytes of the logits once, and writes them once."""
         self._scratch.copy_(self.next())
 
     def read(self) -> None:
-        """The bytes of the logits, read once."""
+        """Reads the bytes of the logits once."""
         logits = self.next()
         words = torch.int32 if logits.is_cuda else torch.int64
         flat = logits.view(-1)
@@ -80,7 +80,7 @@ class LogitsInputs:
 
 
 class LinearInputs:
-    """Hidden states, a weight and targets."""
+    """N x D hidden states, a V x D weight, and targets."""
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator(case.device).manual_seed(0)
@@ -93,12 +93,12 @@ class LinearInputs:
         _ignore(self.target, case, generator)
 
     def fresh(self) -> tuple[Tensor, Tensor]:
-        """Hidden states and weight without gradients."""
+        """Hidden states and weight, with their gradients cleared."""
         self.hidden.grad = self.weight.grad = None
         return self.hidden, self.weight
 
     def products(self, chunk: int) -> None:
-        """The matrix products alone, ``chunk`` tokens at a time, into memory that is there."""
+        """Computes only the matrix products, ``chunk`` tokens at a time, without allocating."""
         hidden, weight = self.hidden.detach(), self.weight.detach()
         logits, grad_hidden, grad_weight = self._buffers
         for begin in range(0, hidden.shape[0], chunk):
@@ -110,7 +110,7 @@ class LinearInputs:
                 torch.mm(part.t(), rows, out=grad_weight)
 
     def product_chunks(self) -> list[int]:
-        """Chunk sizes worth trying for `products`."""
+        """The chunk sizes to try for `products`."""
         tokens = self.hidden.shape[0]
         return sorted({min(chunk, tokens) for chunk in _CHUNKS[self.hidden.device.type]})
 
@@ -118,7 +118,7 @@ class LinearInputs:
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
         hidden, weight = self.hidden.detach(), self.weight.detach()
         columns = weight.shape[0]
-        # Rows at a stride that suits the products, as in the library itself.
+        # The row stride is the one that the library uses for its products.
         logits = hidden.new_zeros(max(self.product_chunks()), row_stride(columns, hidden.dtype))
         return logits[:, :columns], torch.zeros_like(hidden), torch.zeros_like(weight)
 
@@ -147,7 +147,7 @@ def _copies(case: Case) -> int:
 
 @lru_cache(maxsize=1)
 def last_level_cache() -> int:
-    """Bytes of the CPU's largest cache, or 64 MiB where the system does not tell."""
+    """The bytes of the CPU's largest cache, or 64 MiB if the system does not report it."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()

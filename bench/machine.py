@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""The machine that the figures are measured on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from llmloss_ext.cli.info import ISAS
 
 IDENTITY = ("cpu", "threads", "gpu")
-"""Two runs with the same of these are comparable in absolute times."""
+"""Runs that agree in these are comparable in absolute times."""
 
 
 def machine() -> dict[str, object]:
-    """Facts by name."""
+    """The facts of this machine, by name."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

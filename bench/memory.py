@@ -1,4 +1,4 @@
-"""Peak memory of a contender beyond its inputs, and the kernels that it launches."""
+"""The peak memory of a contender beyond its inputs, and the number of kernels it launches."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _PRELOADED = ["bench.memory", "torch._dynamo", "torch._inductor"]
 
 
 def peak_bytes(case: Case, name: str) -> int | None:
-    """The peak of one call beyond its inputs, gradients included.
+    """The peak memory of one call beyond its inputs, gradients included.
 
-    On a GPU: of torch's allocator. On a CPU: of the resident set of a child process that does
-    nothing else, so that neither other contenders' memory nor the allocator's leftovers count.
+    On a GPU it is that of torch's allocator. On a CPU it is that of the resident set of a child
+    process that does nothing else, so that neither other contenders nor memory that the allocator
+    still holds count.
 
     Returns:
-        Bytes, or None where the system does not tell or the child died.
+        Bytes, or None if the system does not report them or the child process died.
     """
     if case.device != "cpu":
         return _peak(case, name)
@@ -40,7 +41,7 @@ def peak_bytes(case: Case, name: str) -> int | None:
 
 @lru_cache(maxsize=1)
 def _fork_server() -> BaseContext:
-    """Children are forked from a process that has imported everything, and run nothing."""
+    """A server whose children start with everything imported, but nothing run."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
@@ -53,7 +54,7 @@ def _peak(case: Case, name: str) -> int | None:
         torch.set_num_threads(case.threads)
     step = _step(case, name)
     peak = None
-    # The first call also pays for what libraries keep for themselves.
+    # The first call also allocates what libraries keep for later calls.
     for _ in range(2):
         arguments = step.prepare()
         meter = PeakMeter(torch.device(case.device))
@@ -64,7 +65,7 @@ def _peak(case: Case, name: str) -> int | None:
 
 
 def _give_pages_back() -> None:
-    """Has malloc return what is freed at once, else it is not seen to be used again."""
+    """Makes malloc return freed pages at once; reused pages would not count."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
@@ -75,7 +76,7 @@ def _step(case: Case, name: str) -> Step:
 
 
 def launches(step: Step) -> int | None:
-    """Kernels, copies and fills that one call queues on the GPU; None where none is traced."""
+    """The kernels, copies and fills that a call queues on the GPU; None if none is traced."""
     arguments = step.prepare()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]

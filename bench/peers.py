@@ -1,4 +1,4 @@
-"""Other implementations, imported when they are asked for. An optional extra installs them."""
+"""Other implementations, imported on demand. The extra ``peers`` installs them."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ PACKAGES = {
     "cce": ("cut-cross-entropy", "cut_cross_entropy"),
     "quack": ("quack-kernels", "quack.cross_entropy"),
 }
-"""The distribution of each, and what has to be importable."""
+"""The distribution and the module of each."""
 
 
 class UnknownOptionError(Exception):
-    """The peer does not have an option."""
+    """The peer lacks an option."""
 
 
 def status() -> dict[str, str]:
-    """For every peer its version, or why it cannot be measured."""
+    """The version of each peer, or why it cannot be measured."""
     found = {}
     for name, (package, module) in PACKAGES.items():
         try:
             importlib.import_module(module)
             found[name] = metadata.version(package)
         except Exception as error:
-            # Not only ImportError: a peer may also dislike the versions or the device it finds.
+            # Not only ImportError: a peer may also reject the versions or the device that it finds.
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             found[name] = f"not measured: {reason}"
     return found
 
 
 def is_missing(state: str) -> bool:
-    """Whether a line of `status` says so."""
+    """Whether an entry of `status` says that the peer is not measured."""
     return state.startswith("not measured")
 
 
 def liger(settings: Settings) -> Loss:
-    """Liger's cross entropy, which writes the gradient over the logits."""
+    """Liger's cross entropy, whose gradient overwrites the logits."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     named = _named(settings, label_smoothing="label_smoothing", z_loss="lse_square_scale",
@@ -71,7 +71,7 @@ def cce(settings: Settings) -> Loss:
 
 
 def quack(settings: Settings) -> Loss:
-    """Quack's cross entropy, which writes the gradient over the logits."""
+    """Quack's cross entropy, whose gradient overwrites the logits."""
     from quack.cross_entropy import cross_entropy
 
     _named(settings)
@@ -81,7 +81,7 @@ def quack(settings: Settings) -> Loss:
 
 
 def quack_linear(settings: Settings) -> Loss:
-    """Quack's linear cross entropy in chunks."""
+    """Quack's chunked linear cross entropy."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     _named(settings)
@@ -91,7 +91,7 @@ def quack_linear(settings: Settings) -> Loss:
 
 
 def _named(settings: Settings, **names: str) -> dict[str, float]:
-    """The settings by the peer's own names."""
+    """The settings under the peer's names."""
     unknown = set(settings) - set(names)
     if unknown:
         raise UnknownOptionError(", ".join(sorted(unknown)))

@@ -1,6 +1,6 @@
-"""README's figures: written from the committed results, so that they cannot drift from them.
+"""README's figures, written from the committed results so that the two agree.
 
-Between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` stands what ``BLOCKS[NAME]`` makes.
+``BLOCKS[NAME]`` makes the text between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DO
 
 
 def render(text: str, results: Results) -> str:
-    """The text with its blocks filled in.
+    """Fills in the blocks of a text.
 
     Raises:
-        UserError: A block that nobody knows, or that is missing.
+        UserError: A block is unknown or missing.
     """
     seen = []
 
@@ -52,7 +52,7 @@ def is_current() -> bool:
 
 
 def update() -> bool:
-    """Writes them; whether anything changed."""
+    """Writes the committed figures to README.md; returns whether it changed."""
     text = README.read_text(encoding="utf-8")
     filled = render(text, Results.load(CPU_RESULTS))
     if filled == text:
@@ -71,7 +71,7 @@ def _machine(results: Results) -> str:
 
 
 def _rounds(results: Results) -> str:
-    """How many there were: fewer where they take long."""
+    """The number of rounds, or its range: slow cases have fewer."""
     counts = sorted(
         {len(m.seconds) for row in results.rows for m in row.contenders.values() if m.seconds}
     )

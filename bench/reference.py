@@ -1,4 +1,4 @@
-"""The truth in float64, and how far a contender is from it. No speed is shown of a wrong result."""
+"""The float64 reference, and the errors of contenders. A wrong contender is not timed."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from llmloss_ext.tolerances import (
 
 _SAMPLES = 64
 _BLOCK = 1 << 23
-"""Float64 logits of a block of rows."""
+"""The number of float64 logits in a block of rows."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The loss, and slices of the gradients.
+    """The loss, and sampled rows of the gradients.
 
     Attributes:
         loss: The mean over the valid tokens.
-        samples: Rows of each gradient's first dimension that are compared.
-        gradients: These rows, in float64; empty without backward.
+        samples: For each gradient, the indices of its sampled rows; empty without backward.
+        gradients: These rows in float64; empty without backward.
     """
 
     loss: float
@@ -39,7 +39,7 @@ class Reference:
 
 
 def reference(case: Case, inputs: LogitsInputs | LinearInputs) -> Reference:
-    """Computes it block by block: the loss of every token, gradients at sampled rows."""
+    """Computes the reference block by block: all losses, and the gradients at sampled rows."""
     if isinstance(inputs, LinearInputs):
         return _of_linear(case, inputs)
     rows = _sampled(inputs.logits.shape[0], inputs.logits.device)
@@ -82,12 +82,12 @@ def _of_linear(case: Case, inputs: LinearInputs) -> Reference:
 
 
 def _loss_and_gradient(case: Case, logits: Tensor, target: Tensor) -> tuple[float, Tensor]:
-    """The sum of a block's losses, and its gradient."""
+    """The sum of the losses of a block, and its gradient."""
     leaf = logits.detach().double().requires_grad_()
     valid = int((target != IGNORE_INDEX).sum())
     if valid == 0:
         return 0.0, torch.zeros_like(leaf)
-    # eager() takes the product first where the case is linear: here the logits are given.
+    # Not the case itself: if it is linear, eager() expects hidden states instead of logits.
     settings = Case("cross_entropy", case.passes, case.rows, case.columns, "float64",
                     option=case.option)  # fmt: skip
     loss = eager(settings)(leaf, target) * valid
@@ -97,13 +97,14 @@ def _loss_and_gradient(case: Case, logits: Tensor, target: Tensor) -> tuple[floa
 
 @dataclass(frozen=True)
 class Errors:
-    """Of a contender.
+    """The errors of a contender.
 
     Attributes:
-        loss: Relative.
-        gradient: The largest over sampled rows of ``|row - truth| / |truth|`` in the Euclidean
-            norm; None without backward.
-        tolerances: For both: this library is held to its table, others to what is plainly wrong.
+        loss: The relative error.
+        gradient: The largest relative error of a sampled row in the Euclidean norm; None without
+            backward.
+        tolerances: For loss and gradient. Those of other libraries are wide: they only catch
+            results that are plainly wrong.
     """
 
     loss: float
@@ -112,14 +113,14 @@ class Errors:
 
     @property
     def are_tolerable(self) -> bool:
-        """Whether the contender's speed counts."""
+        """Whether the errors are within the tolerances."""
         loss, gradient = self.tolerances
-        # Written so that nan fails.
+        # With nan, the comparisons are false.
         return self.loss <= loss and (self.gradient is None or self.gradient <= gradient)
 
 
 def errors(case: Case, step: Step, truth: Reference, is_ours: bool) -> Errors:
-    """Runs the contender once, and compares."""
+    """Runs the contender once, and compares the result with the reference."""
     loss, gradients = step.outcome()
     dtype = case.torch_dtype
     worst = None
@@ -136,7 +137,7 @@ def errors(case: Case, step: Step, truth: Reference, is_ours: bool) -> Errors:
 
 
 def _sampled(size: int, device: torch.device) -> Tensor:
-    """Indices of some rows: evenly spread, the first and the last among them."""
+    """Indices of evenly spaced rows, with the first and the last."""
     count = min(size, _SAMPLES)
     return torch.linspace(0, size - 1, count, device=device, dtype=torch.float64).round().long()
 

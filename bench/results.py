@@ -1,4 +1,4 @@
-"""What a run leaves: its measurements, as they were, in one JSON file."""
+"""The results of a run: all measurements, in one JSON file."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ FILE = "results.json"
 
 @dataclass
 class Measurement:
-    """A contender in a case.
+    """The measurements of a contender in a case.
 
     Attributes:
-        status: "ok", "wrong" (out of tolerance: it was not timed), "unsupported" or "failed".
-        reason: Of any status but ok.
-        seconds: Of one call, every measurement.
-        peak_bytes: Beyond the inputs, gradients included.
-        loss_error: Relative to float64.
-        gradient_error: The largest of the sampled rows, relative, in the Euclidean norm.
-        launches: On a GPU, kernels of one call.
+        status: "ok", "wrong" (out of tolerance, and therefore not timed), "unsupported" or
+            "failed".
+        reason: Why the status is not "ok".
+        seconds: The time of one call, in each measurement.
+        peak_bytes: The peak memory beyond the inputs, gradients included.
+        loss_error: The relative error against float64.
+        gradient_error: The largest relative error of a sampled row, in the Euclidean norm.
+        launches: The number of kernels in one call, on a GPU.
     """
 
     status: str = "ok"
@@ -41,7 +42,7 @@ class Measurement:
 
     @property
     def median(self) -> float | None:
-        """Seconds, or None where it was not timed."""
+        """The median time, or None if there is none."""
         return statistics.median(self.seconds) if self.seconds else None
 
     @property
@@ -58,9 +59,9 @@ class Ceiling:
     """A limit of the machine, measured in the same rounds.
 
     Attributes:
-        seconds: Of one call, every measurement.
-        bytes: That a call moves, if it is about bytes.
-        flops: That a call computes, if it is about arithmetic.
+        seconds: The time of one call, in each measurement.
+        bytes: The bytes that a call moves, if the limit is a bandwidth.
+        flops: The operations of a call, if the limit is a rate of arithmetic.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -75,35 +76,35 @@ class Ceiling:
 
 @dataclass
 class Row:
-    """A case with its contenders and ceilings, by name."""
+    """The measurements of a case: contenders and ceilings by name."""
 
     case: Case
     contenders: dict[str, Measurement] = field(default_factory=dict)
     ceilings: dict[str, Ceiling] = field(default_factory=dict)
 
     def times_faster(self, than: str, who: str = "llmloss") -> float | None:
-        """How many times as long another contender takes."""
+        """The time of another contender over ours."""
         theirs, ours = self._median(than), self._median(who)
         return theirs / ours if theirs and ours else None
 
     def share_of_ceiling(self, who: str = "llmloss") -> float | None:
-        """The time that the machine's limit allows for the case's work, over the time taken.
+        """The time at the machine's limit over the measured time.
 
-        From logits the limit is the copy's bandwidth (the read's for forward alone), from hidden
-        states the rate of the matrix products at their best chunk.
+        From logits, the limit is the bandwidth of a copy, or of a read for forward alone. From
+        hidden states, it is the rate of the matrix products at their best chunk size.
         """
         seconds, limit = self._median(who), self.limit_seconds
         return limit / seconds if seconds and limit else None
 
     def machine_seconds(self, who: str) -> float | None:
-        """The time in bytes or FLOPs that the machine could have done in it."""
+        """The time, as the bytes or FLOPs that the machine can do in it."""
         seconds, limit = self._median(who), self.limit_seconds
         work = self.case.flops if self.case.is_linear else self.case.bytes
         return seconds * work / limit if seconds and limit else None
 
     @property
     def limit_seconds(self) -> float | None:
-        """The case's work at the ceiling's rate."""
+        """The time of the case's work at the machine's limit."""
         if self.case.is_linear:
             rates = [c.rate for c in self.ceilings.values() if c.flops]
             return self.case.flops / max(rates) if rates else None
@@ -118,14 +119,14 @@ class Row:
 
 @dataclass
 class Results:
-    """A run.
+    """The results of a run.
 
     Attributes:
-        machine: Facts of `bench.machine`.
-        settings: How it was measured: suite, rounds, whether memory was.
-        peers: Version of each peer, or why it is missing.
-        rows: In the order of the suite.
-        complete: Whether the suite was gone through to its end.
+        machine: The facts from `bench.machine`.
+        settings: The suite, the rounds, and whether memory was measured.
+        peers: The version of each peer, or why it is missing.
+        rows: The measured cases, in the order of the suite.
+        complete: Whether the run reached the end of the suite.
     """
 
     machine: dict[str, Any]
@@ -135,25 +136,25 @@ class Results:
     complete: bool = False
 
     def find(self, case: Case) -> Row | None:
-        """The row of a case."""
+        """The row of a case, if it was measured."""
         return next((row for row in self.rows if row.case == case), None)
 
     def option_cost(self, row: Row, who: str = "llmloss") -> float | None:
-        """A case's time over that of the plain case of its size, by the machine of its rounds."""
+        """A case's time over the plain case's, both relative to the machine in their rounds."""
         same = replace(row.case, option="plain", ignored=0.0)
         plain = self.find(replace(same, figure="plain")) or self.find(replace(same, figure="peers"))
         times = [r and r.machine_seconds(who) for r in (row, plain)]
         return times[0] / times[1] if times[0] and times[1] else None
 
     def of_figure(self, *figures: str) -> Iterator[Row]:
-        """The rows of one kind."""
+        """The rows of the given figures."""
         return (row for row in self.rows if row.case.figure in figures)
 
     def save(self, path: Path) -> None:
-        """Writes the file, whole or not at all.
+        """Writes the file atomically.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: The file cannot be written.
         """
         rows = [
             {
@@ -176,10 +177,10 @@ class Results:
 
     @staticmethod
     def load(path: Path) -> Results:
-        """Reads a file, or the one in a folder.
+        """Reads a results file, or the one in a folder.
 
         Raises:
-            UserError: There is none, or it is not a benchmark's.
+            UserError: There is none, or it is not a results file of this version.
         """
         path = path / FILE if path.is_dir() else path
         try:
@@ -206,7 +207,7 @@ class Results:
 
 
 def _short(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what is empty; numbers with as many digits as they deserve."""
+    """Drops empty values, and rounds numbers to their significant digits."""
     kept = {name: value for name, value in values.items() if value not in (None, "", [], 0)}
     for name, value in kept.items():
         if isinstance(value, float):
@@ -217,6 +218,6 @@ def _short(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """JSON for people and for diffs: a line for each case."""
+    """Formats the JSON for readers and diffs: one line per case."""
     head = json.dumps(content, indent=1).removesuffix("\n}")
     return head + ',\n "rows": [\n' + ",\n".join("  " + json.dumps(r) for r in rows) + "\n ]\n}\n"

@@ -1,4 +1,4 @@
-"""Goes through a suite: checks, times and weighs each contender, and writes all of it down."""
+"""Runs a suite: checks every contender, measures its time and memory, and saves the results."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from bench.timing import Timed, measure
 from llmloss_ext.cli.errors import UserError
 
 Progress = Callable[[str, float], None]
-"""Called with a line on what happens, and with how much of the case has been done since."""
+"""Takes a line that says what is running, and the fraction of the case done since the last call."""
 
 
 class Runner:
-    """Measures cases; what it has measured is on disk after every case."""
+    """Measures cases, and saves the results after each."""
 
     def __init__(
         self,
@@ -37,20 +37,22 @@ class Runner:
         """Prepares a run.
 
         Args:
-            suite: Its name, which is written down.
-            rounds: Measurements of each contender.
-            folder: Where the results go.
-            wanted: Contenders beside this library; None for all that the cases call for.
-            with_memory: Whether peak memory is measured, on a CPU in processes of its own.
-            overwrite: Whether earlier results in the folder may be replaced.
+            suite: The name of the suite, for the results.
+            rounds: The number of measurements of each contender.
+            folder: The folder for the results.
+            wanted: The contenders besides this library; None for all that suit the cases.
+            with_memory: Whether to measure peak memory; on a CPU this takes a process each.
+            overwrite: Whether to replace earlier results in the folder.
 
         Raises:
-            UserError: There are results already, or an unknown contender.
+            UserError: The folder holds results already, or a contender is unknown.
         """
         unknown = (wanted or set()) - set(NAMES)
         if unknown:
             names = ", ".join(n for n in NAMES if not n.startswith("llmloss"))
-            raise UserError(f"unknown contenders: {', '.join(sorted(unknown))}; there are {names}")
+            raise UserError(
+                f"unknown contenders: {', '.join(sorted(unknown))}; choose from {names}"
+            )
         self.path = folder / FILE
         if self.path.exists() and not overwrite:
             raise UserError(f"{self.path} exists: choose another --out, or give --overwrite")
@@ -102,7 +104,7 @@ class Runner:
             except UnsupportedError as error:
                 measurement.status, measurement.reason = "unsupported", str(error)
             except Exception as error:
-                # Whatever goes wrong with one is a result, and keeps no other from being measured.
+                # Any failure is a result, and must not stop the others from being measured.
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 measurement.status, measurement.reason = "failed", reason
         ceilings = _ceilings(case, inputs)
@@ -128,7 +130,7 @@ class Runner:
 
 
 def _check(measurement: Measurement, found: Errors) -> None:
-    """Writes the errors down, and refuses what is out of tolerance."""
+    """Records the errors, and marks a contender that is out of tolerance as wrong."""
     measurement.loss_error, measurement.gradient_error = found.loss, found.gradient
     if found.are_tolerable:
         return
@@ -141,7 +143,7 @@ def _check(measurement: Measurement, found: Errors) -> None:
 
 
 def _ceilings(case: Case, inputs: LogitsInputs | LinearInputs) -> dict[str, tuple[Timed, Ceiling]]:
-    """The machine's limits at this case's own shapes."""
+    """The machine's limits at the shapes of the case."""
     if isinstance(inputs, LinearInputs):
         products = 3 if case.has_backward else 1
         flops = 2 * products * case.rows * case.columns * case.features

@@ -1,4 +1,4 @@
-"""Which cases belong together. A suite is data: nothing is computed here."""
+"""The suites, which are lists of cases."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def suite(name: str, has_gpu: bool) -> list[Case]:
     Args:
         name: ``quick`` (under two minutes on two cores), ``cpu`` (what the README quotes), ``gpu``,
             or ``full``: a denser grid on the GPU if there is one, else on the CPU.
-        has_gpu: Whether there is one.
+        has_gpu: Whether there is a CUDA device.
 
     Raises:
-        ValueError: An unknown name, or ``gpu`` without one.
+        ValueError: The name is unknown, or it is ``gpu`` and there is no CUDA device.
     """
     if name == "quick":
         return list(_quick("cuda" if has_gpu else "cpu"))
@@ -56,8 +56,8 @@ def _cpu() -> Iterator[Case]:
     for rows, columns in ((2048, 32000), (1024, 128256)):
         for dtype in _HALVES:
             yield from _both_passes(rows, columns, dtype, "cpu")
-    # Of a size whose gradient lies in memory that was used before: fresh pages, which the larger
-    # cases pay for, cost more than an option does, and not the same each time.
+    # Small enough that the gradient reuses memory: fresh pages, which larger cases need, cost more
+    # than an option does, and their cost varies.
     yield Case("cross_entropy", "forward+backward", 128, 32000, "float32", figure="plain")
     for option in _OPTIONS:
         yield _option(128, 32000, "float32", option, "cpu")
@@ -73,14 +73,14 @@ def _cpu() -> Iterator[Case]:
 
 
 def _gpu() -> Iterator[Case]:
-    # What matters most comes first: time on such a machine may end at any case.
+    # The most important cases come first, because time on a GPU machine may run out.
     yield from _both_passes(8192, 128256, "bfloat16", "cuda")
     yield _linear(8192, 4096, 128256, "bfloat16", "cuda")
     for dtype in ("bfloat16", "float32"):
         for columns in (32000, 50257, 128256, 262144):
             if (columns, dtype) != (128256, "bfloat16"):
                 yield from _both_passes(8192, columns, dtype, "cuda")
-        # Few rows: a row is split over the device.
+        # With few rows, each row is split over the device.
         for rows in (1, 16, 128):
             yield from _both_passes(rows, 128256, dtype, "cuda")
     for option in _OPTIONS:
@@ -91,7 +91,7 @@ def _gpu() -> Iterator[Case]:
 
 
 def _grid(device: str, rows: int) -> Iterator[Case]:
-    """Every option with every dtype and size."""
+    """Yields every option with every dtype and size."""
     for columns in (32000, 50257, 128256):
         for dtype in ("float32", "bfloat16", "float16"):
             for option in OPTIONS:
@@ -133,7 +133,7 @@ def _linear(
 
 
 def _small(device: str) -> Iterator[Case]:
-    """Calls whose cost is their overhead."""
+    """Yields small calls, whose cost is overhead."""
     for passes in PASSES:
         yield Case("cross_entropy", passes, 8, 1000, "float32", device=device, warm=True,
                    figure="small")  # fmt: skip
@@ -142,7 +142,7 @@ def _small(device: str) -> Iterator[Case]:
 def _curves(
     dtype: str, device: str, columns: tuple[int, ...], rows: tuple[int, ...], elements: int
 ) -> Iterator[Case]:
-    """Over V with about ``elements`` logits, over N, and over the CPU's threads."""
+    """Yields curves over V (with about ``elements`` logits), N and the CPU's threads."""
 
     def curve(n: int, v: int, figure: str, threads: int = 0) -> Case:
         return Case("cross_entropy", "forward+backward", n, v, dtype, device=device,
@@ -158,7 +158,7 @@ def _curves(
 
 
 def _thread_counts() -> list[int]:
-    """1, 2, 4, ... and all cores."""
+    """The powers of 2 below the number of cores, and that number."""
     cores = len(os.sched_getaffinity(0))
     powers = [2**k for k in range(cores.bit_length())]
     return sorted({n for n in powers if n < cores} | {cores})

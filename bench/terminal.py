@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: a bar and tables by rich, plain lines where it is missing."""
+"""Progress and tables on the terminal: by rich, or in plain lines if rich is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HAS_RICH = importlib.util.find_spec("rich") is not None
 
 @contextmanager
 def progress(cases: int) -> Iterator[Callable[[str, float], None]]:
-    """Yields what to call with a line on what happens, and the share of a case done since."""
+    """Yields a `bench.run.Progress`."""
     if not _HAS_RICH or not sys.stdout.isatty():
         yield _lines(cases)
         return
@@ -28,7 +28,7 @@ def progress(cases: int) -> Iterator[Callable[[str, float], None]]:
 
 
 def _lines(cases: int) -> Callable[[str, float], None]:
-    """A line for each case, as it is begun."""
+    """Prints a line when a case begins."""
     done, shown = 0.0, ""
 
     def say(line: str, share: float) -> None:
@@ -43,7 +43,7 @@ def _lines(cases: int) -> Callable[[str, float], None]:
 
 
 def show(tables: Iterable[Table]) -> None:
-    """Prints them."""
+    """Prints tables."""
     if not _HAS_RICH:
         for table in tables:
             print(f"\n{table.title}\n{table.markdown()}")

@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender once a round, so that a slow minute hits them all."""
+"""Interleaved timing: each round measures every contender once, so that noise hits all alike."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from functools import lru_cache
 import torch
 
 _SAMPLE_SECONDS = 2e-3
-"""A CPU's measurement lasts at least so long: short calls are repeated."""
+"""The least duration of a measurement on a CPU: short calls are repeated."""
 _MOST_REPEATS = 500
 _CASE_SECONDS = 60.0
-"""After so long a case gets no more rounds, but `_LEAST_ROUNDS` it always gets."""
+"""After this time a case gets no more rounds, once it has had `_LEAST_ROUNDS`."""
 _LEAST_ROUNDS = 3
 
 
 @dataclass
 class Timed:
-    """Something to be timed.
+    """A call to time.
 
     Attributes:
-        run: The timed work; gets what ``prepare`` returned.
-        prepare: Makes fresh arguments outside the clock.
-        repeatable: Whether many arguments may be prepared before they are used.
-        seconds: Of a call, measured so far.
+        run: The timed call; takes the arguments that ``prepare`` returns.
+        prepare: Makes fresh arguments, and is not timed.
+        repeatable: Whether several sets of arguments may be prepared before they are used.
+        seconds: The measured times of a call.
+        repeats: The number of calls in a measurement.
     """
 
     run: Callable[..., object]
@@ -38,7 +39,7 @@ class Timed:
     repeats: int = 1
 
     def warm_up(self, on_gpu: bool) -> None:
-        """Two calls; then the number of repeats is chosen."""
+        """Runs two calls, then chooses the number of repeats."""
         for _ in range(2):
             seconds = self._once(on_gpu)
         if self.repeatable and not on_gpu:
@@ -59,14 +60,14 @@ def _seconds(run: Callable[..., object], arguments: list[Sequence[object]]) -> f
     for each in arguments:
         result = run(*each)
     seconds = time.perf_counter() - start
-    del result  # freed outside the clock
+    del result  # freeing it is not timed
     return seconds
 
 
 def _gpu_seconds(run: Callable[..., object], arguments: list[Sequence[object]]) -> float:
-    """By events, with the L2 cache full of something else.
+    """Times with CUDA events, after the L2 cache is flushed.
 
-    Filling it also gives the host the time to queue all launches: only the device's work counts.
+    The flush also gives the host time to queue all launches, so that only the device's work counts.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -92,11 +93,11 @@ def measure(
     after_each: Callable[[], None] = lambda: None,
     seconds: float = _CASE_SECONDS,
 ) -> None:
-    """Times every contender, warmed up before, once a round: fewer rounds where they take long.
+    """Times every contender once per round; they have been warmed up before.
 
-    The order is another one each round, and on a CPU each measurement follows an untimed run of the
-    same contender, as a training loop has it: what others leave behind (gigabytes for the system to
-    clean up, caches, pages given back) is not the next one's cost.
+    Each round has another random order, and slow cases get fewer rounds. On a CPU, an untimed run
+    of the same contender precedes each measurement, as in a training loop. So no contender pays for
+    what the previous one left behind: memory to clean up, caches, and pages that were given back.
     """
     gc.collect()
     gc.disable()

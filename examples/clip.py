@@ -1,4 +1,4 @@
-"""CLIP-style contrastive training: two views of the same things find each other.
+"""CLIP-style contrastive training: matches two views of the same things.
 
 The B x B similarities of a batch are never in memory.
 
@@ -18,7 +18,7 @@ texts = torch.tanh(things @ text_of) + 0.3 * torch.randn(2048, 64)
 
 
 def encoder() -> torch.nn.Module:
-    """From what is seen to an embedding."""
+    """Maps a view to an embedding."""
     return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 32))
 
 
@@ -34,7 +34,7 @@ for step in range(201):
     if step % 50 == 0:
         print(f"step {step:>3}  loss {loss.item():.3f}  scale {loss_of.log_scale.exp().item():.1f}")
 
-with torch.no_grad():  # the last 256 were never trained on
+with torch.no_grad():  # the last 256 things are held out
     q, k = (
         torch.nn.functional.normalize(e(x[1792:]), dim=-1)
         for e, x in ((image_encoder, images), (text_encoder, texts))

@@ -1,4 +1,4 @@
-"""Distillation of a larger GPT into a smaller one, with neither model's logits in memory.
+"""Distils a larger GPT into a smaller one, without the logits of either in memory.
 
 python examples/distillation.py
 """
@@ -19,7 +19,7 @@ def batch() -> torch.Tensor:
 
 
 def train(model: GPT, loss_of, steps: int, name: str) -> None:
-    """Runs steps of Adam on what ``loss_of`` says of a batch."""
+    """Trains a model on the loss that ``loss_of`` computes for a batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         loss = loss_of(batch())

@@ -1,7 +1,7 @@
 """Direct preference optimisation of a small GPT, from hidden states: no logits in memory.
 
-The model first learns to count upwards from any number. Then pairs of continuations say that
-counting downwards is preferred.
+The model first learns to count, mostly upwards, from any number. Then it learns from pairs of
+continuations to prefer counting downwards.
 
     python examples/dpo.py
 """
@@ -23,7 +23,7 @@ def counting(starts: torch.Tensor, by: int) -> torch.Tensor:
 
 
 def log_probs(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
-    """Of each sequence's tokens behind the first, which is the prompt."""
+    """The log probability of each sequence after its first token, which is the prompt."""
     each = linear_log_probs(model.hidden(tokens), model.head.weight, tokens, shift=1)
     return sequence_log_probs(each)
 

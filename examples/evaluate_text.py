@@ -2,8 +2,8 @@
 
     python examples/evaluate_text.py [FILE]
 
-A small byte-level GPT learns the first part of the file (by default, of this one); what it knows of
-the rest is measured.
+A small byte-level GPT is trained on the first part of the file (by default, of this one) and
+evaluated on the rest.
 """
 
 import sys

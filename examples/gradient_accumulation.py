@@ -15,7 +15,7 @@ targets[:29] = -100  # padding: the micro-batches have 0, 3, 16 and 16 tokens
 
 
 def gradient() -> torch.Tensor:
-    """Of the weight, as one vector; and a clean slate."""
+    """Returns the gradient of the weight as a vector, and clears it."""
     result = model.weight.grad.flatten().clone()
     model.zero_grad()
     return result
@@ -31,7 +31,7 @@ loss = accumulate_gradients(
 )
 exact = gradient()
 
-for x, y in micro:  # what is often done instead; torch gives nan where all tokens are ignored
+for x, y in micro:  # the usual way; skip a mean over no tokens, which is nan
     if (y != -100).any():
         (cross_entropy(model(x), y) / len(micro)).backward()
 usual = gradient()

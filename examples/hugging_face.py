@@ -1,4 +1,4 @@
-"""A model of Hugging Face's transformers, trained without its logits in memory.
+"""Trains a model of Hugging Face transformers without its logits in memory.
 
 pip install transformers
 python examples/hugging_face.py
@@ -20,7 +20,7 @@ config = LlamaConfig(
 
 
 def train(model: LlamaForCausalLM) -> tuple[list[float], int]:
-    """The losses, and the bytes of the largest tensor that a step keeps for its backward pass."""
+    """Returns the losses, and the bytes of the largest tensor that a step keeps for backward."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     torch.manual_seed(1)
     losses, largest = [], 0
@@ -31,7 +31,7 @@ def train(model: LlamaForCausalLM) -> tuple[list[float], int]:
         return tensor
 
     for _ in range(STEPS):
-        tokens = torch.randint(0, 50, (BATCH, LENGTH))  # of the vocabulary it learns a corner
+        tokens = torch.randint(0, 50, (BATCH, LENGTH))  # a small part of the vocabulary
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(input_ids=tokens, labels=tokens).loss
         optimizer.zero_grad()
@@ -42,7 +42,7 @@ def train(model: LlamaForCausalLM) -> tuple[list[float], int]:
 
 
 def fresh_model() -> LlamaForCausalLM:
-    """The same weights each time."""
+    """Returns a model with the same weights each time."""
     torch.manual_seed(0)
     return LlamaForCausalLM(config).train()
 
@@ -57,6 +57,6 @@ print(
     f"largest tensor kept for backward: {ours_kept / 2**20:.1f} and {theirs_kept / 2**20:.1f} MiB"
 )
 
-stop_linear_cross_entropy(model)  # as it was
+stop_linear_cross_entropy(model)  # restores the model
 model.eval()
 print(f"logits for generation: {tuple(model(torch.tensor([[1, 2, 3]])).logits.shape)}")

@@ -1,4 +1,4 @@
-"""What the options do to one batch of logits, in a line each.
+"""Shows each option on one batch of logits, checked against plain torch.
 
 python examples/options.py
 """
@@ -28,7 +28,7 @@ rows = logits[:, :VOCAB]
 
 
 def show(what: str, value: torch.Tensor, expected: torch.Tensor) -> None:
-    """A line, and what it must be."""
+    """Checks a value, and prints it."""
     torch.testing.assert_close(value, expected)
     print(f"{what:<34}{value.item():8.4f}")
 
@@ -59,7 +59,7 @@ show("focal", cross_entropy(rows, target, focal_gamma=2.0), (each[:6] * hardness
 capped = F.cross_entropy(5.0 * torch.tanh(0.7 * rows / 5.0), target)
 show("softcap, logit_scale", cross_entropy(rows, target, softcap=5.0, logit_scale=0.7), capped)
 soft = torch.softmax(torch.randn(8, VOCAB), -1)
-check_probabilities(soft)  # costs a pass: only on request
+check_probabilities(soft)  # reads the whole tensor, so the losses do not do it
 show("probability targets", cross_entropy(rows, soft), F.cross_entropy(rows, soft))
 
 of_p = entropy(torch.softmax(rows, -1))
@@ -77,7 +77,7 @@ attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
 show("attention with a causal mask", attended.mean(), causal.mean())
 
-learned = UncertaintyWeights(["next", "masked"])  # of two losses, 1 each at first
+learned = UncertaintyWeights(["next", "masked"])  # the weights of two losses, initially 1
 show("learned weights", learned({"next": plain, "masked": smooth}).total, plain + smooth)
 
 prediction, reference = "the cat sat", "the cat sat down"

@@ -1,7 +1,7 @@
-"""A small GPT trained on two tasks at once, watched by a loss monitor.
+"""Trains a small GPT on two tasks at once, with a loss monitor.
 
-Next tokens with label smoothing, z-loss and a confidence penalty, from hidden states; and masked
-tokens, whose weight fades out. One batch is noise: its step is skipped.
+One task is to predict the next token, with label smoothing, z-loss and a confidence penalty. The
+other is to predict masked tokens; its weight decays to 0. One batch is noise: its step is skipped.
 
     python examples/pretraining.py
 """
@@ -41,7 +41,7 @@ monitor = LossMonitor(spike_threshold=3.0, history_size=20)
 
 for step in range(STEPS):
     tokens = batch() if step != NOISE else torch.randint(0, 256, (16, LENGTH))
-    # Loss, perplexity and accuracies from one pass, and no logits in memory.
+    # Loss, perplexity and accuracies from one pass, without the logits in memory.
     stats = next_token.compute_loss_with_stats(model.hidden(tokens), tokens, linear_weight=head)
     masked, labels = mask_tokens(tokens, MASK, VOCAB, special_tokens=[PAD])
     combined = combined_loss(
@@ -49,7 +49,7 @@ for step in range(STEPS):
             "next": stats.loss,
             "masked": lambda m=masked, y=labels: mlm_loss(model.hidden(m, causal=False), y, head),
         },
-        # From step 60 on the weight is 0, and the second pass through the model is not made.
+        # From step 60 on the weight is 0, and the second pass through the model is skipped.
         {"next": 1.0, "masked": linear_schedule(step, 20, 60, 0.5, 0.0)},
     )
     combined.total.backward()

@@ -1,7 +1,7 @@
-"""A vocabulary spread over the ranks of a group: each holds half of the output layer.
+"""Splits the vocabulary over two ranks, each of which holds half of the output layer.
 
-The ranks see the same text, and their losses are the same bits. One device with the whole layer
-gets the same losses, up to rounding.
+The ranks see the same text, and their losses are bitwise equal. One device with the whole layer
+gets the same losses up to rounding.
 
     python examples/tensor_parallel.py
 """
@@ -20,7 +20,7 @@ text = torch.tensor(list(b"pack my box with five dozen liquor jugs. " * 40))
 
 
 def train(loss_of, head: torch.nn.Parameter, model: GPT) -> list[float]:
-    """The losses of a few steps; ``head`` is the part of the output layer that is here."""
+    """Returns the losses of a few steps; ``head`` is this rank's part of the output layer."""
     optimizer = torch.optim.AdamW([*model.parameters(), head], lr=3e-3)
     losses = []
     torch.manual_seed(1)
@@ -36,7 +36,7 @@ def train(loss_of, head: torch.nn.Parameter, model: GPT) -> list[float]:
 
 
 def on_rank(rank: int, folder: str) -> None:
-    """What a rank of tensor parallelism does."""
+    """Trains on one rank."""
     torch.set_num_threads(1)
     where = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=RANKS)

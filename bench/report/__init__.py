@@ -1,1 +1,1 @@
-"""What people look at: tables, plots and a page from the results of a run."""
+"""The report of a run: tables, plots and a page."""

@@ -1,4 +1,4 @@
-"""The report: a self-contained page, a Markdown file and the plots beside the results."""
+"""The report: a self-contained page, a Markdown file and the plots."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HTML, MARKDOWN = "report.html", "report.md"
 
 
 def write_report(path: Path, folder: Path) -> list[Path]:
-    """Writes ``report.html``, ``report.md`` and a file for each plot; earlier ones are replaced.
+    """Writes ``report.html``, ``report.md`` and a file for each plot, replacing earlier ones.
 
     Args:
         path: A run's results, or their folder.
-        folder: Where the report goes.
+        folder: The folder for the report.
 
     Raises:
-        UserError: The results cannot be read, or the files not be written.
+        UserError: The results cannot be read, or a file cannot be written.
     """
     results = Results.load(path)
     path = path / FILE if path.is_dir() else path
@@ -75,7 +75,7 @@ def _markdown(results: Results, drawn: list[str]) -> str:
 
 
 def cards(results: Results) -> list[dict[str, str]]:
-    """The few figures that say most: medians over the cases beside others."""
+    """The headline figures: medians over the cases that are compared with others."""
     made = []
     rows = [r for r in results.of_figure("peers") if r.case.has_backward]
     for linear, what in ((False, "from logits"), (True, "from hidden states")):

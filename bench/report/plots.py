@@ -1,4 +1,4 @@
-"""The plots, as SVG."""
+"""The plots of a report, as SVG."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _COLOURS = {
 _STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5,
-    # Text stays text, and the same figures give the same file.
+    # Text stays text, and the same results give the same file.
     "svg.fonttype": "none", "svg.hashsalt": "llmloss_ext", "font.family": "sans-serif",
 }  # fmt: skip
 _WIDTH = 5.4  # inches: still legible on a phone
 
 
 def plots(results: Results) -> dict[str, str]:
-    """SVG by name; only those for which something was measured."""
+    """The plots as SVG, by name. A plot without measurements is left out."""
     makers: dict[str, Callable[[Results], Figure | None]] = {
         "peers": _peers,
         "roofline": _roofline,
@@ -56,7 +56,7 @@ def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    # Without the prologue and the metadata, which name pages elsewhere.
+    # The prologue and the metadata contain links, so they are cut.
     return re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
@@ -89,8 +89,8 @@ def _peers(results: Results) -> Figure | None:
     ]
     axes.set_yticks([j + 0.4 - height / 2 for j in range(len(rows))], labels, fontsize=8.5)
     axes.invert_yaxis()
-    axes.set_xlabel("times as long as llmloss (blue line)")
-    _title(figure, "Forward and backward: time beside others")
+    axes.set_xlabel("time relative to llmloss (blue line)")
+    _title(figure, "Forward and backward: time of others")
     axes.margins(x=0.12)
     return figure
 
@@ -121,7 +121,7 @@ def _roofline(results: Results) -> Figure | None:
     ys = [x * bandwidth / 1e9 for x in xs[:2]] + [(rate or high * bandwidth) / 1e9]
     axes.plot(xs, ys, color="#111827", linewidth=1.2, label="the machine's limit")
     axes.set(xscale="log", yscale="log")
-    axes.set_xlabel("FLOP per byte that has to be moved")
+    axes.set_xlabel("FLOP per byte of minimum traffic")
     axes.set_ylabel("GFLOP/s")
     _title(figure, "Roofline: copy bandwidth and matrix products")
     _unique_legend(axes, "lower right")
@@ -179,8 +179,8 @@ def _options(results: Results) -> Figure | None:
     axes.axvline(1, color="#111827", linewidth=1)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel("time over that of plain cross entropy")
-    _title(figure, "What an option costs")
+    axes.set_xlabel("time relative to plain cross entropy")
+    _title(figure, "Cost of the options")
     return figure
 
 
@@ -210,7 +210,7 @@ def _curve(
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel(label)
-    axes.set_ylabel("GFLOP/s" if linear else "GB/s that have to be moved")
+    axes.set_ylabel("GFLOP/s" if linear else "GB/s of minimum traffic")
     _title(figure, f"Forward and backward over {label}")
     _unique_legend(axes, "best")
     return figure

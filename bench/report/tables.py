@@ -1,4 +1,4 @@
-"""The results as tables of text, for the terminal, Markdown and HTML alike."""
+"""The results as tables of text, for the terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ MIB = 2**20
 
 @dataclass
 class Table:
-    """Text in rows and columns; all columns but the first are numbers."""
+    """A table of text. All columns but the first hold numbers."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """As a Markdown table."""
+        """Formats the table as Markdown."""
         lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def tables(results: Results) -> list[Table]:
-    """Everything that was measured."""
+    """The tables of all measurements."""
     rows = results.rows
     made = [
-        _by_contender("Time of one call, and how many times as long others take", rows, _time),
+        _by_contender("Time per call, and relative to llmloss", rows, _time),
         _by_contender(
             "Peak memory beyond the inputs, gradients included (MiB)",
             [r for r in rows if any(m.peak_bytes for m in r.contenders.values())],
@@ -40,14 +40,14 @@ def tables(results: Results) -> list[Table]:
     ]
     if any(m.launches for row in rows for m in row.contenders.values()):
         made.append(
-            _by_contender("Kernels, copies and fills of one call", rows,
+            _by_contender("Kernels, copies and fills per call", rows,
                           lambda row, m: str(m.launches or ""))
         )  # fmt: skip
     return [*made, limits(rows)]
 
 
 def missing(results: Results) -> list[str]:
-    """A line for each contender that gives no speed somewhere, with the reason."""
+    """A line for each contender that was not timed in a case, with the reason."""
     lines = [f"{name}: {state}" for name, state in results.peers.items() if is_missing(state)]
     return lines + [
         f"{name}: {m.status} in {row.case.label}: {m.reason}"
@@ -58,7 +58,7 @@ def missing(results: Results) -> list[str]:
 
 
 def limits(rows: Iterable[Row]) -> Table:
-    """The machine's limits beside what was reached."""
+    """The machine's limits, and the share of them that was reached."""
     cells = []
     for row in rows:
         if not row.ceilings:
@@ -106,7 +106,7 @@ def _error(row: Row, m: Measurement) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits."""
+    """Formats a time in milliseconds with three digits."""
     value = seconds * 1e3
     return (
         f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.3g}"
@@ -114,12 +114,12 @@ def milliseconds(seconds: float) -> str:
 
 
 def mebibytes(size: int | None) -> str:
-    """Whole ones, or one digit where they are few."""
+    """Formats a size in MiB, with a decimal below 10 MiB."""
     if size is None:
         return ""
     return f"{size / MIB:,.0f}" if size >= 10 * MIB else f"{size / MIB:.1f}"
 
 
 def percent(share: float | None) -> str:
-    """A share."""
+    """Formats a fraction in percent."""
     return "" if share is None else f"{share:.0%}"
