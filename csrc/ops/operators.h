@@ -11,6 +11,7 @@
 
 #include <array>
 #include <tuple>
+#include <utility>
 
 #include "../core/shards.h"
 #include "arguments.h"
@@ -33,9 +34,9 @@ struct Operators {
       const Problem<T> problem(input, target, logits);
       Backend backend(input);
       backend.check_targets(problem);
-      const Results<real_t<T>> results(input, problem.row_shape(), problem.rows.rows, wanted);
+      Results<real_t<T>> results(input, problem.row_shape(), problem.rows.rows, wanted);
       backend.row_stats(problem.rows, results.outputs);
-      return results.tensors;
+      return std::move(results.tensors);
     });
   }
 
@@ -147,7 +148,7 @@ struct Operators {
           is_integer(target.scalar_type()) && target.numel() == rows && target.is_contiguous(),
           "llmloss: expected ", rows, " contiguous int64 or int32 targets");
       constexpr int64_t all_but_rank = (int64_t{1} << Stat::count) - 1 - (int64_t{1} << Stat::rank);
-      const Results<Real> results(shard_stats, std::array{rows}, rows, all_but_rank);
+      Results<Real> results(shard_stats, std::array{rows}, rows, all_but_rank);
       const Tensor owners = new_real<Real>(shard_stats, {rows});
       const Targets targets{target.data_ptr(), target.scalar_type() == ScalarType::Long,
                             ignore_index};
@@ -155,9 +156,8 @@ struct Operators {
           .merge_shards(ShardRows<Real>{data<Real>(shard_stats), shard_stats.size(0), rows, targets,
                                         vocab_size},
                         results.outputs, data<Real>(owners));
-      Tensors tensors = results.tensors;
-      tensors.push_back(owners);
-      return tensors;
+      results.tensors.push_back(owners);
+      return std::move(results.tensors);
     });
   }
 

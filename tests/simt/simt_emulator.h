@@ -50,7 +50,6 @@ namespace llmloss::simt {
 
 struct Grid {
   unsigned x = 1;
-  unsigned y = 1;
 };
 
 namespace emulator {
@@ -206,10 +205,9 @@ class Cluster {
     running_.resize(blocks);
   }
 
-  // Runs `body` as every thread of the blocks first_x, first_x + 1, ... of row y.
-  void run(unsigned first_x, unsigned y, void (*body)(const void*), const void* argument) {
+  // Runs `body` as every thread of the blocks first_x, first_x + 1, ...
+  void run(unsigned first_x, void (*body)(const void*), const void* argument) {
     first_x_ = first_x;
-    y_ = y;
     body_ = body;
     argument_ = argument;
     error_.clear();
@@ -257,7 +255,6 @@ class Cluster {
   unsigned rank() const { return current_ / block_threads_; }
   unsigned blocks() const { return blocks_; }
   unsigned block_x() const { return first_x_ + rank(); }
-  unsigned block_y() const { return y_; }
   Grid grid() const { return grid_; }
   SharedMemory& shared(unsigned rank) {
     if (rank >= blocks_) stop("there is no block of rank " + std::to_string(rank));
@@ -343,7 +340,7 @@ class Cluster {
   std::string where_all_are() const {
     std::ostringstream out;
     for (unsigned b = 0; b < blocks_; ++b) {
-      out << (b == 0 ? "" : "; ") << "block (" << first_x_ + b << ", " << y_ << "):";
+      out << (b == 0 ? "" : "; ") << "block " << first_x_ + b << ":";
       for (unsigned t = 0; t < block_threads_;) {
         const std::string first = where_is(b * block_threads_ + t);
         unsigned last = t;
@@ -478,7 +475,6 @@ class Cluster {
   unsigned blocks_;
   uint64_t random_;
   unsigned first_x_ = 0;
-  unsigned y_ = 0;
   unsigned current_ = 0;
   size_t ended_ = 0;
   size_t arrivals_ = 0;  // of all threads
@@ -595,12 +591,9 @@ void launch(void (*kernel)(Parameters...), Grid grid, unsigned block_threads,
     std::apply(call.kernel, call.arguments);
   };
   emulator::Cluster cluster(grid, block_threads, cluster_blocks, shared_bytes);
-  const std::vector<unsigned> order = emulator::order_of(grid.x / cluster_blocks * grid.y);
+  const std::vector<unsigned> order = emulator::order_of(grid.x / cluster_blocks);
   emulator::FaultGuard{}([&] {
-    for (unsigned i : order) {
-      const unsigned per_row = grid.x / cluster_blocks;
-      cluster.run(i % per_row * cluster_blocks, i / per_row, body, &call);
-    }
+    for (unsigned i : order) cluster.run(i * cluster_blocks, body, &call);
   });
 }
 
@@ -608,9 +601,7 @@ void launch(void (*kernel)(Parameters...), Grid grid, unsigned block_threads,
 inline unsigned thread_index() { return emulator::Cluster::active()->thread_index(); }
 inline unsigned block_threads() { return emulator::Cluster::active()->block_threads(); }
 inline unsigned block_index_x() { return emulator::Cluster::active()->block_x(); }
-inline unsigned block_index_y() { return emulator::Cluster::active()->block_y(); }
 inline unsigned grid_x() { return emulator::Cluster::active()->grid().x; }
-inline unsigned grid_y() { return emulator::Cluster::active()->grid().y; }
 inline unsigned lane() { return thread_index() % emulator::warp_size; }
 inline unsigned warp_index() { return thread_index() / emulator::warp_size; }
 inline unsigned cluster_rank() { return emulator::Cluster::active()->rank(); }

@@ -5,7 +5,8 @@
 
 namespace llmloss::cuda {
 
-// plain: logits as they are, no entropy, and one weight for all columns; known to the compiler.
+// plain: logits as they are, no statistic that needs more sums, and one weight for all columns;
+// known to the compiler.
 template <typename T, bool plain>
 struct ColumnGradient {
   using Real = real_t<T>;
