@@ -16,6 +16,7 @@ targets[:29] = -100  # padding: the micro-batches have 0, 3, 16 and 16 tokens
 
 def gradient() -> torch.Tensor:
     """Of the weight, as one vector; and a clean slate."""
+    assert model.weight.grad is not None
     result = model.weight.grad.flatten().clone()
     model.zero_grad()
     return result
