@@ -212,6 +212,8 @@ class Step:
         """Computes the loss and the gradients of the arguments, for the check."""
         if not self._case.has_backward:
             return self.run(*self.prepare()), ()
+        leaves: tuple[Tensor, ...]
+        arguments: tuple[Tensor, ...]
         if isinstance(self._inputs, LinearInputs):
             leaves = arguments = self._inputs.fresh()
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class LogitsInputs:
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator(case.device).manual_seed(0)
-        like = {"generator": generator, "device": case.device}
+        like: dict[str, Any] = {"generator": generator, "device": case.device}
         dtype = case.torch_dtype
         self.logits = torch.empty(case.rows, case.columns, dtype=dtype, device=case.device)
         for rows in self.logits.split(max((1 << 26) // case.columns, 1)):
@@ -84,7 +85,7 @@ class LinearInputs:
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator(case.device).manual_seed(0)
-        like = {"generator": generator, "device": case.device}
+        like: dict[str, Any] = {"generator": generator, "device": case.device}
         hidden = torch.randn(case.rows, case.features, **like)
         weight = torch.randn(case.columns, case.features, **like) * 0.02
         self.hidden = hidden.to(case.torch_dtype).requires_grad_(case.has_backward)

@@ -84,4 +84,5 @@ def launches(step: Step) -> int | None:
         step.run(*arguments)
         torch.cuda.synchronize()
     events: Any = profiler.events()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in events) or None
+    cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+    return sum(e.device_type == cuda for e in events) or None

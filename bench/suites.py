@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from bench.cases import OPTIONS, PASSES, Case
 
@@ -111,14 +112,14 @@ def _both_passes(rows: int, columns: int, dtype: str, device: str) -> Iterator[C
 
 
 def _option(rows: int, columns: int, dtype: str, option: str, device: str) -> Case:
-    where = {"device": device, "figure": "options"}
+    where: dict[str, Any] = {"device": device, "figure": "options"}
     return Case("cross_entropy", "forward+backward", rows, columns, dtype, option=option, **where)
 
 
 def _ignored(
     rows: int, columns: int, dtype: str, share: float, device: str, passes: str = "forward"
 ) -> Case:
-    where = {"device": device, "figure": "ignored"}
+    where: dict[str, Any] = {"device": device, "figure": "ignored"}
     return Case("cross_entropy", passes, rows, columns, dtype, ignored=share, **where)
 
 

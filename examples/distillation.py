@@ -3,7 +3,10 @@
 python examples/distillation.py
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from llmloss_ext import linear_cross_entropy, linear_kl_div
 from llmloss_train.model import GPT
@@ -18,7 +21,7 @@ def batch() -> torch.Tensor:
     return torch.stack([text[s : s + LENGTH] for s in starts.tolist()])
 
 
-def train(model: GPT, loss_of, steps: int, name: str) -> None:
+def train(model: GPT, loss_of: Callable[[Tensor], Tensor], steps: int, name: str) -> None:
     """Trains a model on the loss that ``loss_of`` computes for a batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):

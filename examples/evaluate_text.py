@@ -40,6 +40,7 @@ with torch.no_grad():
             hidden, model.head.weight, window.unsqueeze(0), shift=1, with_rank=True
         )
         perplexity.update(stats.log_prob[:, :-1])  # the last byte of a window predicts nothing
+        assert stats.rank is not None  # with_rank
         ranks.append(stats.rank[0, :-1])
     rank = torch.cat(ranks)
     print(f"{path.name}: perplexity {perplexity.compute():.2f} a byte over {len(rank)} bytes")

@@ -16,6 +16,7 @@ targets[:29] = -100  # padding: the micro-batches have 0, 3, 16 and 16 tokens
 
 def gradient() -> torch.Tensor:
     """Returns the gradient of the weight as a vector, and clears it."""
+    assert model.weight.grad is not None
     result = model.weight.grad.flatten().clone()
     model.zero_grad()
     return result

@@ -6,7 +6,10 @@ other is to predict masked tokens; its weight decays to 0. One batch is noise: i
     python examples/pretraining.py
 """
 
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from llmloss_ext.losses import (
     LanguageModelLoss,
@@ -30,6 +33,11 @@ def batch() -> torch.Tensor:
     return tokens
 
 
+def masked_loss(tokens: Tensor, labels: Tensor) -> Tensor:
+    """The loss of tokens that the model does not see, from those around them."""
+    return mlm_loss(model.hidden(tokens, causal=False), labels, head)
+
+
 torch.manual_seed(0)
 model = GPT(VOCAB, LENGTH, dim=64, layers=2, heads=4)
 head = model.head.weight
@@ -47,7 +55,7 @@ for step in range(STEPS):
     combined = combined_loss(
         {
             "next": stats.loss,
-            "masked": lambda m=masked, y=labels: mlm_loss(model.hidden(m, causal=False), y, head),
+            "masked": partial(masked_loss, masked, labels),
         },
         # From step 60 on the weight is 0, and the second pass through the model is skipped.
         {"next": 1.0, "masked": linear_schedule(step, 20, 60, 0.5, 0.0)},

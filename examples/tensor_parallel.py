@@ -7,10 +7,13 @@ gets the same losses up to rounding.
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from llmloss_ext import linear_cross_entropy, parallel
 from llmloss_train.model import GPT
@@ -19,7 +22,7 @@ VOCAB, LENGTH, STEPS, RANKS = 256, 48, 40, 2
 text = torch.tensor(list(b"pack my box with five dozen liquor jugs. " * 40))
 
 
-def train(loss_of, head: torch.nn.Parameter, model: GPT) -> list[float]:
+def train(loss_of: Callable[..., Tensor], head: torch.nn.Parameter, model: GPT) -> list[float]:
     """Returns the losses of a few steps; ``head`` is this rank's part of the output layer."""
     optimizer = torch.optim.AdamW([*model.parameters(), head], lr=3e-3)
     losses = []
@@ -51,7 +54,7 @@ def on_rank(rank: int, folder: str) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(on_rank, (folder,), RANKS, start_method="spawn")
+        spawn(on_rank, (folder,), RANKS)
         ranks = [Path(folder, f"{rank}.txt").read_text() for rank in range(RANKS)]
     torch.manual_seed(0)
     model = GPT(VOCAB, LENGTH, dim=64, layers=2, heads=4)

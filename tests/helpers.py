@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,11 @@ class Passed(torch.autograd.Function):
     """``Passed.apply(logits, anchor)``: the same memory, as if a model had computed it."""
 
     @staticmethod
-    def forward(ctx, logits, anchor):
+    def forward(ctx: Any, logits: Tensor, anchor: Tensor) -> Tensor:
         return logits.view_as(logits)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad.new_zeros(())
 
 
@@ -34,7 +35,9 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     )  # fmt: skip
 
 
-def gradients(loss: Callable[..., Tensor], *tensors: Tensor, upstream: Tensor | None = None):
+def gradients(
+    loss: Callable[..., Tensor], *tensors: Tensor, upstream: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss's value and its gradients for fresh leaves of ``tensors``."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     value = loss(*leaves)

@@ -12,6 +12,7 @@ logits has no statistics either: nan throughout, also in its gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class Problem:
     """
 
     logits: Floats
-    target: NDArray[np.generic]
+    target: NDArray[Any]
     weight: Floats | None = None
     ignore_index: int = -100
     vocab_size: int | None = None

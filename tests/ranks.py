@@ -34,12 +34,11 @@ class Ranks:
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + _WAIT
         while len(answers) < self.size:
-            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
-            ready = wait(waiting, max(deadline - time.monotonic(), 0))
-            for pipe in ready:
-                rank = self._pipes.index(pipe)
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            ready = set(wait(list(waiting), max(deadline - time.monotonic(), 0)))
+            for rank in [rank for pipe, rank in waiting.items() if pipe in ready]:
                 try:
-                    is_well, answers[rank] = pipe.recv()
+                    is_well, answers[rank] = self._pipes[rank].recv()
                 except EOFError:
                     is_well, answers[rank] = False, "has died"
                 if not is_well:  # the first to fail: the others may only wait for it

@@ -64,9 +64,10 @@ def cross_entropy(
     vocab_size: int | None = None,
 ) -> Tensor:
     """Cross entropy of logits (..., V) in float64; class indices only."""
-    options = {"weight": weight, "ignore_index": ignore_index, "softcap": softcap}
-    options |= {"logit_scale": logit_scale, "vocab_size": vocab_size}
-    s = stats(input, target, **options)
+    s = stats(
+        input, target, weight=weight, ignore_index=ignore_index, softcap=softcap,
+        logit_scale=logit_scale, vocab_size=vocab_size,
+    )  # fmt: skip
     valid = (target != ignore_index).double()
     w_y = valid
     if weight is not None:

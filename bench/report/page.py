@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import jinja2
 
@@ -37,9 +39,13 @@ def write_report(path: Path, folder: Path) -> list[Path]:
         target = folder / name
         with writing(target):
             folder.mkdir(parents=True, exist_ok=True)
-            replace_file(target, lambda file, text=text: file.write(text.encode()))
+            replace_file(target, partial(_write, text))
         written.append(target)
     return written
+
+
+def _write(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
 
 
 def _html(results: Results, drawn: dict[str, str], digest: str) -> str:

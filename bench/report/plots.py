@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable
+from typing import Any, Literal
 
 import matplotlib as mpl
 
@@ -21,13 +22,14 @@ _COLOURS = {
     "llmloss": "#1d4ed8", "llmloss inplace": "#60a5fa", "torch": "#9ca3af", "compile": "#f59e0b",
     "torch chunked": "#57534e", "liger": "#16a34a", "cce": "#db2777", "quack": "#7c3aed",
 }  # fmt: skip
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5,
     # Text stays text, and the same results give the same file.
     "svg.fonttype": "none", "svg.hashsalt": "llmloss_ext", "font.family": "sans-serif",
 }  # fmt: skip
 _WIDTH = 5.4  # inches: still legible on a phone
+Place = Literal["best", "lower right", "upper left"]
 
 
 def plots(results: Results) -> dict[str, str]:
@@ -220,7 +222,7 @@ def _title(figure: Figure, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=10.5)
 
 
-def _unique_legend(axes: Axes, place: str, columns: int = 1) -> None:
+def _unique_legend(axes: Axes, place: Place, columns: int = 1) -> None:
     handles, labels = axes.get_legend_handles_labels()
     first = dict(zip(reversed(labels), reversed(handles), strict=True))
     order = sorted(first, key=lambda name: (_rank(name), name))

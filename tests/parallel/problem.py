@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 ROWS, COLUMNS, D = 11, 37, 16
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "label_smoothing": {"label_smoothing": 0.2},
     "z_loss": {"z_loss": 1e-2},
@@ -29,7 +30,7 @@ OPTIONS = {
 class Problem:
     """The same on every rank: whole logits and targets, some of them ignored."""
 
-    def __init__(self, rank: int, ranks: int, dtype: torch.dtype, **options) -> None:
+    def __init__(self, rank: int, ranks: int, dtype: torch.dtype, **options: Any) -> None:
         torch.manual_seed(len(options))
         self.columns = slice(rank * COLUMNS, (rank + 1) * COLUMNS)
         self.classes = ranks * COLUMNS
@@ -49,14 +50,14 @@ class Problem:
         if self.scale is not None:
             self.options["logit_scale"] = self.scale
 
-    def mine(self) -> dict:
+    def mine(self) -> dict[str, Any]:
         """The options of this rank."""
         options = dict(self.options)
         if "weight" in options:
             options["weight"] = options["weight"][self.columns]
         return options
 
-    def exact(self) -> dict:
+    def exact(self) -> dict[str, Any]:
         """The options in float64, with a scale that has a gradient of its own."""
         options = copy.copy(self.options)
         for name in ("weight", "token_weight"):
