@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from llmloss_ext.cli.main import main  # noqa: E402
 from llmloss_train import checkpoint, files, text, tokens, windows  # noqa: E402
 from llmloss_train.config import TrainConfig  # noqa: E402
 
-# Small enough for the tests; the vocabulary is the real one, so the head is not.
+# Small enough for the tests.
 SMALL = (
     *("--dim", "8", "--layers", "1", "--heads", "2", "--seq-len", "16", "--batch-size", "2"),
     *("--eval-every", "3", "--log-every", "1", "--save-every", "3", "--max-tokens", "3000"),
@@ -39,6 +40,25 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _few_words(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """509 tokens instead of 131,072, whose head takes seconds; ``real_vocabulary`` keeps all."""
+    if "real_vocabulary" in request.fixturenames:
+        return
+    right = tokens.load_tokens
+
+    def few(documents, max_tokens):
+        text = right(documents, max_tokens)
+        return replace(text, ids=text.ids % 509, vocab_size=509, separator=text.separator % 509)
+
+    monkeypatch.setattr(tokens, "load_tokens", few)
+
+
+@pytest.fixture
+def real_vocabulary() -> None:
+    """Asks for the vocabulary as it is."""
 
 
 def train(corpus: Path, out: Path, *options: str) -> int:
@@ -60,7 +80,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def test_a_run(corpus, tmp_path, capsys):
+def test_a_run(corpus, tmp_path, capsys, real_vocabulary):
     assert train(corpus, tmp_path / "run", "--steps", "6", "--lr", "0.01") == 0
     output = capsys.readouterr().out
     for word in ("steps", "train loss", "validation loss", "tokens/s", "peak memory",
@@ -239,7 +259,7 @@ def test_default_text_is_there_and_in_a_fixed_order():
     assert len(first[0]) > 500
 
 
-def test_a_broken_cache_is_rebuilt(corpus, tmp_path, monkeypatch):
+def test_a_broken_cache_is_rebuilt(corpus, tmp_path, monkeypatch, real_vocabulary):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     contents = [corpus.read_text()]
     fresh = tokens.load_tokens(contents, 500)

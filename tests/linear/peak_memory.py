@@ -1,6 +1,8 @@
-"""Prints the peak memory, in bytes, of one linear loss beyond its inputs. Run in its own process.
+"""Prints the peak memory, in bytes, of linear losses beyond their inputs. Run in its own process.
 
-    python peak_memory.py N D V DTYPE REDUCTION [autocast | dropped] [CHUNK_TOKENS]
+Each line of the input is a case, and its answer a line of two numbers, measured and planned:
+
+    N D V DTYPE REDUCTION [autocast | dropped] [CHUNK_TOKENS]
 
 With autocast, DTYPE is the hidden states' and the weight is float32; with dropped, there are N / 4
 more tokens, which are ignored.
@@ -36,10 +38,17 @@ def map_large_blocks() -> None:
 
 def main() -> None:
     map_large_blocks()
-    n, d, v = map(int, sys.argv[1:4])
-    dtype, reduction = getattr(torch, sys.argv[4]), sys.argv[5]
-    autocast, dropped = ("autocast" in sys.argv, "dropped" in sys.argv)
-    chunk_tokens = int(sys.argv[-1]) if sys.argv[-1].isdigit() else None
+    torch.set_num_threads(1)  # the matrix libraries keep buffers for each thread
+    for line in sys.stdin:
+        print(*peak(line.split()), flush=True)
+
+
+def peak(case: list[str]) -> tuple[int, int]:
+    """The measured and the planned peak of a case."""
+    n, d, v = map(int, case[:3])
+    dtype, reduction = getattr(torch, case[3]), case[4]
+    autocast, dropped = ("autocast" in case, "dropped" in case)
+    chunk_tokens = int(case[-1]) if case[-1].isdigit() else None
     weight_dtype = torch.float32 if autocast else dtype
     torch.manual_seed(0)
     tokens = n + n // 4 if dropped else n
@@ -59,12 +68,12 @@ def main() -> None:
                 hidden, weight, target, reduction=reduction, chunk_tokens=chunk_tokens
             ).sum()
         loss.backward()
-        peak = resident("VmHWM") - before
+        measured = resident("VmHWM") - before
     planned = plan(
         n, d, v, dtype, weight_dtype=weight_dtype, recompute=reduction == "none",
         drop_ignored=dropped, chunk_tokens=chunk_tokens,
     )  # fmt: skip
-    print(peak, planned.peak_bytes)
+    return measured, planned.peak_bytes
 
 
 if __name__ == "__main__":
