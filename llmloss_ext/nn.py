@@ -1,4 +1,4 @@
-"""The losses as modules: each option of the function, said once."""
+"""The losses as modules, with the options of the functions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _LossModule(torch.nn.Module):
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
 
-    def _said(self) -> list[str]:
+    def _non_defaults(self) -> list[str]:
         """The options that differ from their defaults, for ``repr``."""
         values = self._options().items()
         plain = ((n, v) for n, v in values if not isinstance(v, Tensor) and n in OPTIONS)
@@ -121,7 +121,7 @@ class CrossEntropyLoss(_LossModule):
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
-        return ", ".join(self._said())
+        return ", ".join(self._non_defaults())
 
 
 class LinearCrossEntropyLoss(_LossModule):
@@ -226,7 +226,9 @@ class LinearCrossEntropyLoss(_LossModule):
     def extra_repr(self) -> str:
         """Sizes, and the options that differ from their defaults."""
         classes, features = self.linear_weight.shape
-        return ", ".join([f"in_features={features}", f"num_classes={classes}", *self._said()])
+        return ", ".join(
+            [f"in_features={features}", f"num_classes={classes}", *self._non_defaults()]
+        )
 
 
 spelled_out(CrossEntropyLoss.__init__, _others(functional.cross_entropy))

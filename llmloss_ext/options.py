@@ -30,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Option(NamedTuple):
-    """What a public function says of an option."""
+    """An option of the public functions."""
 
     type: str
     """The annotation."""

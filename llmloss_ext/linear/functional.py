@@ -134,7 +134,7 @@ def linear_cross_entropy(
 def _torchs_options(
     options: Any, chunk_tokens: int | None, weight_grad_dtype: torch.dtype | None
 ) -> tuple[int | None, torch.dtype | None]:
-    """chunk_tokens and weight_grad_dtype, from torch's options where they say so."""
+    """chunk_tokens and weight_grad_dtype, from torch's options where these have them."""
     try:
         theirs = (options.batch_chunk_size, options.acc_dtype)
     except AttributeError:
@@ -242,7 +242,7 @@ def linear_log_probs(
 
 
 class _HowLogits(NamedTuple):
-    """What users say of the logits."""
+    """The options of the logits as users give them."""
 
     ignore_index: int | None
     softcap: float | None
@@ -251,7 +251,7 @@ class _HowLogits(NamedTuple):
 
 
 class _HowChunks(NamedTuple):
-    """What users say of the walk."""
+    """The options of the walk as users give them."""
 
     chunk_tokens: int | None
     max_chunk_bytes: int | None

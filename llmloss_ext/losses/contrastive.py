@@ -55,7 +55,7 @@ def contrastive_loss(
     Raises:
         ValueError: The shapes do not fit, the temperature is not > 0 or given beside a
             ``logit_scale``, one view has no ``positives`` or less than two rows, or ``positives``
-            are not as said above (on CUDA the loss is then nan or inf instead).
+            are not as described (on CUDA the loss is then nan or inf instead).
         IndexError: A positive outside [0, B) (on CUDA the loss is nan instead).
     """
     if queries.dim() != 2 or (keys is not None and keys.shape != queries.shape):
@@ -101,7 +101,7 @@ def _can_look(tensor: Tensor) -> bool:
 
 
 def _inverse(positives: Tensor) -> Tensor:
-    """Whose key each row is. A key that is nobody's keeps a row that does not exist."""
+    """The query that each key belongs to; the number of rows, an invalid one, where there is none."""
     rows = positives.long()
     count = rows.numel()
     back = torch.full_like(rows, count)

@@ -1,4 +1,4 @@
-"""Language models' shape, said so that it cannot be taken for torch's."""
+"""Logits with the classes last, brought into a shape that has one reading only."""
 
 from __future__ import annotations
 

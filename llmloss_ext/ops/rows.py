@@ -65,7 +65,7 @@ class LocalRows:
         ).sum()
 
     def statistics(self, logits: Tensor, target: Tensor, wanted: int) -> RowStats:
-        """Of the rows; ``wanted`` as `llmloss_ext.statistics.asked` says."""
+        """The statistics of the rows; ``wanted``: see `llmloss_ext.statistics.asked`."""
         packed = pack(self.options)
         return RowStats.of(
             kernels.token_stats(logits, target, self.weight, self.logit_scale, *packed, wanted)
@@ -84,7 +84,7 @@ class LocalRows:
     ) -> tuple[Tensor, Tensor]:
         """The gradients of the logits (``inplace``: over them) and, if asked for, of logit_scale.
 
-        ``grads`` are those of the statistics; ``stats`` and ``state`` are what `statistics` said.
+        ``grads`` are those of the statistics; ``stats`` and ``state`` come from `statistics`.
         """
         where = (logits, target, self.weight, self.logit_scale, *pack(self.options))
         arguments = (grads, *where, stats, state, with_scale)
@@ -94,7 +94,7 @@ class LocalRows:
         return gradient, scale
 
     def losses(self, logits: Tensor, labels: Labels, divisor: Tensor, loss: LossOptions) -> Tensor:
-        """The sum of the losses, divided; ``loss`` says "mean", ``divisor`` (0-d) of what."""
+        """The sum of the losses, divided by ``divisor`` (0-d). The reduction is "mean"."""
         value: Tensor
         value, *_ = kernels.cross_entropy(*self._loss_arguments(logits, labels, divisor, loss))
         return value
