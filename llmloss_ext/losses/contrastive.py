@@ -101,7 +101,7 @@ def _can_look(tensor: Tensor) -> bool:
 
 
 def _inverse(positives: Tensor) -> Tensor:
-    """The query that each key belongs to; the number of rows, an invalid one, where there is none."""
+    """The query that each key belongs to; where there is none, the number of rows."""
     rows = positives.long()
     count = rows.numel()
     back = torch.full_like(rows, count)
