@@ -41,7 +41,7 @@ QUIET := 2>&1 | { grep -v '^WARNING: Location' || true; }
 needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
-.PHONY: help setup build debug demo test check format lint types style cpp-test sanitize bench bench-readme clean
+.PHONY: help setup build quick debug demo test check format lint types style cpp-test sanitize bench bench-readme clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -92,6 +92,15 @@ test: check build cpp-test sanitize  ## Every check: style, types, C++ tests, Py
 	@$(PY) -c "import pytest" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no pytest"; exit 1; }
 	@echo "Python tests"
 	@$(PY) -m pytest -q
+
+# The tests that catch most for their time: definitions, values and gradients of every function.
+QUICK := tests/test_definitions.py tests/test_cross_entropy.py tests/test_token_stats.py tests/test_inplace.py \
+  tests/test_errors.py tests/test_operator_checks.py tests/test_nn.py tests/linear/test_functional.py \
+  tests/linear/test_errors.py tests/linear/test_divergence.py tests/losses tests/parallel/test_shard.py \
+  tests/cli/test_main.py
+
+quick: lint types build  ## Lint, types and the tests that catch most (under 90 seconds once built)
+	@echo "The tests that catch most"; OMP_NUM_THREADS=1 $(PY) -m pytest -q -x $(QUICK)
 
 check: lint types style  ## Lint, types and format, as CI checks them
 
