@@ -18,13 +18,13 @@ def test_verify_passes(capsys):
 
 def test_verify_fails_on_a_wrong_gradient(capsys, monkeypatch):
     """A gradient that is off by a thousandth is noticed."""
-    right = verify.llmloss_ext.cross_entropy
+    right = verify.cross_entropy
 
     def wrong(z, *args, **options):
         loss = right(z, *args, **options)
         return loss + (loss - loss.detach()) * 1e-3
 
-    monkeypatch.setattr(verify.llmloss_ext, "cross_entropy", wrong)
+    monkeypatch.setattr(verify, "cross_entropy", wrong)
     monkeypatch.setattr(verify, "OPTIONS", {"plain": {}, "peak": {"peak": 2.0}})
     assert main(["verify"]) == 1
     assert "FAILED" in capsys.readouterr().out
