@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,39 +20,44 @@ from simt.harness import library  # noqa: E402
 pytestmark = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler")
 
 DTYPE = "bfloat16"  # eight columns a vector, and every kind of misalignment
-# A file of csrc/cuda, a text that it holds once, and what takes its place.
+# A file of csrc/cuda, a text that it holds once, and what takes its place: MUTANT is true in this
+# mutant and false in every other, so that one library holds them all.
 MUTANTS = {
     "a skewed load without its second half": (
         "device/vector.cuh",
-        "simt::load_words(aligned + vector_bytes)",
-        "low",
+        "high = simt::load_words(",
+        "high = MUTANT ? low : simt::load_words(",
     ),
-    "no tail": ("device/vector.cuh", "singles = head + (count - tail);", "singles = head;"),
-    "no head": ("device/vector.cuh", "i < head ? i :", "i < head ? tail :"),
+    "no tail": (
+        "device/vector.cuh",
+        "singles = head + (count - tail);",
+        "singles = head + (MUTANT ? 0 : count - tail);",
+    ),
+    "no head": ("device/vector.cuh", "i < head ? i :", "i < head ? (MUTANT ? tail : i) :"),
     "a vector too many": (
         "device/vector.cuh",
         "vectors = (count - head) / Vector<T>::size;",
-        "vectors = (count - head) / Vector<T>::size + 1;",
+        "vectors = (count - head) / Vector<T>::size + (MUTANT ? 1 : 0);",
     ),
     "a batch read beyond the end": (
         "kernels/chunks.cuh",
         "if (batch + batch_columns<T> <= end &&",
-        "if (batch < end &&",
+        "if ((MUTANT ? batch < end : batch + batch_columns<T> <= end) &&",
     ),
     "a vector counted beyond the end": (
         "device/vector.cuh",
         "if (column + V::size <= to &&",
-        "if (column < to &&",
+        "if ((MUTANT ? column < to : column + V::size <= to) &&",
     ),
     "the last column not counted": (
         "device/vector.cuh",
         "if (column + i < to) elements",
-        "if (column + i < to - 1) elements",
+        "if (column + i < to - (MUTANT ? 1 : 0)) elements",
     ),
     "a missing column asked for": (
         "kernels/chunks.cuh",
         "return column < end;",
-        "return true;",
+        "return MUTANT || column < end;",
     ),
     "no order among equal logits": (
         "kernels/chunks.cuh",
@@ -63,50 +67,58 @@ MUTANTS = {
     "sums not moved to a new maximum": (
         "kernels/chunks.cuh",
         "return factor;",
-        "return Real(1);",
+        "return MUTANT ? Real(1) : factor;",
     ),
     "the target's column with another thread": (
         "device/vector.cuh",
         "return int(unsigned(unit) % unsigned(threads));",
-        "return int(unsigned(unit + 1) % unsigned(threads));",
+        "return int(unsigned(MUTANT ? unit + 1 : unit) % unsigned(threads));",
     ),
-    "the last chunk not merged": ("kernels/chunks.cuh", "i < count;", "i < count - 1;"),
+    "the last chunk not merged": (
+        "kernels/chunks.cuh",
+        "i < count;",
+        "i < count - (MUTANT ? 1 : 0);",
+    ),
     "the last chunk not reduced": (
         "kernels/row_stats.cuh",
         "chunk < chunks.count; chunk += share.warps()",
-        "chunk < chunks.count - 1; chunk += share.warps()",
+        "chunk < chunks.count - (MUTANT ? 1 : 0); chunk += share.warps()",
     ),
     "rows beyond the last": (
         "kernels/row_stats.cuh",
         "if (row >= in.rows) return;  // a warp",
-        "// a warp",
+        "if (!MUTANT && row >= in.rows) return;  // a warp",
     ),
     "the target's column as any other": (
         "kernels/gradient.cuh",
         "if (has_target) from_real",
-        "if (false) from_real",
+        "if (!MUTANT && has_target) from_real",
     ),
     "no zeros behind the vocabulary": (
         "kernels/fused.cuh",
         "if (rank == blocks - 1) write_zeros",
-        "if (rank == blocks) write_zeros",
+        "if (rank == (MUTANT ? blocks : blocks - 1)) write_zeros",
     ),
     "states for the own block only": (
         "kernels/fused.cuh",
         "if (simt::lane() < blocks) *simt::peer_shared",
-        "if (simt::lane() == rank) *simt::peer_shared",
+        "if (MUTANT ? simt::lane() == rank : simt::lane() < blocks) *simt::peer_shared",
     ),
     "a row of losses too many": (
         "kernels/reduce.cuh",
         "if (row < rows.rows) loss[row]",
-        "if (row <= rows.rows) loss[row]",
+        "if (MUTANT ? row <= rows.rows : row < rows.rows) loss[row]",
     ),
     "a chunk too few": (
         "launch/plan.h",
-        "return {columns, int(ceil_div(vocab_size, columns))};",
-        "return {columns, int(std::max<int64_t>(vocab_size / columns, 1))};",
+        "int(ceil_div(vocab_size, columns))}",
+        "int(std::max<int64_t>((vocab_size + (MUTANT ? 0 : columns - 1)) / columns, 1))}",
     ),
 }
+MUTANT_H = """#pragma once
+#include <cstdlib>
+inline const int llmloss_mutant = std::atoi(std::getenv("LLMLOSS_MUTANT"));
+"""
 
 
 @pytest.fixture(scope="module")
@@ -135,35 +147,44 @@ def test_every_barrier_and_shuffle_is_needed_and_tested(kernels: Any) -> None:
     assert len(sites) >= 20
 
 
-def mutant(name: str, folder: Path) -> build.Library:
-    file, text, other = MUTANTS[name]
-    root = folder / name.replace(" ", "-").replace("'", "")
-    shutil.copytree(build.ROOT / "csrc", root / "csrc", ignore=shutil.ignore_patterns("*.py"))
-    path = root / "csrc" / "cuda" / file
-    source = path.read_text()
-    assert source.count(text) == 1, f"{file} holds the text {source.count(text)} times: {text}"
-    path.write_text(source.replace(text, other))
-    # No need of speed, nor of tidiness.
-    number = list(MUTANTS).index(name)
-    return library(DTYPE, ("-O1", "-w"), root, f"simt_mutant_{number}")
+@pytest.fixture(scope="module")
+def mutants(tmp_path_factory: pytest.TempPathFactory) -> build.Library:
+    """The kernels with every mutation in them, of which LLMLOSS_MUTANT chooses one, or none."""
+    csrc = tmp_path_factory.mktemp("mutants") / "csrc"
+    shutil.copytree(build.ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("*.py"))
+    (csrc / "mutant.h").write_text(MUTANT_H)
+    for number, (file, text, other) in enumerate(MUTANTS.values()):
+        path = csrc / "cuda" / file
+        source = path.read_text()
+        assert source.count(text) == 1, f"{file} holds the text {source.count(text)} times: {text}"
+        source = source.replace(text, other.replace("MUTANT", f"(llmloss_mutant == {number})"))
+        if "mutant.h" not in source:
+            source = source.replace("#pragma once", '#pragma once\n#include "mutant.h"', 1)
+        path.write_text(source)
+    made = library(DTYPE, ("-O1", "-w"), csrc.parent, "simt_mutants")
+    made.build()
+    return made
 
 
-def test_every_mutant_is_caught(tmp_path: Path) -> None:
-    libraries = [mutant(name, tmp_path) for name in MUTANTS]
-    build.build_all(libraries)
-    not_caught = [name for name, lib in zip(MUTANTS, libraries, strict=True)
-                  if find_fault_aside(lib) is None]  # fmt: skip
-    assert not not_caught
+@pytest.mark.parametrize("name", [None, *MUTANTS])
+def test_every_mutant_is_caught(mutants: build.Library, name: str | None) -> None:
+    number = -1 if name is None else list(MUTANTS).index(name)
+    fault = find_fault_aside(mutants, number)
+    assert fault is None if name is None else fault is not None
 
 
-def find_fault_aside(lib: build.Library) -> str | None:
+def find_fault_aside(lib: build.Library, number: int) -> str | None:
     """In a process of its own: a mutant may break more than its launch."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        fault = find_fault(build.load(lib), DTYPE)
-        os.write(writer, b"" if fault is None else b"!")
-        os._exit(0)
+        try:
+            os.environ["LLMLOSS_MUTANT"] = str(number)
+            fault = find_fault(build.load(lib), DTYPE)
+            os.write(writer, b"" if fault is None else b"!")
+            os._exit(0)
+        finally:
+            os._exit(1)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         told = pipe.read()
