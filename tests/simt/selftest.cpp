@@ -145,7 +145,7 @@ PYBIND11_MODULE(simt_selftest, m) {
     simt::launch(last ? cluster_pull<true> : cluster_pull<false>, {unsigned(out.size())}, 64,
                  cluster, sizeof(float), data(out));
   });
-  m.def("half_syncs", [] { simt::launch(half_syncs, {3, 2}, 96, 1, 0); });
+  m.def("half_syncs", [] { simt::launch(half_syncs, {6}, 96, 1, 0); });
   m.def("meet_apart", [] { simt::launch(meet_apart, {1}, 64, 1, 0); });
   m.def("lane_missing",
         [](py::array_t<float> out) { simt::launch(lane_missing, {1}, 32, 1, 0, data(out)); });

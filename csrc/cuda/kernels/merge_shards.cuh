@@ -10,7 +10,7 @@ inline constexpr int merge_threads = 256;
 
 // Reads every rank's statistics of a row, writes those of the whole row; a thread for each row.
 template <typename Real>
-__global__ void __launch_bounds__(merge_threads)
+__global__ void __launch_bounds__(merge_threads, 4)
     merge_shards_kernel(const __grid_constant__ ShardRows<Real> in,
                         const __grid_constant__ RowOutputs<Real> out, Real* owners) {
   const int64_t first = int64_t{simt::block_index_x()} * merge_threads;
