@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from llmloss_ext._library import LIBRARY
+from llmloss_ext.ops.library import LIBRARY
 
 import llmloss_ext
 from llmloss_ext.cli import info, main
