@@ -1,4 +1,4 @@
-// The storage types of logits, and the type each one is computed in.
+// The storage types of logits, and the arithmetic type of each.
 //
 // BFloat16 and Half are plain 16-bit words, so that the same kernel source compiles for the host,
 // for nvcc and for the emulator. Conversions round to nearest even and keep nan and inf.
@@ -58,8 +58,8 @@ LLMLOSS_HD float to_real(Half x) {
   if (magnitude >= 0x7c00u) {  // inf and nan: widen the exponent
     return bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
   }
-  // Reading the bits with float's exponent field is exact up to the exponents' different bias,
-  // 2^(127 - 15); the multiplication also makes subnormal halves normal floats.
+  // Reinterpreted as a float, the value is too small by a factor of 2^(127 - 15), the difference of
+  // the exponent biases. The multiplication also turns subnormal halves into normal floats.
   const float widened = bit_cast<float>(magnitude << 13) * 0x1p112f;
   return bit_cast<float>(sign | bit_cast<uint32_t>(widened));
 #endif
@@ -91,8 +91,8 @@ LLMLOSS_HD void from_real(float x, Half& out) {
   } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to inf
     half = 0x7c00u;
   } else if (magnitude < 0x38800000u) {
-    // Subnormal half: adding 0.5 aligns the half's last place with float's, so that the float
-    // addition does the rounding.
+    // Subnormal half: adding 0.5 aligns the half's last place with the float's, so that the float
+    // addition rounds correctly.
     half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;

@@ -1,4 +1,4 @@
-// From raw logits z to the logits x that the loss sees: x = cap tanh(scale z / cap).
+// Transforms raw logits z into the logits x that the loss uses: x = cap tanh(scale z / cap).
 #pragma once
 
 #include "macros.h"
@@ -27,7 +27,7 @@ struct LogitTransform {
     return scale == Real(1) && scale_at == nullptr ? TransformKind::identity : TransformKind::scale;
   }
 
-  // Reads the scale from memory, once, where the kernel runs.
+  // Reads the scale from device memory once, so that the kernel's loops need not.
   LLMLOSS_HD LogitTransform resolved() const {
     return scale_at == nullptr ? *this : LogitTransform{*scale_at, cap, nullptr};
   }
@@ -42,7 +42,7 @@ struct LogitTransform {
     if (!(cap > 0)) return {scaled, scale, z};
     const Real tanh = tanh_of(scaled / cap);
     const Real slope = Real(1) - tanh * tanh;
-    // A logit of +-inf sits on the flat end of the cap: slope 0, not 0 * inf.
+    // At +-inf the cap is flat: the derivative is 0, not 0 * inf.
     return {cap * tanh, scale * slope, slope == Real(0) ? Real(0) : z * slope};
   }
 };

@@ -1,4 +1,4 @@
-// From the statistics of the rows to their losses and to the denominator of the mean.
+// The losses of the rows, from their statistics, and the denominator of the mean.
 #pragma once
 
 #include "loss.h"
@@ -19,14 +19,14 @@ struct LossRows {
   const Real* token_weight = nullptr;
   FloatStats<const Real*> stats;  // those that the loss reads
 
-  // w_y; 1 without class weights, for probability targets (whose weights are in the mean) and for a
-  // target out of range (whose statistics are nan already).
+  // w_y. It is 1 without class weights, for probability targets (mean_log_prob contains their
+  // weights) and for a target out of range (whose statistics are nan anyway).
   LLMLOSS_HD Real target_weight(int64_t row) const {
     if (class_weight == nullptr || !targets.are_indices()) return Real(1);
     return targets.in_range(row, vocab_size) ? class_weight[targets[row]] : Real(1);
   }
 
-  // What the row adds to the mean's denominator: token weight times class weight.
+  // The row's term in the denominator of the mean: token weight times class weight.
   LLMLOSS_HD Real denominator(int64_t row) const {
     if (targets.ignored(row)) return Real(0);
     return target_weight(row) * (token_weight ? token_weight[row] : Real(1));

@@ -1,8 +1,8 @@
-// What the host, CUDA kernels and their emulator share.
+// Macros for code that the host, CUDA kernels and their emulator share.
 #pragma once
 
-// LLMLOSS_HD marks a function that all of them call. LLMLOSS_UNROLL stands before a loop over an
-// array that is to lie in a kernel's registers: every index must be a constant.
+// LLMLOSS_HD marks a function that all of them can call. LLMLOSS_UNROLL unrolls a loop over a small
+// array: with constant indices, a kernel keeps the array in registers.
 #if defined(__CUDACC__)
 #define LLMLOSS_HD __host__ __device__ __forceinline__
 #define LLMLOSS_UNROLL _Pragma("unroll")

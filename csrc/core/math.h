@@ -1,4 +1,4 @@
-// Scalar mathematics by overloads that mean the same on the host and on the device.
+// Scalar functions with the same overloads on the host and on the device.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ LLMLOSS_HD double log_of(double x) { return ::log(x); }
 LLMLOSS_HD float tanh_of(float x) { return ::tanhf(x); }
 LLMLOSS_HD double tanh_of(double x) { return ::tanh(x); }
 
-// a b + c with one rounding, said so that it does not depend on what a compiler makes of the rest.
+// a b + c with one rounding, explicitly: whether a compiler fuses depends on the surrounding code.
 LLMLOSS_HD float fma_of(float a, float b, float c) { return ::fmaf(a, b, c); }
 LLMLOSS_HD double fma_of(double a, double b, double c) { return ::fma(a, b, c); }
 

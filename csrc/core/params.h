@@ -1,5 +1,6 @@
-// What a row kernel is asked to do: plain structs of raw pointers and numbers, the same for every
-// backend. Pointers are to the memory of the device that runs the kernel; null means "not asked".
+// The parameters of the row kernels: plain structs of raw pointers and numbers, the same for every
+// backend. Pointers refer to memory of the device that runs the kernel; a null output is not
+// requested.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,7 @@ struct Targets {
   const void* data = nullptr;  // null: probability targets
   bool is_int64 = true;
   int64_t ignore_index = -100;
-  bool of_shard = false;  // the columns are a part of the classes: see is_elsewhere
+  bool of_shard = false;  // the columns are only some of the classes: see is_elsewhere
 
   LLMLOSS_HD int64_t operator[](int64_t row) const {
     return is_int64 ? static_cast<const int64_t*>(data)[row]
@@ -44,7 +45,8 @@ struct Targets {
   LLMLOSS_HD bool in_range(int64_t row, int64_t vocab_size) const {
     return !are_indices() || ((*this)[row] >= 0 && (*this)[row] < vocab_size);
   }
-  // Whether the target, -1, is a column of another shard: the row takes part, without a target.
+  // Whether the target is a column of another shard, which -1 stands for: the row has statistics,
+  // but no target column.
   LLMLOSS_HD bool is_elsewhere(int64_t row) const { return of_shard && (*this)[row] == -1; }
   // Whether the row has statistics and a gradient.
   LLMLOSS_HD bool active(int64_t row, int64_t vocab_size) const {
@@ -78,24 +80,24 @@ struct ColumnWeights {
   }
 };
 
-// What every row kernel reads.
+// The inputs of every row kernel.
 template <typename T>
 struct RowInputs {
   const T* logits = nullptr;
   RowLayout layout;
   int64_t rows = 0;
   int64_t columns = 0;     // of the tensor
-  int64_t vocab_size = 0;  // columns that take part, 1..columns
+  int64_t vocab_size = 0;  // columns that are classes, 1..columns; the rest is padding
   LogitTransform<real_t<T>> transform;
   Targets targets;
   ColumnWeights<T> weights;
 };
 
-// What the statistics kernel writes, one number a row.
-// Ignored rows: 0, with argmax -1 and rank vocab_size, and their logits are not read.
-// Rows whose target lies outside [0, vocab_size): nan, with argmax -1 and rank vocab_size. (The CPU
-// operators refuse such targets; a GPU cannot without a synchronisation.)
-// Rows whose target is elsewhere: log_prob and rank say nothing.
+// The outputs of the statistics kernel: one number per row in each array.
+// Ignored rows: 0, argmax -1 and rank vocab_size; their logits are not read.
+// Rows with a target outside [0, vocab_size): nan, argmax -1 and rank vocab_size. (The operators
+// reject such targets on the CPU; on a GPU that would take a synchronisation.)
+// Rows with a target in another shard: log_prob and rank are meaningless.
 template <typename Real>
 struct RowOutputs {
   FloatStats<Real*> floats;
@@ -103,14 +105,14 @@ struct RowOutputs {
   StateFields<Real*> state;
 };
 
-// Where the backward kernel finds a row's upstream gradient: either one array per statistic, or the
-// gradient of a loss together with the loss's options.
+// The upstream gradient for the backward kernel: either one array per statistic, or the gradient of
+// a loss together with the options of the loss.
 template <typename Real>
 struct GradSource {
-  // Statistics. Null: that statistic was not used.
+  // Of the statistics; null: no gradient.
   FloatStats<const Real*> grads;
 
-  // Loss: grad_loss * token_weight / denominator for each row.
+  // Of the loss: grad_loss * token_weight / denominator for each row.
   bool from_loss = false;
   LossOptions<Real> options;
   const Real* grad_loss = nullptr;  // null: 1
@@ -122,20 +124,20 @@ struct GradSource {
   LLMLOSS_HD bool has(int stat) const {
     return from_loss ? options.reads(stat) : grads[stat] != nullptr;
   }
-  // Whether the gradient needs the statistic's value.
+  // Whether the gradient of the logits needs the statistic's value.
   LLMLOSS_HD bool needs_value(int stat) const {
     const bool of_loss = from_loss && options.gradient_reads_values();
     return has(stat) && (of_loss || gradient_needs_value(stat));
   }
 
-  // dL/d(statistic) of a row whose statistics have these values, as far as they are needed.
+  // dL/d(statistic) of a row. `values` holds the statistics for which needs_value is true, and lse.
   LLMLOSS_HD FloatStats<Real> upstream(int64_t row, const FloatStats<Real>& values,
                                        Real target_weight) const {
     if (!from_loss) return values_of_row(grads, row);
     return loss_upstream(options, of_loss(row), values, target_weight);
   }
 
-  // dL/d(loss of the row). Needs nothing of the row's statistics.
+  // dL/d(loss of the row), which does not depend on the row's statistics.
   LLMLOSS_HD Real of_loss(int64_t row) const {
     Real grad = grad_loss ? grad_loss[row * grad_loss_stride] : Real(1);
     if (token_weight) grad *= token_weight[row];
@@ -144,7 +146,7 @@ struct GradSource {
   }
 };
 
-// What the backward kernel reads of what forward has written.
+// The part of forward's outputs that the backward kernel reads.
 template <typename Real>
 struct SavedStats {
   FloatStats<const Real*> floats;  // null: not needed
@@ -168,13 +170,13 @@ struct SavedStats {
   }
 };
 
-// What the gradient kernels write: every column, zeros from vocab_size on and in rows without a
-// valid target. The gradient may lie over the logits.
+// The outputs of the gradient kernels. They write every column: zeros from vocab_size on and in
+// rows without a valid target. The gradient may overwrite the logits.
 template <typename T>
 struct GradOutputs {
   T* grad = nullptr;
   RowLayout layout;
-  real_t<T>* grad_scale = nullptr;  // one per row: sum_i dL/dx_i dx_i/dscale; null: not asked
+  real_t<T>* grad_scale = nullptr;  // one per row: sum_i dL/dx_i dx_i/dscale; null: not requested
 };
 
 }  // namespace llmloss

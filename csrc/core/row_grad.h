@@ -1,6 +1,6 @@
 // One gradient for every loss over the row statistics.
 //
-// Any upstream gradient of the statistics collapses to five coefficients, with s = sum p^2:
+// Whatever the upstream gradients of the statistics, five coefficients suffice, with s = sum p^2:
 //   dL/dx_i = p_i (c_p + c_plogp log p_i + c_sq (p_i / s - 1)) + c_weight a_i
 //           + [i = target] c_target.
 #pragma once
@@ -22,13 +22,13 @@ struct RowCoefficients {
   Real target = 0;
 };
 
-// Whether the gradient of a statistic contains its value.
+// Whether the gradient of a statistic is computed from the statistic's value.
 LLMLOSS_HD constexpr bool gradient_needs_value(int stat) {
   return stat == Stat::entropy || stat == Stat::log_sum_sq_probs;
 }
 
-// upstream: dL/d(statistic) of the row. A value is read only where gradient_needs_value, and where
-// its upstream gradient is not 0; sum_weights is sum a of the row.
+// The coefficients of a row. upstream: dL/d(statistic); sum_weights: sum a. A value is read only if
+// gradient_needs_value and its upstream gradient is not 0.
 template <typename Real>
 LLMLOSS_HD RowCoefficients<Real> collapse(const FloatStats<Real>& upstream,
                                           const FloatStats<Real>& values, Real sum_weights) {
@@ -51,22 +51,22 @@ LLMLOSS_HD RowCoefficients<Real> collapse(const FloatStats<Real>& upstream,
   return c;
 }
 
-// Far enough down that e^x is 0 in every type, near enough that 0 * x stays 0.
+// A finite stand-in for -inf: e^x is 0 in every type, and so is 0 * x.
 template <typename Real>
 LLMLOSS_HD constexpr Real lowest_log_prob() {
   return Real(-1e4);
 }
 
-// dL/dx_i of a column that is not the target; a is the column's weight. p is best formed as
-// e^(x - reference) / sum_exp: e^(log p) would carry the rounding of the logarithm.
+// dL/dx_i of a column that is not the target; a is the column's weight. Compute p as
+// e^(x - reference) / sum_exp: e^(log p) would add the rounding error of the logarithm.
 template <typename Real>
 LLMLOSS_HD Real column_gradient(const RowCoefficients<Real>& c, Real p, Real log_prob, Real a) {
   const Real clamped = max_of(lowest_log_prob<Real>(), log_prob);
   return p * ((c.p - c.sq) + c.plogp * clamped + c.sq_over_sum * p) + c.weight * a;
 }
 
-// dL/dx of the target's column. p - 1 and p / s - 1 are formed by expm1, before any rounding: as
-// p -> 1 the gradient keeps its relative precision.
+// dL/dx of the target's column. expm1 computes p - 1 and p / s - 1 without cancellation, so that
+// the gradient keeps its relative precision as p -> 1.
 template <typename Real>
 LLMLOSS_HD Real target_gradient(const RowCoefficients<Real>& c, Real log_prob, Real a) {
   const Real clamped = max_of(lowest_log_prob<Real>(), log_prob);

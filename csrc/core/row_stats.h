@@ -1,9 +1,9 @@
-// The monoid behind every loss: what a set of vocabulary columns contributes to its row.
+// The monoid behind every loss: the contribution of a set of vocabulary columns to its row.
 //
-// A PartialState has an identity (the default) and an associative, commutative merge, so that SIMD
-// lanes, threads, warps, blocks, clusters, vocabulary chunks and process ranks all join their parts
-// with the same few lines. Sums are kept relative to the largest logit: nothing overflows, and
-// logits with a large common offset lose no digits.
+// PartialState has an identity (the default value) and an associative, commutative merge. SIMD
+// lanes, threads, warps, blocks, clusters, vocabulary chunks and process ranks all combine their
+// parts with it. Sums are relative to the largest logit, so that nothing overflows, and a large
+// offset common to all logits costs no precision.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +22,13 @@ struct PartialState {
   Real sum_sq_exp = 0;           // sum e^(2 (x - m)), for the sum of squared probabilities
   Real sum_weighted = 0;         // sum a (x - m), for the weighted mean of log-probabilities
   Real sum_weights = 0;          // sum a
-  int64_t argmax = -1;           // the first column that holds m
-  int64_t rank = 0;              // columns of a larger logit than the target's, or equal and before
+  int64_t argmax = -1;           // the first column whose logit is m
+  int64_t rank = 0;              // columns that sort before the target: see Stat
 
-  // The point that the sums are relative to: m, or 0 where every logit is -inf.
+  // The sums are relative to this: m, or 0 if every logit is -inf.
   LLMLOSS_HD Real reference() const { return max == -infinity<Real>() ? Real(0) : max; }
 
-  // Replaces each sum that the wanted statistics are made of by join(sum), and forgets the others.
+  // Replaces each sum by join(sum) if a requested statistic needs it, otherwise by 0.
   template <typename Join>
   LLMLOSS_HD void join_sums(const Wanted& wanted, const Join& join) {
     const bool mean = wanted.floats[Stat::mean_log_prob];
@@ -51,7 +51,7 @@ struct PartialState {
             .rank = rank};
   }
 
-  // Moves the sums to a new maximum, new_max >= max.
+  // Makes the sums relative to a new maximum, new_max >= max.
   LLMLOSS_HD void rebase(Real new_max) {
     if (new_max == max) return;
     const Real before = reference();
@@ -62,7 +62,7 @@ struct PartialState {
       sum_x_exp = factor * (sum_x_exp + shift * sum_exp);
       sum_exp *= factor;
       sum_sq_exp *= factor * factor;
-      // A part that underflows is gone; 0 * inf must not make it nan.
+      // A factor that underflows leaves 0, not 0 * inf.
       if (factor == Real(0)) sum_x_exp = Real(0);
     }
     if (sum_weights != Real(0)) sum_weighted += sum_weights * shift;
@@ -71,7 +71,7 @@ struct PartialState {
 
 template <typename Real>
 LLMLOSS_HD PartialState<Real> merge(PartialState<Real> a, PartialState<Real> b) {
-  // The first of equal maxima wins, whichever side it is on.
+  // Of equal maxima the first column wins, in whichever argument it is.
   const bool take_b =
       b.max > a.max || (b.max == a.max && b.argmax >= 0 && (a.argmax < 0 || b.argmax < a.argmax));
   if (take_b) a.argmax = b.argmax;
@@ -87,7 +87,7 @@ LLMLOSS_HD PartialState<Real> merge(PartialState<Real> a, PartialState<Real> b) 
   return a;
 }
 
-// Everything that is known of a row once its columns have been visited.
+// The results of a whole row.
 template <typename Real>
 struct RowStats {
   FloatStats<Real> floats;
@@ -122,7 +122,7 @@ LLMLOSS_HD RowStats<Real> finalize(const PartialState<Real>& state, Real target_
   return stats;
 }
 
-// Back from what finalize made: the state, but for its rank.
+// The inverse of finalize, except for the rank.
 template <typename Real>
 LLMLOSS_HD PartialState<Real> state_of(const RowStats<Real>& stats) {
   PartialState<Real> state;
@@ -141,7 +141,7 @@ LLMLOSS_HD PartialState<Real> state_of(const RowStats<Real>& stats) {
   return state;
 }
 
-// The target's logit, from what finalize made.
+// The target's logit, recovered from the results of finalize.
 template <typename Real>
 LLMLOSS_HD Real target_logit_of(const RowStats<Real>& stats) {
   const Real sum_exp = stats.state[StateField::sum_exp];

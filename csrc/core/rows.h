@@ -1,5 +1,5 @@
-// What every backend does with a row besides walking its columns: whether it takes part, what is
-// written for it, and what its gradient is made of.
+// The work on a row that is the same for every backend, apart from the loop over its columns:
+// whether it is active, which results are written for it, and the inputs of its gradient.
 #pragma once
 
 #include "params.h"
@@ -7,27 +7,27 @@
 
 namespace llmloss {
 
-// Whether the row has statistics and a gradient: not if it is ignored or its target out of range.
+// Whether the row has statistics and a gradient: its target is neither ignored nor out of range.
 template <typename T>
 LLMLOSS_HD bool is_active(const RowInputs<T>& in, int64_t row) {
   return in.targets.active(row, in.vocab_size);
 }
 
-// The target of a row, read before anything is written: the gradient may lie over the logits.
+// The target of a row. Read it before writing the gradient, which may overwrite the logits.
 template <typename Real>
 struct Target {
-  int64_t column = -1;  // -1: none here, or probability targets
+  int64_t column = -1;  // -1: in another shard, or probability targets
   Real logit = 0;       // transformed
   Real weight = 1;      // of its class
 };
 
-// Whether an active row has a target among its columns.
+// Whether the target of an active row is one of its columns.
 template <typename T>
 LLMLOSS_HD bool target_is_here(const RowInputs<T>& in, int64_t row) {
   return in.targets.are_indices() && !in.targets.is_elsewhere(row);
 }
 
-// A number into each array; what nobody asked for has none.
+// Writes one number to each array that is not null.
 template <typename To, typename From, int first, int end>
 LLMLOSS_HD void write_each(const Indexed<To*, first, end>& arrays, int64_t row,
                            const Indexed<From, first, end>& numbers) {
@@ -45,8 +45,7 @@ LLMLOSS_HD void write_statistics(const RowOutputs<Real>& out, int64_t row,
   write_each(out.integers, row, stats.integers);
 }
 
-// What stands in the outputs of a row that is not active: 0 where it is ignored, nan where its
-// target is out of range.
+// The outputs for a row that is not active: 0 if it is ignored, nan if its target is out of range.
 template <typename Real>
 LLMLOSS_HD RowStats<Real> absent_statistics(bool is_ignored, int64_t vocab_size) {
   RowStats<Real> stats;
@@ -64,17 +63,17 @@ LLMLOSS_HD RowStats<Real> absent_statistics(const RowInputs<T>& in, int64_t row)
   return absent_statistics<Real>(in.targets.ignored(row), in.vocab_size);
 }
 
-// What a row's gradient needs: its coefficients, and how p follows from x.
+// The inputs of a row's gradient: its coefficients, and how to compute p from x.
 template <typename Real>
 struct GradRow {
   RowCoefficients<Real> c;
   Real reference;
   Real log_sum;
   Real inverse_sum;  // 1 / sum e^(x - reference)
-  Real constant;     // c.weight times the constant column weight
+  Real constant;     // c.weight times the column weight, if all columns share one
 };
 
-// upstream_of: from the values of the row's statistics to their gradients.
+// upstream_of maps the values of the row's statistics to their upstream gradients.
 template <typename T, typename UpstreamOf>
 LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const RowStats<real_t<T>>& stats,
                                        const UpstreamOf& upstream_of) {
@@ -83,7 +82,7 @@ LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const RowStats<re
   const Real sum_exp = stats.state[StateField::sum_exp];
   const Real log_sum = log_of(sum_exp);
   FloatStats<Real> values = stats.floats;
-  values[Stat::lse] = reference + log_sum;  // spares a read of what forward wrote
+  values[Stat::lse] = reference + log_sum;  // cheaper than loading what forward wrote
   GradRow<Real> grad{
       .c = collapse(upstream_of(values), values, stats.state[StateField::sum_weights]),
       .reference = reference,

@@ -1,7 +1,7 @@
-// The statistics of whole rows from those of every rank's columns.
+// The statistics of whole rows, merged from the statistics of each rank's columns.
 //
-// A rank sends what finalize made of its columns' state. Taken back to a state, it merges with the
-// other ranks' as the states of threads and blocks do.
+// A rank sends the results of finalize for its columns. state_of turns them back into a
+// PartialState, and the states of the ranks merge like those of threads and blocks.
 #pragma once
 
 #include "params.h"
@@ -10,9 +10,9 @@
 
 namespace llmloss {
 
-// What a rank sends of a row: every float statistic of its columns, their state, whether the target
-// is one of them (1 or 0), the class of their argmax (-1: none), and how many they are. Classes are
-// exact in a float below 2^24.
+// The fields that a rank sends for a row: the float statistics and the state of its columns,
+// whether the target is one of them (1 or 0), the class of their argmax (-1: none), and their
+// number. A float represents classes exactly below 2^24.
 struct ShardField {
   enum : int { state = Stat::float_count, has_target = state + StateField::count, argmax, columns };
   static constexpr int count = columns + 1;
@@ -24,14 +24,14 @@ struct ShardRows {
   const Real* shard_stats = nullptr;  // (ranks, ShardField::count, rows)
   int64_t ranks = 0;
   int64_t rows = 0;
-  Targets targets;  // classes of all ranks
+  Targets targets;  // indices into the whole vocabulary
   int64_t vocab_size = 0;
 
   LLMLOSS_HD double at(int64_t rank, int field, int64_t row) const {
     return shard_stats[(rank * ShardField::count + field) * rows + row];
   }
 
-  // The statistics of a rank's columns. Its rank of the target, among them alone, is not sent.
+  // The statistics of a rank's columns, except Stat::rank, which is not sent.
   LLMLOSS_HD RowStats<double> of_rank(int64_t rank, int64_t row) const {
     RowStats<double> stats;
     LLMLOSS_UNROLL
@@ -45,8 +45,9 @@ struct ShardRows {
   }
 };
 
-// Writes the statistics of a row, but for the target's rank, and how many ranks have its target
-// (-1: the ranks' columns are not as many as the classes). If that is not one, they are nan.
+// Writes the statistics of a row, except Stat::rank, and the number of ranks that own its target
+// (-1 if the ranks' columns do not add up to the vocabulary). If that number is not 1, the
+// statistics are nan.
 template <typename Real>
 LLMLOSS_HD void merge_shards(const ShardRows<Real>& in, const RowOutputs<Real>& out, Real* owners,
                              int64_t row) {

@@ -1,12 +1,13 @@
-// The statistics of a row, and the state that its backward starts from. Each is named here and
-// nowhere else: whatever holds one thing for each of them is an array over these enumerations.
+// The statistics of a row, and the state that forward saves for backward. This is the only list of
+// them: a struct that holds one member per statistic is an array indexed by these enumerations.
 #pragma once
 
 #include <cstdint>
 
 #include "macros.h"
 
-// Real numbers, which have gradients; integers, which have none; and the fields of the state.
+// The float statistics, which have gradients; the integer ones, which have none; the state's
+// fields.
 #define LLMLOSS_FLOAT_STATISTICS(X) \
   X(log_prob) X(lse) X(entropy) X(mean_log_prob) X(log_sum_sq_probs)
 #define LLMLOSS_INTEGER_STATISTICS(X) X(argmax) X(rank)
@@ -23,11 +24,11 @@ namespace llmloss {
 // entropy           - sum p log p, nats
 // mean_log_prob     sum a log p, with the weights a of ColumnWeights
 // log_sum_sq_probs  log sum p^2
-// argmax            the first of the largest; -1 where a nan or +inf leaves the row without
-//                   statistics
-// rank              columns before the target's, by logit from the largest and among equals by
-//                   column: 0 exactly where the target is argmax. vocab_size without statistics, so
-//                   that the row is in no top-k
+// argmax            the column of the largest logit, the first if several are equal; -1 if a nan or
+//                   +inf spoils the row
+// rank              the target's position when columns are sorted by descending logit, equal logits
+//                   by column: 0 exactly if the target is argmax; vocab_size if the row is spoilt,
+//                   so that no top-k contains it
 struct Stat {
   enum : int {
     LLMLOSS_FLOAT_STATISTICS(LLMLOSS_ENUMERATOR) LLMLOSS_INTEGER_STATISTICS(LLMLOSS_ENUMERATOR)
@@ -37,14 +38,14 @@ struct Stat {
   static constexpr const char* names[] = {LLMLOSS_FLOAT_STATISTICS(LLMLOSS_STRING)
                                               LLMLOSS_INTEGER_STATISTICS(LLMLOSS_STRING)};
 
-  // Whether a float statistic needs a sum over the exponentials besides sum_exp. If it does, its
-  // gradient is more than a multiple of p and of the column weights.
+  // Whether a float statistic needs a sum over the exponentials other than sum_exp. If so, its
+  // gradient is not a linear combination of p and the column weights.
   static LLMLOSS_HD constexpr bool needs_more_sums(int stat) {
     return stat != log_prob && stat != lse && stat != mean_log_prob;
   }
 };
 
-// p_i = e^(x_i - reference) / sum_exp, so that no digits are lost to a large lse; sum_weights is
+// p_i = e^(x_i - reference) / sum_exp, which keeps its precision when lse is large; sum_weights is
 // sum a.
 struct StateField {
   enum : int { LLMLOSS_STATE_FIELDS(LLMLOSS_ENUMERATOR) };
@@ -77,7 +78,7 @@ using IntegerStats = Indexed<T, Stat::float_count, Stat::count>;
 template <typename T>
 using StateFields = Indexed<T, 0, StateField::count>;
 
-// A row's number of each array; 0 where there is no array.
+// Reads one row of each array; 0 for a null array.
 template <typename Real>
 LLMLOSS_HD FloatStats<Real> values_of_row(const FloatStats<const Real*>& arrays, int64_t row) {
   FloatStats<Real> values;
@@ -88,21 +89,21 @@ LLMLOSS_HD FloatStats<Real> values_of_row(const FloatStats<const Real*>& arrays,
   return values;
 }
 
-// Which statistics a call asks for.
+// Which statistics a call requests.
 struct Wanted {
   FloatStats<bool> floats;
   IntegerStats<bool> integers;
 
-  // Those that the outputs have memory for.
+  // A statistic is requested if its output is not null.
   template <typename Outputs>
   static LLMLOSS_HD Wanted by(const Outputs& out) {
     return {out.floats.template as<bool>(), out.integers.template as<bool>()};
   }
 
-  // Whether the order of the columns is asked for: argmax or rank.
+  // Whether argmax or rank, which compare columns, is requested.
   LLMLOSS_HD bool order() const { return integers[Stat::argmax] || integers[Stat::rank]; }
 
-  // Whether sums over the exponentials are asked for besides sum_exp.
+  // Whether a requested statistic needs a sum over the exponentials other than sum_exp.
   LLMLOSS_HD bool more_sums() const {
     bool more = false;
     LLMLOSS_UNROLL

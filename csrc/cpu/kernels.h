@@ -12,20 +12,21 @@ enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 // The best instruction set of this processor.
 Isa detected_isa();
 
-// The one to use: LLMLOSS_CPU_ISA (portable, avx2, avx512, avx512_bf16) clamped to the processor's.
+// The one to use: LLMLOSS_CPU_ISA (portable, avx2, avx512, avx512_bf16), but no more than the
+// processor has.
 Isa active_isa();
 
-// Each kernel works through `count` rows named by `rows`. Every row is computed on its own: its
-// bits depend neither on the other rows nor on which thread runs it.
+// Each kernel processes the `count` rows whose indices are in `rows`. A row's bits depend neither
+// on the other rows nor on the thread that computes it.
 template <typename T>
 struct Kernels {
-  // Reads each row once, writes the asked statistics.
+  // Reads each row once and writes the requested statistics.
   void (*row_stats)(const RowInputs<T>&, const RowOutputs<real_t<T>>&, const int64_t* rows,
                     int64_t count);
-  // Reads each row once, writes its gradient.
+  // Reads each row once and writes its gradient.
   void (*row_grad)(const RowInputs<T>&, const SavedStats<real_t<T>>&, const GradSource<real_t<T>>&,
                    const GradOutputs<T>&, const int64_t* rows, int64_t count);
-  // Both in one visit: one read and one write of memory where a row fits the L2 cache.
+  // Both at once: one read and one write of memory if a row fits in the L2 cache.
   void (*fused)(const RowInputs<T>&, const RowOutputs<real_t<T>>&, const GradSource<real_t<T>>&,
                 const GradOutputs<T>&, const int64_t* rows, int64_t count);
   // data[i] *= factor.

@@ -1,7 +1,7 @@
 // The CPU kernels compiled for AVX2, FMA and F16C.
 #if defined(__x86_64__)
-// Everything from outside is included before the target changes: inline functions of the standard
-// library must not be compiled for more than the processor at hand.
+// Include every foreign header before the target changes: inline functions of the standard library
+// must not be compiled for instructions that the processor may lack.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,13 +1,13 @@
 // The CPU kernels compiled for AVX-512.
 #if defined(__x86_64__)
-// Everything from outside is included before the target changes: inline functions of the standard
-// library must not be compiled for more than the processor at hand.
+// Include every foreign header before the target changes: inline functions of the standard library
+// must not be compiled for instructions that the processor may lack.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
-// GCC 12 takes the undefined pass-through operands of its own AVX-512 intrinsics for mistakes.
+// GCC 12 warns about undefined pass-through operands in its own AVX-512 intrinsics.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>

@@ -1,14 +1,14 @@
-// The CPU kernels compiled for AVX-512 with its BF16 conversion, which takes a third off the fused
-// bfloat16 kernel.
+// The CPU kernels compiled for AVX-512 with its BF16 conversion, which saves a third of the fused
+// bfloat16 kernel's time.
 #if defined(__x86_64__)
-// Everything from outside is included before the target changes: inline functions of the standard
-// library must not be compiled for more than the processor at hand.
+// Include every foreign header before the target changes: inline functions of the standard library
+// must not be compiled for instructions that the processor may lack.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
-// GCC 12 takes the undefined pass-through operands of its own AVX-512 intrinsics for mistakes.
+// GCC 12 warns about undefined pass-through operands in its own AVX-512 intrinsics.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>

@@ -1,6 +1,6 @@
 // The CPU kernels compiled for any processor.
-// Everything from outside is included before the target changes: inline functions of the standard
-// library must not be compiled for more than the processor at hand.
+// Include every foreign header before the target changes: inline functions of the standard library
+// must not be compiled for instructions that the processor may lack.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

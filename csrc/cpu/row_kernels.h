@@ -1,5 +1,5 @@
-// The CPU kernels over rows. A row is walked in blocks that fit the L1 cache: a block's logits are
-// read once from memory, and every pass after that finds them there.
+// The CPU kernels. They process a row in blocks that fit in the L1 cache: a block's logits are read
+// from memory once, and every later pass finds them in the cache.
 #pragma once
 
 #include "../core/rows.h"
@@ -8,7 +8,7 @@
 
 namespace llmloss::cpu::LLMLOSS_ISA {
 
-// Blocks of one row, with its logits transformed and its column weights filled in where needed.
+// Reads the blocks of one row: raw logits, transformed logits and column weights.
 template <typename T>
 class RowReader {
  public:
@@ -24,7 +24,7 @@ class RowReader {
   bool is_identity() const { return identity_; }
   const T* raw(int64_t column) const { return logits_ + column; }
 
-  // x of a column, to the same bits as in a block.
+  // x of a column, with the same bits as in a block.
   Real logit(int64_t column) const {
     Real x;
     block_transform(raw(column), 1, transform_, &x);
@@ -37,7 +37,7 @@ class RowReader {
     return x_;
   }
 
-  // The block's weights a, or null where all columns have the weight beta.
+  // The block's weights a, or null if all columns have the weight beta.
   const Real* weights(int64_t column, int n) {
     if (in_.weights.is_constant()) return nullptr;
     for (int i = 0; i < n; ++i) a_[i] = in_.weights.at(row_, column + i);
@@ -58,16 +58,16 @@ inline int block_size(int64_t column, int64_t end) {
   return int(end - column < block_columns ? end - column : block_columns);
 }
 
-// The e^(x - reference) of a row, kept between the two passes of the fused kernel, so that the
-// second needs no exponential. Each block has its own reference: the largest logit up to there.
+// The exponentials e^(x - reference) of a row, kept between the two passes of the fused kernel, so
+// that the second computes none. Each block has its own reference: the largest logit so far.
 template <typename Real>
 struct KeptExps {
   Real* exps;        // one per column
-  Real* references;  // one per block; -inf where no logit so far was above it
+  Real* references;  // one per block; -inf if every logit so far is -inf
 };
 
-// The state of one block, relative to a maximum no smaller than `floor`. `next`: the logits after
-// it.
+// The state of one block, relative to its maximum or to `floor`, whichever is larger. `next` points
+// to the logits after the block.
 template <typename Real, typename X, typename T>
 PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
                                  int64_t first_column, Real floor, const Target<Real>& target,
@@ -93,7 +93,7 @@ PartialState<double> block_state(const X* x, const Real* a, double beta, int n,
     const int64_t before = target.column - first_column;
     part.rank = block_rank(x, n, target.logit, before < 0 ? 0 : before < n ? int(before) : n);
   }
-  // Last: the exponentials may lie over x.
+  // This comes last, because the exponentials may overwrite x.
   Real* exps = nullptr;
   if (kept != nullptr) {
     exps = kept->exps + first_column;
@@ -153,8 +153,8 @@ void fill_zero(T* out, int64_t n) {
   __builtin_memset(static_cast<void*>(out), 0, size_t(n) * sizeof(T));
 }
 
-// From g = dL/dx of a block to dL/dz. From x = cap tanh u: dx/dz = scale (1 - tanh^2 u), and no
-// second tanh.
+// Converts g = dL/dx of a block to dL/dz. With x = cap tanh u, dx/dz = scale (1 - tanh^2 u), and
+// tanh u follows from x.
 template <typename T>
 void chain_block(const LogitTransform<real_t<T>>& transform, const real_t<T>* x, const real_t<T>* g,
                  int n, T* out) {
@@ -191,8 +191,8 @@ double scale_gradient(const LogitTransform<real_t<T>>& transform, const T* z, co
   return sum;
 }
 
-// The gradient of one row whose coefficients are known; out may lie over the logits, and over the
-// kept exponentials.
+// Writes the gradient of one row from its coefficients; out may overwrite the logits and the kept
+// exponentials.
 template <typename T>
 void write_gradient(RowReader<T>& reader, const RowInputs<T>& in,
                     const LogitTransform<real_t<T>>& transform, const GradRow<real_t<T>>& row,
@@ -265,7 +265,8 @@ void row_grad(const RowInputs<T>& in, const SavedStats<real_t<T>>& saved,
   }
 }
 
-// Room for the exponentials of one row: over the gradient where they have its type, else aside.
+// Memory for the exponentials of one row: the gradient's own if the types match, otherwise
+// separate.
 template <typename T>
 class ExpsRoom {
  public:

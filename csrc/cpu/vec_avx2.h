@@ -50,7 +50,7 @@ struct Vec<float> {
   static bool any_equal(Reg a, Reg b) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) != 0;
   }
-  // The low bits of t moved to the exponent of a number: see exp_nonpositive.
+  // Shifts the low bits of t into the exponent: see exp_nonpositive.
   static Reg exponent_from_low_bits(Reg t) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
   }

@@ -49,7 +49,7 @@ struct Vec<float> {
     return __builtin_popcount(unsigned(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)));
   }
   static bool any_equal(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) != 0; }
-  // The low bits of t moved to the exponent of a number: see exp_nonpositive.
+  // Shifts the low bits of t into the exponent: see exp_nonpositive.
   static Reg exponent_from_low_bits(Reg t) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
   }

@@ -13,7 +13,7 @@ template <>
 struct ExpConstants<float> {
   // Adding it leaves round(x) + 127, the biased exponent of 2^round(x), in the low bits.
   static constexpr float round_and_bias = 12582912.0f + 127.0f;
-  static constexpr float lowest = -88.0f;  // e^x is 0 from here down
+  static constexpr float lowest = -88.0f;  // from here down the result is 0
 };
 
 template <>
@@ -26,8 +26,8 @@ template <typename Real>
 using Reg = typename Vec<Real>::Reg;
 
 // x - n log 2. The float nearest to log 2 is 1.9e-9 from it, so that one fused operation leaves a
-// relative error of |n| 1.9e-9 in e^x: half a unit in the last place down to e^-21, 4 at e^-88,
-// where no sum or gradient sees it. Doubles need log 2 in two parts.
+// relative error of |n| 1.9e-9 in e^x: half a unit in the last place down to e^-21, and 4 at e^-88,
+// too small to matter in a sum or a gradient. Doubles need log 2 in two parts.
 inline Reg<float> reduce(Reg<float> x, Reg<float> n) {
   return Vec<float>::fma(n, Vec<float>::broadcast(-0.693147180559945309417f), x);
 }
@@ -65,7 +65,7 @@ inline Reg<double> exp_reduced(Reg<double> r) {
   return V::fma(V::broadcast(2.0), V::div(p, q - p), V::broadcast(1.0));
 }
 
-// e^x for x <= 0 (or a rounding error above it); nan stays nan.
+// e^x for x <= 0, or x above 0 by a rounding error; nan stays nan.
 template <typename Real>
 inline Reg<Real> exp_nonpositive(Reg<Real> x) {
   using V = Vec<Real>;
@@ -106,7 +106,7 @@ inline Reg<Real> tanh_of(Reg<Real> x) {
   const Reg<Real> magnitude = V::abs(x);
   const Reg<Real> small = V::fma(x, tanh_small(x * x), x);
   const Reg<Real> bound = V::broadcast(Real(0.625));
-  // Logits well inside their cap, as most are, need no exponential and no division.
+  // Most logits are well inside their cap: those need neither an exponential nor a division.
   if (V::count_greater(bound, magnitude) == V::width) return small;
   const Reg<Real> e = exp_nonpositive<Real>(magnitude * V::broadcast(Real(-2)));
   const Reg<Real> large = V::div(one - e, one + e);

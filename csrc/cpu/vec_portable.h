@@ -1,4 +1,4 @@
-// SIMD vectors for any processor that GCC's or Clang's vector extensions know (SSE2, NEON ...).
+// SIMD vectors for any processor that GCC's or Clang's vector extensions support (SSE2, NEON ...).
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ struct VecBase {
     for (int i = 0; i < width; ++i) any |= mask[i];
     return any != 0;
   }
-  // The low bits of t moved to the exponent of a number: see exp_nonpositive.
+  // Shifts the low bits of t into the exponent: see exp_nonpositive.
   static Reg exponent_from_low_bits(Reg t) {
     return reinterpret_cast<Reg>(reinterpret_cast<Bits>(t) << (sizeof(Real) == 4 ? 23 : 52));
   }

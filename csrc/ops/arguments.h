@@ -1,7 +1,6 @@
-// From torch tensors to the plain structs of core: shapes, dtypes and devices are checked here,
-// once for every device. What users type is checked, with friendlier words, in
-// llmloss_ext.functional; these checks keep a direct call of an operator from reading or writing
-// out of bounds.
+// Converts torch tensors to the plain structs of csrc/core, and checks shapes, dtypes and devices,
+// for every device alike. llmloss_ext.functional checks what users pass, with friendlier messages;
+// the checks here keep a direct call of an operator from reading or writing out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -53,7 +52,7 @@ auto dispatch(const Tensor& input, const Body& body) {
   __builtin_unreachable();
 }
 
-// Contiguous and of the arithmetic type. Only called for what has one number a row or a column.
+// Contiguous and of the arithmetic type. Only for tensors with one number per row or per column.
 template <typename Real>
 Tensor as_real(const Tensor& t) {
   const Tensor converted =
@@ -71,8 +70,8 @@ const Real* pointer(const MaybeTensor& t) {
   return t.has_value() && t->numel() > 0 ? static_cast<const Real*>(t->data_ptr()) : nullptr;
 }
 
-// An uninitialised contiguous tensor on the device of `like`. The C function spares a small call
-// the dispatcher's boxing, several times.
+// An uninitialised contiguous tensor on the device of `like`. Calling the C function avoids the
+// dispatcher's boxing, which matters in a small call that creates several tensors.
 inline Tensor new_tensor(const Tensor& like, std::span<const int64_t> sizes, ScalarType type) {
   int64_t strides[8];
   STD_TORCH_CHECK(sizes.size() <= std::size(strides), "llmloss: too many dimensions");
@@ -121,7 +120,7 @@ inline RowLayout layout_of(const Tensor& t) {
   return {std::max<int64_t>(t.size(1), 1), t.stride(0), t.stride(1)};
 }
 
-// Whether two rows share memory, so that the tensor cannot be written in place.
+// Whether two rows share memory, in which case the tensor cannot be written in place.
 inline bool rows_overlap(const Tensor& t) {
   const int64_t columns = t.size(t.dim() - 1);
   std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
@@ -142,18 +141,18 @@ inline void check_device(const Tensor& t, const Tensor& input, const char* name)
                   " must be on the input's device");
 }
 
-// The options of an operator arrive packed in two lists, so that a new one changes no schema. The
-// structs below name their options in the lists' order, in `each`; `fields` tells Python the names.
+// An operator takes its options packed in two lists, so that a new option changes no schema. In
+// `each`, the structs below name their options in the order of the lists. The operator `fields`
+// returns the names to Python.
 using Floats = std::vector<double>;
 using Ints = std::vector<int64_t>;
 
-// Of the logits.
 struct LogitOptions {
   double scale = 1;
   double softcap = 0;  // 0: none
   int64_t ignore_index = -100;
   int64_t vocab_size = 0;
-  int64_t classes = 0;  // not 0: the columns are a shard, a part of so many
+  int64_t classes = 0;  // if not 0, the columns are a shard of a vocabulary of this size
 
   template <typename Visit>
   void each(Visit& visit) {
@@ -165,7 +164,6 @@ struct LogitOptions {
   }
 };
 
-// Of the cross entropy.
 struct CrossEntropyOptions {
   LossOptions<double> loss;
   int64_t reduction = 0;
@@ -190,7 +188,7 @@ struct CrossEntropyOptions {
   }
 };
 
-// The names of a struct's options, separated by blanks.
+// The names of the options of some structs, separated by blanks.
 struct OptionNames {
   void operator()(const char* name, const double&) { append(floats, name); }
   void operator()(const char* name, const int64_t&) { append(ints, name); }
@@ -210,7 +208,8 @@ struct OptionNames {
   }
 };
 
-// Reads the options of some structs, whose lists stand one after another in `floats` and `ints`.
+// Reads the options of some structs from `floats` and `ints`, which hold those of the first struct,
+// then those of the next.
 class OptionReader {
  public:
   template <typename... Options>
@@ -240,7 +239,7 @@ class OptionReader {
   size_t float_count_ = 0, int_count_ = 0;
 };
 
-// What every operator is told of the logits besides the tensors themselves.
+// The arguments of every operator that concern the logits, besides input and target.
 struct LogitArguments {
   MaybeTensor weight;       // (columns), class weights
   MaybeTensor logit_scale;  // 0-d; replaces scale
@@ -248,14 +247,14 @@ struct LogitArguments {
 };
 
 struct LossArguments {
-  MaybeTensor token_weight;  // like the target of indices, one per row
+  MaybeTensor token_weight;  // one per row
   MaybeTensor num_items;     // 0-d; replaces the mean's denominator
   CrossEntropyOptions options;
 
   Reduction reduction() const { return Reduction(options.reduction); }
 };
 
-// The tensors of one call, checked, with the converted ones kept alive.
+// The checked tensors of one call. It owns those that had to be converted.
 template <typename T>
 struct Problem {
   using Real = real_t<T>;
@@ -295,7 +294,7 @@ struct Problem {
                       " targets, got ", this->target.numel());
       rows.targets = {this->target.data_ptr(), this->target.scalar_type() == ScalarType::Long,
                       logits.ignore_index, logits.classes != 0};
-      // No rows: data_ptr may be null, which would mean probability targets.
+      // Without rows data_ptr may be null, which would mean probability targets.
       if (rows.targets.data == nullptr) rows.targets.data = this;
     } else {
       STD_TORCH_CHECK(this->target.scalar_type() == input.scalar_type() &&
@@ -310,7 +309,7 @@ struct Problem {
 
   bool has_indices() const { return rows.targets.are_indices(); }
 
-  // The shape of one number a row.
+  // The shape of a tensor with one number per row.
   std::span<const int64_t> row_shape() const {
     const auto sizes = sizes_of(input);
     return sizes.first(sizes.size() - 1);
@@ -323,8 +322,8 @@ struct Problem {
   RowInputs<T> rows;
 };
 
-// The state that forward leaves to backward: a row for each field, with a number for each token.
-// The loss's statistics may lie in further rows.
+// The state that forward saves for backward, (fields, tokens). Further rows may hold statistics
+// that the loss reads.
 template <typename Real>
 StateFields<Real*> state_rows(const Tensor& state) {
   StateFields<Real*> rows;
@@ -334,7 +333,7 @@ StateFields<Real*> state_rows(const Tensor& state) {
   return rows;
 }
 
-// The state that a caller hands back to backward: `fields` rows of one number per token.
+// Checks the state that a caller passes to backward: at least `fields` rows.
 template <typename Real>
 const Tensor& checked_state(const Tensor& state, const Tensor& input, int64_t fields,
                             int64_t rows) {

@@ -12,7 +12,8 @@
 namespace llmloss::ops {
 namespace {
 
-// Rows that have work to do first, so that threads share it evenly wherever the ignored rows lie.
+// The rows, ignored ones last, so that threads get equal shares of the work wherever the ignored
+// rows are.
 struct RowOrder {
   template <typename T>
   explicit RowOrder(const RowInputs<T>& in) : rows(size_t(in.rows)) {
@@ -27,8 +28,8 @@ struct RowOrder {
   int64_t active = 0;
 };
 
-// Asks for huge pages under a contiguous tensor that has not been written yet. Fresh memory of
-// hundreds of megabytes costs more in page faults than in arithmetic; this takes most of it away.
+// Requests huge pages for a contiguous tensor that has not been written yet. In hundreds of
+// megabytes of fresh memory, page faults cost more than arithmetic; huge pages avoid most of them.
 void prefer_huge_pages(Tensor t) {
 #if defined(__linux__)
   constexpr uintptr_t huge = uintptr_t{1} << 21;
@@ -117,7 +118,7 @@ struct CpuBackend {
     });
   }
 
-  // Contiguous, of the input's shape.
+  // A contiguous tensor of the input's shape.
   Tensor new_gradient(const Tensor& input) const {
     Tensor grad = new_tensor(input, sizes_of(input), input.scalar_type());
     prefer_huge_pages(grad);
@@ -125,8 +126,8 @@ struct CpuBackend {
   }
 
  private:
-  // Rows that a thread takes at least: below some ten thousand columns a thread costs more to wake
-  // than it saves.
+  // The fewest rows for a thread: below some ten thousand columns, waking a thread costs more than
+  // it saves.
   static int64_t grain(int64_t columns) { return 1 + 32768 / std::max<int64_t>(columns, 1); }
 
   template <typename T, typename Run>

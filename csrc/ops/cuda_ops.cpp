@@ -1,5 +1,4 @@
-// The operators on CUDA devices. Nothing here waits for the device, except where
-// LLMLOSS_CHECK_TARGETS=1 asks for it.
+// The operators on CUDA devices. Nothing here waits for the device, unless LLMLOSS_CHECK_TARGETS=1.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 

@@ -1,8 +1,8 @@
-// The schemas of the operators, one place for all devices. What each does: operators.h.
+// The schemas of the operators, for all devices. operators.h documents each operator.
 //
-// Options are packed in `floats` and `ints`: first those of the logits, then those of the loss
-// (arguments.h). Statistics stand in the order of Stat (csrc/core/statistics.h). `fields` returns
-// the names of all of these.
+// `floats` and `ints` hold the options: first those of the logits, then those of the loss
+// (arguments.h). Lists of statistics are in the order of Stat (csrc/core/statistics.h). `fields`
+// returns the names of all of these.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(llmloss, m) {

@@ -1,5 +1,4 @@
-// What the launchers would do with a problem on a device of given limits, in words. Needs no
-// device.
+// Describes the launches for a problem on a device of given limits, as text. Needs no device.
 #include <torch/csrc/stable/library.h>
 
 #include <sstream>
@@ -21,7 +20,7 @@ void tell(std::ostream& out, const cuda::SharePlan& share) {
   out << "; " << share.blocks << " blocks of " << share.threads << " threads";
 }
 
-// Lines of "kernel: what is launched".
+// Lines of the form "kernel: launch".
 std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
                         int64_t multiprocessors, int64_t shared_per_block,
                         int64_t shared_per_multiprocessor, int64_t max_cluster) {

@@ -1,4 +1,4 @@
-// The error for a target that is no class.
+// The error for a target that is not a class.
 #pragma once
 
 #include <sstream>
@@ -8,8 +8,8 @@
 
 namespace llmloss::ops {
 
-// Raises an IndexError in Python for the first target that is neither a class nor ignored. Both
-// `targets` and the rows' other facts are in the host's memory.
+// Raises an IndexError in Python for the first target that is neither a class nor ignored.
+// `targets` must be in host memory.
 inline void check_targets_on_host(const Targets& targets, const Tensor& shape, int64_t rows,
                                   int64_t vocab_size) {
   for (int64_t row = 0; row < rows; ++row) {

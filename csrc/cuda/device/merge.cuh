@@ -1,4 +1,4 @@
-// Merging partial states across the lanes of a warp.
+// Merges partial states across the lanes of a warp.
 #pragma once
 
 #include "../../core/row_stats.h"
@@ -24,7 +24,7 @@ __device__ __forceinline__ Number warp_sum(Number value) {
   return value;
 }
 
-// The smallest of the lanes' columns; -1 counts as none.
+// The smallest of the lanes' columns; -1 means none.
 __device__ __forceinline__ int64_t warp_first(int64_t column) {
   for (unsigned mask = warp_size / 2; mask > 0; mask /= 2) {
     const int64_t other = simt::shuffle_xor(column, mask);
@@ -33,8 +33,8 @@ __device__ __forceinline__ int64_t warp_first(int64_t column) {
   return column;
 }
 
-// The merge of all lanes' states, in every lane: all move to the common maximum at once, so that
-// only sums are left to exchange.
+// The merge of all lanes' states, in every lane. All of them rebase to the common maximum first, so
+// that only sums remain to be exchanged.
 template <typename Real>
 __device__ __forceinline__ PartialState<Real> warp_merge(PartialState<Real> state,
                                                          const Wanted& wanted) {

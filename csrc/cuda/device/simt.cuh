@@ -1,5 +1,5 @@
-// The machine's built-ins under names of our own: the only door from kernels to CUDA. Compiled with
-// LLMLOSS_SIMT, the same names come from the emulator of tests/simt.
+// CUDA's built-ins under names of our own; kernels use CUDA through these alone. With LLMLOSS_SIMT
+// defined, the emulator of tests/simt provides the same names.
 #pragma once
 
 #include <cstdint>
@@ -19,41 +19,41 @@ __device__ __forceinline__ unsigned grid_x() { return gridDim.x; }
 __device__ __forceinline__ unsigned lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ unsigned warp_index() { return threadIdx.x / 32; }
 
-// All threads of the block meet; what they wrote before can be read after.
+// A barrier for all threads of the block; what they wrote before it can be read after it.
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
-// The value of lane ^ mask. All 32 lanes take part.
+// The value of lane ^ mask. All 32 lanes must call it.
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T value, unsigned mask) {
   return __shfl_xor_sync(0xffffffffu, value, int(mask));
 }
 
-// Shared memory whose size the launch chose; 16-byte aligned.
+// The dynamic shared memory of the launch; 16-byte aligned.
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {
   extern __shared__ uint4 llmloss_dynamic_shared[];
   return reinterpret_cast<T*>(llmloss_dynamic_shared);
 }
 
-// Thread-block clusters, from compute capability 9.0 on; before, a block is a cluster of its own.
+// Thread-block clusters, from compute capability 9.0 on; before that, every cluster is one block.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
 __device__ __forceinline__ unsigned cluster_blocks() { return __clusterSizeInBlocks(); }
-// All threads of the cluster meet; of the block, where it has one block.
+// A barrier for all threads of the cluster.
 __device__ __forceinline__ void cluster_sync() {
   if (cluster_blocks() == 1) return block_sync();
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 }
-// The same in two halves, for work in between: all threads of the cluster have begun. What they
-// wrote before need not be seen after.
+// A barrier in two halves, with room for work in between. After it, all threads of the cluster have
+// started; what they wrote before need not be visible.
 __device__ __forceinline__ void cluster_arrive() {
   if (cluster_blocks() > 1) __cluster_barrier_arrive_relaxed();
 }
 __device__ __forceinline__ void cluster_wait() {
   if (cluster_blocks() > 1) __cluster_barrier_wait();
 }
-// Where the block of that rank has what this block has at `mine`.
+// The address in the block of that rank that corresponds to `mine` in this block.
 template <typename T>
 __device__ __forceinline__ T* peer_shared(T* mine, unsigned rank) {
   return static_cast<T*>(__cluster_map_shared_rank(mine, rank));
@@ -70,8 +70,8 @@ __device__ __forceinline__ T* peer_shared(T* mine, unsigned) {
 }
 #endif
 
-// Sixteen bytes from an aligned address to an aligned address of shared memory, on their way until
-// this thread has waited for its copies.
+// Starts to copy sixteen bytes to shared memory; both addresses are multiples of 16. The copy is
+// complete once this thread has called wait_for_copies.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const auto to = unsigned(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
@@ -80,7 +80,7 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// Sixteen bytes in one instruction; the address is a multiple of 16.
+// Loads and stores sixteen bytes in one instruction; the address is a multiple of 16.
 struct alignas(16) Words {
   uint32_t at[4];
 };
@@ -92,15 +92,16 @@ __device__ __forceinline__ void store_words(void* to, const Words& words) {
   *static_cast<uint4*>(to) = make_uint4(words.at[0], words.at[1], words.at[2], words.at[3]);
 }
 
-// e^x to a relative error of about 2^-21 near 0, growing with |x|: plenty for 16-bit types. What is
-// below the smallest normal number is 0; __expf's care for it takes three instructions more.
+// e^x with a relative error of about 2^-21 near 0, growing with |x|: accurate enough for 16-bit
+// types. Results below the smallest normal number are 0; __expf handles them with three more
+// instructions.
 __device__ __forceinline__ float fast_exp(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
   return result;
 }
 
-// The larger of each of two pairs of 16-bit numbers; a nan gives way to a number.
+// The larger of each of two pairs of 16-bit numbers; of a nan and a number, the number.
 __device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b, BFloat16) {
   return bit_cast<uint32_t>(__hmax2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
 }
@@ -108,7 +109,7 @@ __device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b, Half) {
   return bit_cast<uint32_t>(__hmax2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
 }
 
-// Two numbers as 16-bit numbers, rounded to nearest even.
+// Two numbers rounded to 16 bits, to nearest even.
 __device__ __forceinline__ uint32_t pack_pair(float low, float high, BFloat16) {
   return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
 }

@@ -1,4 +1,4 @@
-// Sixteen bytes of a row at a time, whatever the row's alignment.
+// Access to a row by vectors of sixteen bytes, whatever the row's alignment.
 #pragma once
 
 #include "../../core/dtypes.h"
@@ -11,8 +11,7 @@ inline constexpr int vector_bytes = 16;
 
 __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 
-// Sixteen bytes as they lie in memory: 32-bit words, so that nothing is taken apart before its
-// turn.
+// Sixteen bytes as 32-bit words: elements are extracted only when they are used.
 using simt::Words;
 
 template <typename T>
@@ -20,7 +19,7 @@ struct Vector {
   static constexpr int size = vector_bytes / int(sizeof(T));
 };
 
-// Element i, as a number.
+// Element i, converted to the arithmetic type.
 template <typename T>
 __device__ __forceinline__ real_t<T> element(const Words& words, int i) {
   if constexpr (sizeof(T) == 2) {
@@ -32,7 +31,7 @@ __device__ __forceinline__ real_t<T> element(const Words& words, int i) {
   }
 }
 
-// The vector of these numbers, rounded to the type.
+// A vector of numbers, rounded to the storage type.
 template <typename T>
 __device__ __forceinline__ Words packed(const real_t<T> (&x)[Vector<T>::size]) {
   if constexpr (sizeof(T) == 2) {
@@ -50,7 +49,7 @@ __device__ __forceinline__ Words packed(const real_t<T> (&x)[Vector<T>::size]) {
   }
 }
 
-// The larger of two numbers; a nan gives way to a number.
+// The larger of two numbers; of a nan and a number, the number.
 __device__ __forceinline__ float larger(float a, float b) { return ::fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return ::fmax(a, b); }
 
@@ -73,13 +72,13 @@ __device__ __forceinline__ real_t<T> largest(const Words (&vectors)[n]) {
   }
 }
 
-// Bytes from the multiple of 16 before.
+// The offset of an address from the multiple of 16 before it, in bytes.
 __device__ __forceinline__ unsigned skew_of(const void* at) {
   return unsigned(reinterpret_cast<uintptr_t>(at)) % vector_bytes;
 }
 
-// The vector at an address with that skew, not 0, cut out of the two aligned ones that hold it.
-// (Neighbours read the same ones: the second load finds them in L1.)
+// The vector at an address with that skew, which is not 0, from the two aligned vectors that
+// contain it. (A lane's second load is its neighbour's first: it hits in L1.)
 template <typename T>
 __device__ __forceinline__ Words load_skewed(const T* at, unsigned skew) {
   const char* aligned = reinterpret_cast<const char*>(at) - skew;
@@ -91,7 +90,7 @@ __device__ __forceinline__ Words load_skewed(const T* at, unsigned skew) {
     words[i] = low.at[i];
     words[i + 4] = high.at[i];
   }
-  // A shift by 0 to 14 bytes, as steps of 8, 4 and 2: constant indices stay in registers.
+  // Shifts by 0 to 14 bytes in steps of 8, 4 and 2: with constant indices, words stay in registers.
   if (skew & 8u) {
 #pragma unroll
     for (int i = 0; i < 6; ++i) words[i] = words[i + 2];
@@ -109,13 +108,14 @@ __device__ __forceinline__ Words load_skewed(const T* at, unsigned skew) {
   return {{words[0], words[1], words[2], words[3]}};
 }
 
-// `count` elements in memory as whole aligned vectors, with single elements before and behind.
+// Splits `count` elements in memory into whole aligned vectors, and single elements before and
+// after.
 template <typename T>
 struct Peeled {
   int head;  // singles before
   int vectors;
-  int tail;     // where the singles behind begin
-  int singles;  // before and behind
+  int tail;     // the first of the singles after
+  int singles;  // before and after
 
   __device__ __forceinline__ Peeled(const T* at, int count) {
     const int ahead = int((vector_bytes - skew_of(at)) % vector_bytes / sizeof(T));
@@ -127,14 +127,14 @@ struct Peeled {
   __device__ __forceinline__ int vector(int v) const { return head + v * Vector<T>::size; }
   __device__ __forceinline__ int single(int i) const { return i < head ? i : tail + (i - head); }
 
-  // Which thread has element i in its share.
+  // The thread that processes element i.
   __device__ __forceinline__ int owner(int i, int threads) const {
     int unit = i;
     if (i >= head) unit = i < tail ? (i - head) / Vector<T>::size : i - tail + head;
     return int(unsigned(unit) % unsigned(threads));
   }
 
-  // Calls on_vector and on_single with where they begin, this thread's share of all of them.
+  // Calls on_vector and on_single with the first index of each vector and single of this thread.
   template <typename OnVector, typename OnSingle>
   __device__ __forceinline__ void each(int thread, int threads, const OnVector& on_vector,
                                        const OnSingle& on_single) const {
@@ -150,20 +150,21 @@ struct Columns {
 
   const T* data;  // of column `first`
   int first;
-  int count;  // how many can be read
+  int count;  // of the columns that can be read
 
   __device__ __forceinline__ const T* at(int column) const { return data + (column - first); }
   __device__ __forceinline__ int end() const { return first + count; }
   __device__ __forceinline__ unsigned skew() const { return skew_of(data); }
 
-  // Whether vectors can be read anywhere within [from, to) without a look at the ends: a skewed
-  // load touches up to one vector before and behind.
+  // Whether every vector within [from, to) can be loaded without checking bounds: a skewed load
+  // touches up to one vector before and after.
   __device__ __forceinline__ bool is_inside(int from, int to) const {
     const int margin = skew() == 0 ? 0 : V::size;
     return from - margin >= first && to + margin <= end();
   }
 
-  // The vector at a column, with -inf from column `to` on; no column is read where none may be.
+  // The vector at a column, with -inf from column `to` on. It reads no column that must not be
+  // read.
   __device__ __forceinline__ Words load(int column, int to) const {
     if (column + V::size <= to && is_inside(column, column + V::size)) {
       return skew_of(at(column)) == 0 ? simt::load_words(at(column))

@@ -1,10 +1,10 @@
-// From columns to partial states, in units whose arithmetic is the same wherever they run.
+// Reduces columns to partial states, in an order that does not depend on the launch.
 //
 // A row is cut into chunks of whole tiles; a tile is 4 KB, eight 16-byte vectors for each lane of a
 // warp. One warp reduces a chunk to one PartialState, and lane i of a warp merges the chunks i,
-// i + 32, ... before the lanes are merged. Cut and order depend on the row's length and type alone.
-// So the bits of a row are the same whether a warp, a block, a cluster or many blocks work on it,
-// in whatever batch it stands, and wherever in memory it begins.
+// i + 32, ... before the lanes are merged. Only the row's length and type decide the cut and the
+// order. So a row's bits are the same whether a warp, a block, a cluster or many blocks work on it,
+// whatever batch it is in, and wherever in memory it begins.
 #pragma once
 
 #include "../../core/row_grad.h"
@@ -15,7 +15,7 @@
 namespace llmloss::cuda {
 
 inline constexpr int tile_vectors = 8;   // for each lane
-inline constexpr int batch_vectors = 4;  // that a lane loads, and adds to its state, at once
+inline constexpr int batch_vectors = 4;  // that a lane loads and adds to its state at once
 
 template <typename T>
 inline constexpr int tile_columns = int{warp_size} * tile_vectors * Vector<T>::size;
@@ -23,8 +23,8 @@ inline constexpr int tile_columns = int{warp_size} * tile_vectors * Vector<T>::s
 template <typename T>
 inline constexpr int batch_columns = int{warp_size} * batch_vectors * Vector<T>::size;
 
-// Threads of a block at most, and how many such blocks a multiprocessor holds: what bounds a
-// kernel's registers. tests/test_cuda_build.py reads the compiler's report for them.
+// The most threads of a block, and the number of such blocks that a multiprocessor should hold.
+// They bound a kernel's registers; tests/test_cuda_build.py checks the compiler's report.
 inline constexpr int block_size = 256;
 template <typename T, bool plain>
 inline constexpr int planned_blocks = plain && sizeof(T) < 8 ? 3 : 2;
@@ -35,7 +35,7 @@ struct Chunks {
   int count;
 };
 
-// float keeps torch's own accuracy; for 16-bit logits the hardware's exponential is exact enough.
+// float is as accurate as torch; for 16-bit logits the hardware's exponential is accurate enough.
 template <typename T, typename Real>
 __device__ __forceinline__ Real exp_for(Real x) {
   if constexpr (sizeof(T) == 2) {
@@ -45,8 +45,9 @@ __device__ __forceinline__ Real exp_for(Real x) {
   }
 }
 
-// What the columns of a row are asked for.
-// plain: logits as they are, and only sum_exp; known to the compiler, since it is the common case.
+// Reduces the columns of a row.
+// plain: untransformed logits, and only sum_exp is requested. This is the common case, and a
+// compile-time constant.
 template <typename T, bool plain>
 struct ColumnReducer {
   using Real = real_t<T>;
@@ -71,7 +72,7 @@ struct ColumnReducer {
       const int first = batch + int(simt::lane()) * width;
       Words vectors[batch_vectors];
       if (batch + batch_columns<T> <= end && columns.is_inside(batch, batch + batch_columns<T>)) {
-        // All loads come before the arithmetic, so that they are under way together.
+        // All loads come before the arithmetic, so that they overlap.
         const T* const at = columns.at(first);
         if (skew == 0) {
 #pragma unroll
@@ -96,16 +97,16 @@ struct ColumnReducer {
  private:
   static constexpr int stride = int(warp_size) * width;
 
-  // Moves the sums to a batch's maximum, without a branch: as a warp's lanes find their maxima in
-  // different batches, some lane nearly always needs it. Returns what sum_exp is to be multiplied
-  // by.
+  // Makes the sums relative to a batch's maximum. There is no branch: lanes find their maxima in
+  // different batches, so that some lane of a warp nearly always needs it. Returns the factor for
+  // sum_exp.
   __device__ __forceinline__ Real rebase(State& state, Real max) const {
     const Real before = state.max, reference_before = state.reference();
     state.max = larger(before, max);
     const Real shift = before - state.reference();  // -inf for the identity, whose sums are 0
     const Real factor = exp_for<T>(shift);
     if (!plain && wanted.floats[Stat::entropy]) {
-      // A part that underflows is gone; 0 * inf must not make it nan.
+      // A factor that underflows leaves 0, not 0 * inf.
       state.sum_x_exp =
           factor == Real(0) ? Real(0) : factor * (state.sum_x_exp + shift * state.sum_exp);
     }
@@ -116,7 +117,7 @@ struct ColumnReducer {
     return factor;
   }
 
-  // The columns behind the last count nothing: they are -inf.
+  // Columns after the last are -inf, which adds nothing.
   __device__ __forceinline__ void add_plain(State& state,
                                             const Words (&vectors)[batch_vectors]) const {
     const Real factor = rebase(state, largest<T>(vectors));
@@ -133,7 +134,7 @@ struct ColumnReducer {
     state.sum_exp = fma_of(state.sum_exp, factor, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 
-  // The same with all that can be asked for, and the same sum_exp.
+  // The same with every statistic that can be requested, and the same bits of sum_exp.
   __device__ __forceinline__ void add(State& state, const Words (&vectors)[batch_vectors],
                                       int first, int end) const {
     const auto is_there = [end](int column) { return column < end; };
@@ -184,7 +185,7 @@ struct ColumnReducer {
           sum_shifted += shifted;
           ++count;
         } else {
-          // A column without weight does not count, even where its logit is -inf.
+          // A column of weight 0 adds nothing, even if its logit is -inf.
           const Real a = in.weights.at(row, column + i);
           if (a == Real(0)) continue;
           state.sum_weighted += a * shifted;
@@ -211,7 +212,7 @@ __device__ __forceinline__ PartialState<Real> merge_chunks(const PartialState<Re
   return warp_merge(state, wanted);
 }
 
-// The last steps in double: a handful of operations a row, and no digit lost to them.
+// In double: these are few operations per row, and their rounding errors do not matter then.
 template <typename Real>
 __device__ __forceinline__ RowStats<double> finalize_row(const PartialState<Real>& state,
                                                          Real target_logit, int64_t vocab_size) {

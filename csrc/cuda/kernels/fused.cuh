@@ -1,4 +1,4 @@
-// Statistics and gradient in one visit to the logits.
+// Statistics and gradient from one read of the logits.
 #pragma once
 
 #include "gradient.cuh"
@@ -6,8 +6,8 @@
 
 namespace llmloss::cuda {
 
-// Copies columns of a row to shared memory without waiting, at the same distance from a multiple of
-// 16 bytes, so that whole vectors go as they are. Returns where they will be.
+// Starts to copy columns of a row to shared memory, and returns where they will be. They keep their
+// offset from a multiple of 16 bytes, so that whole vectors can be copied.
 template <typename T>
 __device__ __forceinline__ Columns<T> stage(const Columns<T>& from, T* room) {
   T* const to = room + from.skew() / sizeof(T);
@@ -24,10 +24,10 @@ __device__ __forceinline__ Columns<T> stage(const Columns<T>& from, T* room) {
 }
 
 // A cluster of blocks for each row, each with `slice_chunks` of its chunks. Reads the logits once,
-// keeps them in shared memory, shares the chunks' states among the blocks, writes the gradient over
-// the logits: 2 x rows x columns x sizeof(T) bytes move, half of that for a row that is not active.
-// Without staged (a row longer than the clusters' memory) one block reads its row again instead,
-// from L2 where the rows under way fit it.
+// keeps them in shared memory, exchanges the chunks' states among the blocks, and overwrites the
+// logits with the gradient: 2 x rows x columns x sizeof(T) bytes of traffic, half of that for a row
+// that is not active. If a row does not fit in the cluster's memory (staged is false), a single
+// block reads it twice, the second time from L2 if the rows in flight fit there.
 template <typename T, bool plain_stats, bool plain_grad, bool staged>
 __global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
     fused_kernel(const __grid_constant__ RowInputs<T> in,
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
   const int64_t row = simt::block_index_x() / blocks;
   const int thread = int(simt::thread_index()), threads = int(simt::block_threads());
   T* const grad = grads.grad + grads.layout.offset(row);
-  if (!is_active(in, row)) {  // in all blocks of the cluster
+  if (!is_active(in, row)) {  // the same in all blocks of the cluster
     if (rank == 0 && thread == 0) {
       write_statistics(out, row, absent_statistics<double>(in, row));
     }
@@ -64,16 +64,16 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
     columns = stage(columns, simt::dynamic_shared<T>() + room * Vector<T>::size);
   }
   const LogitTransform<Real> transform = in.transform.resolved();
-  const Target<Real> target = target_of(in, transform, row);  // before the gradient is over it
+  const Target<Real> target = target_of(in, transform, row);  // before the gradient overwrites it
   const Wanted wanted = plain_stats ? Wanted{} : Wanted::by(out);
   const ColumnReducer<T, plain_stats> reducer{in,           transform,          row,
                                               target.logit, int(target.column), wanted};
   const Real of_loss = source.of_loss(row);
   if constexpr (staged) {
     simt::wait_for_copies();
-    simt::block_sync();  // the slice is here
+    simt::block_sync();  // the slice is complete
   }
-  simt::cluster_wait();  // the other blocks have begun: their memory can be written
+  simt::cluster_wait();  // the other blocks have started: their shared memory can be written
 
   for (int chunk = first_chunk + int(simt::warp_index()); chunk < last_chunk;
        chunk += threads / int(warp_size)) {
@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
     const State state = reducer.chunk(columns, from, min_of(from + chunks.columns, vocab_size));
     if (simt::lane() < blocks) *simt::peer_shared(states + chunk, simt::lane()) = state;
   }
-  simt::cluster_sync();  // all states are here, and all reads of the row are done
+  simt::cluster_sync();  // all states have arrived, and no block reads the row any more
   const State total = merge_chunks(states, chunks.count, wanted);
 
-  // Every thread computes what row_grad_kernel would read back, to the same bits; most losses need
-  // the state alone.
+  // Most losses need only the state for their gradient. For the others, every thread computes the
+  // statistics that row_grad_kernel would load, with the same bits.
   const bool writes = rank == 0 && thread == 0;
   RowStats<double> stats;
   if (writes || source.options.gradient_reads_values()) {

@@ -1,40 +1,40 @@
-// The gradient of one row's columns, from its few coefficients.
+// The gradient of one row's columns, from the row's coefficients.
 #pragma once
 
 #include "chunks.cuh"
 
 namespace llmloss::cuda {
 
-// plain: logits as they are, no statistic that needs more sums, and one weight for all columns;
-// known to the compiler.
+// plain: untransformed logits, no gradient of a statistic that needs more sums, and the same weight
+// for all columns. A compile-time constant.
 template <typename T, bool plain>
 struct ColumnGradient {
   using Real = real_t<T>;
   static constexpr int width = Vector<T>::size;
-  static constexpr int unroll = sizeof(T) == 8 ? 2 : 4;  // vectors under way together
+  static constexpr int unroll = sizeof(T) == 8 ? 2 : 4;  // vectors in flight
 
   const RowInputs<T>& in;
   LogitTransform<Real> transform;  // resolved
   int64_t row;
   GradRow<Real> grad;
   int target;       // its column; -1: none
-  bool with_scale;  // whether the scale's gradient is asked for
+  bool with_scale;  // whether the scale's gradient is requested
 
-  // Writes the columns [begin, end) of the row to `out`, their place in memory. The threads of the
-  // row's share work side by side: this one is `thread` of `threads`. Returns its part of the
-  // scale's gradient.
+  // Writes the gradient of the columns [begin, end) of the row; `out` points to the first of them.
+  // This is thread `thread` of the `threads` that share the work. Returns its part of the scale's
+  // gradient.
   __device__ __forceinline__ double write(const Columns<T>& logits, T* out, int begin, int end,
                                           int thread, int threads) const {
     const Peeled<T> peeled(out, end - begin);
-    // The target's column is written with the others, and then again by the same thread: nobody
-    // else's write can come between, and the others need not look for the target.
+    // A thread first writes the target's column like any other, and then overwrites it. The same
+    // thread does both, so that the order is certain, and the loops need not look for the target.
     const int place = target - begin;
     const bool has_target = target >= begin && target < end &&
                             (with_scale ? place % threads : peeled.owner(place, threads)) == thread;
     const Real at_target = has_target ? to_real(*logits.at(target)) : Real(0);
     double sum = 0;
     if (with_scale) {
-      // A sum, whose order must not depend on where in memory the row begins.
+      // The order of this sum must not depend on where in memory the row begins.
       for (int column = begin + thread; column < end; column += threads) {
         from_real(other(to_real(*logits.at(column)), column, sum), out[column - begin]);
       }
@@ -49,7 +49,7 @@ struct ColumnGradient {
   __device__ __forceinline__ void write_vectors(const Columns<T>& logits, T* out,
                                                 const Peeled<T>& peeled, int begin, int thread,
                                                 int threads) const {
-    // Stores are aligned; so are loads where both tensors begin alike.
+    // Stores are aligned. Loads are too if both rows have the same offset from 16 bytes.
     const T* const from = logits.at(begin);
     int v = thread;
     if (skew_of(out) == skew_of(from)) {
@@ -93,7 +93,8 @@ struct ColumnGradient {
     return packed<T>(g);
   }
 
-  // Of a column that is not the target, from its raw logit; adds to the scale's gradient.
+  // The gradient of a column that is not the target, from its raw logit. Adds to the scale's
+  // gradient.
   __device__ __forceinline__ Real other(Real z, int column, double& sum) const {
     if constexpr (plain) {
       const Real exp = exp_for<T>(z - grad.reference);
@@ -118,7 +119,7 @@ struct ColumnGradient {
     return plain || in.weights.is_constant() ? in.weights.beta : in.weights.at(row, column);
   }
 
-  // From dL/dx to dL/dz.
+  // Converts dL/dx to dL/dz.
   __device__ __forceinline__ Real chained(Real g, Real z, bool counts, double& sum) const {
     if (transform.kind() == TransformKind::identity && !with_scale) return g;
     const TransformedLogit<Real> logit = transform.with_derivatives(z);
@@ -129,7 +130,7 @@ struct ColumnGradient {
   }
 };
 
-// Zeros in the columns [begin, end) of a row.
+// Writes zeros to the columns [begin, end) of a row.
 template <typename T>
 __device__ __forceinline__ void write_zeros(T* row, int begin, int end, int thread, int threads) {
   T* const at = row + begin;

@@ -8,7 +8,7 @@ namespace llmloss::cuda {
 
 inline constexpr int merge_threads = 256;
 
-// Reads every rank's statistics of a row, writes those of the whole row; a thread for each row.
+// Reads every rank's statistics and writes those of the whole rows; one thread per row.
 template <typename Real>
 __global__ void __launch_bounds__(merge_threads, 4)
     merge_shards_kernel(const __grid_constant__ ShardRows<Real> in,

@@ -1,4 +1,4 @@
-// From one number a row to one number: losses, denominators, sums.
+// Reduces one number per row to one number: losses, denominators, sums.
 #pragma once
 
 #include "../../core/loss_rows.h"
@@ -6,9 +6,9 @@
 
 namespace llmloss::cuda {
 
-// The sum over rows of value(row), in the first thread of a single block: in double and in an order
-// that only the number of rows decides. 1,024 threads read a million rows in the time that their
-// logits take for a few dozen.
+// The sum over rows of value(row), returned to the first thread of a single block: in double, and
+// in an order that only the number of rows decides. One block is enough: 1,024 threads read the
+// numbers of a million rows in the time that the logits of a few dozen rows take.
 template <typename Value>
 __device__ __forceinline__ double block_total(int64_t rows, const Value& value) {
   double sum = 0;
@@ -23,7 +23,8 @@ __device__ __forceinline__ double block_total(int64_t rows, const Value& value) 
   return simt::warp_index() == 0 ? warp_sum(simt::lane() < warps ? sums[simt::lane()] : 0.0) : 0.0;
 }
 
-// Reads the rows' statistics, writes the loss: one block for a mean or a sum, else a thread a row.
+// Reads the rows' statistics and writes the loss: one block for a mean or a sum, otherwise one
+// thread per row.
 template <typename Real>
 __global__ void __launch_bounds__(1024, 1)
     reduce_loss_kernel(const __grid_constant__ LossRows<Real> rows, const Reduction reduction,
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(1024, 1)
   }
 }
 
-// Reads the targets and their weights, writes what the mean divides by.
+// Reads the targets and their weights and writes the denominator of the mean.
 template <typename Real>
 __global__ void __launch_bounds__(1024, 1)
     denominator_kernel(const __grid_constant__ LossRows<Real> rows, Real* denominator) {
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(1024, 1)
   if (simt::thread_index() == 0) *denominator = Real(total);
 }
 
-// Reads `count` numbers, writes their sum.
+// Reads `count` numbers and writes their sum.
 template <typename Real>
 __global__ void __launch_bounds__(1024, 1)
     sum_kernel(const Real* values, const int64_t count, Real* sum) {

@@ -6,8 +6,8 @@
 
 namespace llmloss::cuda {
 
-// Reads each active row once and writes its gradient, over the logits or elsewhere: 2 x rows x
-// columns x sizeof(T) bytes move, half of that for a row that is not active.
+// Reads each active row once and writes its gradient, over the logits or to other memory: 2 x rows
+// x columns x sizeof(T) bytes of traffic, half of that for a row that is not active.
 template <typename T, bool plain>
 __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
     row_grad_kernel(const __grid_constant__ RowInputs<T> in,

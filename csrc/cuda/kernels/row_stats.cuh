@@ -5,9 +5,9 @@
 
 namespace llmloss::cuda {
 
-// How the threads are spread over the rows.
-//   warps_per_row 1: a warp has a row to itself, and a block has as many rows as warps.
-//   else:            blocks_per_row blocks of warps_per_row warps share a row.
+// The assignment of threads to rows.
+//   warps_per_row == 1: each warp has a row of its own, and a block has as many rows as warps.
+//   otherwise:          blocks_per_row blocks of warps_per_row warps share a row.
 struct RowShare {
   int warps_per_row;
   int blocks_per_row;
@@ -18,12 +18,12 @@ struct RowShare {
     return int64_t{simt::block_index_x()} * (simt::block_threads() / warp_size) +
            simt::warp_index();
   }
-  // How many rows the grid works on.
+  // The number of rows that the grid works on at a time.
   __device__ __forceinline__ int64_t rows_at_once() const {
     return is_warp() ? int64_t{simt::grid_x()} * (simt::block_threads() / warp_size)
                      : simt::grid_x() / unsigned(blocks_per_row);
   }
-  // This warp among the warps of the row, and how many there are.
+  // The index of this warp among the warps of its row, and their number.
   __device__ __forceinline__ int warp() const {
     if (is_warp()) return 0;
     return int(simt::block_index_x() % unsigned(blocks_per_row)) * warps_per_row +
@@ -49,9 +49,9 @@ __device__ __forceinline__ void write_row(const RowInputs<T>& in, const RowOutpu
   write_statistics(out, row, finalize_row(state, target_logit, in.vocab_size));
 }
 
-// Reads each active row once and writes its statistics; rows x columns x sizeof(T) bytes move.
-// Where several blocks share a row, they leave its chunks' states in `workspace` (rows x chunks)
-// for merge_rows_kernel instead.
+// Reads each active row once and writes its statistics: rows x columns x sizeof(T) bytes of
+// traffic. If several blocks share a row, they write its chunks' states to `workspace` (rows x
+// chunks) for merge_rows_kernel instead.
 template <typename T, bool plain>
 __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
     row_stats_kernel(const __grid_constant__ RowInputs<T> in,
@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   if (simt::lane() == 0) write_row(in, out, row, total, target.logit);
 }
 
-// The statistics of rows that several blocks have shared, a warp for each row. Reads the workspace.
+// Reads the workspace and writes the statistics of rows that several blocks have shared; one warp
+// per row.
 template <typename T>
 __global__ void __launch_bounds__(block_size)
     merge_rows_kernel(const __grid_constant__ RowInputs<T> in,

@@ -1,12 +1,12 @@
-// Multiplies rows by a number that lies on the device.
+// Multiplies rows by a number in device memory.
 #pragma once
 
 #include "row_stats.cuh"
 
 namespace llmloss::cuda {
 
-// Reads and writes each row, unless the factor is 1: then nothing but the factor is read. The
-// blocks walk over the rows, so that few need to start.
+// Reads and writes each row. If the factor is 1, it reads only the factor. Each block loops over
+// several rows, so that the launch starts few blocks.
 template <typename T>
 __global__ void __launch_bounds__(block_size)
     scale_kernel(T* data, const RowLayout layout, const int64_t rows, const int64_t columns,

@@ -1,4 +1,4 @@
-// What this process's devices are like.
+// The limits of this process's devices.
 #include <cuda_runtime.h>
 
 #include "launch.h"
@@ -7,8 +7,8 @@
 namespace llmloss::cuda {
 namespace {
 
-// The largest cluster that the current device can run: a part of a device, or one with units
-// switched off, may have too few multiprocessors together for what its architecture promises.
+// The largest cluster that the current device can run. A partition of a device, or a device with
+// disabled units, may lack the adjacent multiprocessors for its architecture's maximum.
 __global__ void __launch_bounds__(32 * max_warps_per_block) cluster_probe_kernel() {}
 
 int largest_cluster(int promised, int64_t shared_bytes) {
@@ -17,7 +17,7 @@ int largest_cluster(int promised, int64_t shared_bytes) {
     const Shape shape{cluster, 32 * max_warps_per_block, shared_bytes, cluster};
     if (active_clusters(cluster_probe_kernel, shape, count) == cudaSuccess && count > 0)
       return cluster;
-    cudaGetLastError();  // answered: what follows must not find it
+    cudaGetLastError();  // clears the error, which later calls would report
   }
   return 1;
 }
@@ -41,7 +41,7 @@ int device_limits(int device, DeviceLimits& limits) {
   }
   limits.shared_per_block = shared_per_block;
   limits.shared_per_multiprocessor = shared_per_multiprocessor;
-  // Sixteen blocks on the data centre's chips; others promise eight.
+  // Data-centre GPUs support clusters of sixteen blocks, others of eight.
   const int promised = !has_clusters ? 1 : major == 9 || major == 10 ? 16 : 8;
   limits.max_cluster = largest_cluster(promised, shared_per_block);
   return cudaSuccess;

@@ -1,4 +1,4 @@
-// From a plan to launches; included where the kernels of a type are instantiated.
+// Turns plans into launches; included by the files that instantiate the kernels.
 #pragma once
 
 #include "../kernels/fused.cuh"
@@ -15,7 +15,7 @@ namespace llmloss::cuda {
 static_assert(tile_bytes == tile_columns<float> * int64_t{sizeof(float)});
 static_assert(block_size == max_warps_per_block * int{warp_size});
 
-// Whether the kernels that know the common case at compile time will do.
+// Whether the kernels that are compiled for the common case apply.
 template <typename T>
 bool is_plain(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out) {
   const Wanted wanted = Wanted::by(out);
@@ -33,8 +33,8 @@ bool is_plain(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
          (in.weights.is_constant() || !source.has(Stat::mean_log_prob));
 }
 
-// The fused kernel whose halves are those that row_stats and row_grad would be: the bits are
-// theirs.
+// The fused kernel that is plain in the same halves as the separate kernels would be, so that the
+// bits are the same.
 template <typename T, bool staged>
 auto fused_of(bool plain_stats, bool plain_grad) {
   if (plain_stats && plain_grad) return fused_kernel<T, true, true, staged>;
@@ -87,7 +87,7 @@ int RowKernels<T>::scale(T* data, const RowLayout& layout, int64_t rows, int64_t
                 factor, share_of(plan));
 }
 
-// One block for a sum over the rows.
+// A sum over the rows takes one block.
 inline constexpr int sum_threads = 1024;
 inline constexpr Shape sum_shape{1, sum_threads, sum_threads / 32 * int64_t{sizeof(double)}};
 

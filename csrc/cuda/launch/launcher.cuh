@@ -1,4 +1,4 @@
-// Starts a kernel: on a device, or in the emulator.
+// Starts a kernel, on a device or in the emulator.
 #pragma once
 
 #include "../device/simt.cuh"
@@ -10,7 +10,7 @@ struct Shape {
   int threads;
   int64_t shared_bytes = 0;
   int cluster = 1;
-  bool prefers_shared = false;  // to L1, where the two share their memory
+  bool prefers_shared = false;  // over L1, which shares its memory
 };
 
 #if defined(LLMLOSS_SIMT)
@@ -46,8 +46,8 @@ int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream,
   };
   constexpr int always_allowed = 48 << 10, portable_cluster = 8;
   if (shape.shared_bytes > always_allowed) {
-    // The device's most, whatever this launch needs: another thread's launch of the same kernel may
-    // need more, and these settings are the kernel's, not the launch's.
+    // Allow the device's maximum, whatever this launch needs: the setting belongs to the kernel,
+    // not to the launch, and another thread's launch may need more.
     int device = 0, most = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
@@ -68,7 +68,8 @@ int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream,
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-// How many clusters of that shape the current device can run at once. Returns a cudaError_t.
+// The number of clusters of that shape that the current device can run at once. Returns a
+// cudaError_t.
 template <typename... Parameters>
 int active_clusters(void (*kernel)(Parameters...), const Shape& shape, int& count) {
   const auto* function = reinterpret_cast<const void*>(kernel);

@@ -1,4 +1,4 @@
-// The kernels over rows of statistics, which are float or double whatever the logits are.
+// The kernels over rows of statistics, which are float or double for any type of logits.
 #include "launch.cuh"
 
 template struct llmloss::cuda::LossKernels<float>;

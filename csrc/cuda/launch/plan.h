@@ -1,5 +1,5 @@
-// How the work is laid over a device: every choice that a launch makes, in plain functions of the
-// problem's size. `llmloss info --plan N V dtype` prints them.
+// How work is distributed over a device. Every choice of a launch is a plain function of the
+// problem's size; `llmloss info --plan N V dtype` prints the choices.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace llmloss::cuda {
 
 struct DeviceLimits {
   int multiprocessors;
-  int64_t shared_per_block;  // bytes, the most that a launch may ask for
+  int64_t shared_per_block;  // bytes, the most that a launch may request
   int64_t shared_per_multiprocessor;
   int max_cluster;  // blocks; 1: the device has no clusters
 };
@@ -18,26 +18,27 @@ struct DeviceLimits {
 inline constexpr int max_warps_per_block = 8;
 inline constexpr int64_t tile_bytes = 32 * 8 * 16;  // lanes, vectors for each, their bytes
 inline constexpr int max_chunks = 256;
-// Statistics and gradient of different rows overlap where several blocks share a multiprocessor.
+// With several blocks on a multiprocessor, the statistics of one row overlap the gradient of
+// another.
 inline constexpr int fused_blocks_per_multiprocessor = 3;
-inline constexpr int scale_threads = 1024;        // of a multiprocessor
-inline constexpr int64_t reserved_shared = 1024;  // bytes, for each block, by the system
-inline constexpr int fewest_chunks = 2;  // of a block, where few rows are spread over clusters
+inline constexpr int scale_threads = 1024;        // per multiprocessor
+inline constexpr int64_t reserved_shared = 1024;  // bytes per block, reserved by the system
+inline constexpr int fewest_chunks = 2;  // per block, when few rows are spread over clusters
 inline constexpr int64_t shortest_fused = 1024;  // bytes of a row
 inline constexpr int64_t max_blocks = 0x7fffffff;
 inline constexpr int64_t max_columns = int64_t{1} << 30;  // kernels count columns in 32 bits
 
-// Of a row as it lies in memory, padding included.
+// `columns` includes padding.
 inline void check_columns(int64_t columns) {
   if (columns > max_columns) throw std::invalid_argument("rows have too many columns");
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a row is cut into chunks. Only the row's length and type decide, since the cut decides the
-// bits of the result.
+// How a row is cut into chunks. This depends only on the row's length and type, since the cut
+// decides the bits of the result.
 struct ChunkPlan {
-  int columns;  // of a chunk
+  int columns;  // per chunk
   int count;
 };
 
@@ -51,21 +52,21 @@ inline ChunkPlan plan_chunks(int64_t vocab_size, int64_t element_bytes) {
 // How blocks and warps share the rows.
 struct SharePlan {
   int warps_per_row;   // 1: each warp has a row of its own
-  int blocks_per_row;  // more than 1: rows are too few to fill the device
+  int blocks_per_row;  // more than 1 if there are too few rows to fill the device
   int64_t blocks;
   int threads;
 };
 
-// units: pieces of a row that are worth a warp.
+// units: the pieces of a row that are large enough for a warp.
 inline SharePlan plan_share(int64_t rows, int64_t units, const DeviceLimits& device,
                             bool may_split) {
   int warps = 1;
   while (warps < max_warps_per_block && units >= 4 * warps) warps *= 2;
   int64_t blocks_per_row = 1;
   if (may_split && warps > 1 && rows < device.multiprocessors) {
-    // Smaller blocks, if that is what it takes to reach all multiprocessors.
+    // Smaller blocks, if otherwise some multiprocessors would have none.
     while (warps > 2 && rows * ceil_div(units, warps) < device.multiprocessors) warps /= 2;
-    // Two blocks for each multiprocessor, as far as every warp has work.
+    // Two blocks per multiprocessor, or fewer, so that every warp has work.
     const int64_t wanted =
         ceil_div(2 * int64_t{device.multiprocessors}, std::max<int64_t>(rows, 1));
     blocks_per_row = std::min(wanted, ceil_div(units, warps));
@@ -79,7 +80,7 @@ struct StatsPlan {
   ChunkPlan chunks;
   SharePlan share;
   int64_t shared_bytes;
-  int64_t workspace_bytes;  // device memory for chunks' states of split rows
+  int64_t workspace_bytes;  // device memory for the chunks' states of rows that blocks share
 };
 
 inline StatsPlan plan_stats(int64_t rows, int64_t vocab_size, int64_t element_bytes,
@@ -97,7 +98,7 @@ struct GradPlan {
   int64_t shared_bytes;
 };
 
-// with_scale: the scale's gradient is summed over a row by one block.
+// with_scale: a single block processes a row, and sums the scale's gradient over it.
 inline GradPlan plan_grad(int64_t rows, int64_t columns, int64_t element_bytes, bool with_scale,
                           const DeviceLimits& device) {
   check_columns(columns);
@@ -106,8 +107,8 @@ inline GradPlan plan_grad(int64_t rows, int64_t columns, int64_t element_bytes, 
   return {share, with_scale ? share.warps_per_row * int64_t{sizeof(double)} : 0};
 }
 
-// A factor of 1, the common case, costs the start of the blocks alone: no more than the device
-// holds at once, which then walk over the rows.
+// A factor of 1, the common case, costs only the start of the blocks. So there are no more blocks
+// than the device can run at once, and each loops over rows.
 inline SharePlan plan_scale(int64_t rows, int64_t columns, int64_t element_bytes,
                             const DeviceLimits& device) {
   SharePlan share = plan_grad(rows, columns, element_bytes, false, device).share;
@@ -119,11 +120,11 @@ inline SharePlan plan_scale(int64_t rows, int64_t columns, int64_t element_bytes
 }
 
 struct FusedPlan {
-  bool is_fused;  // else the statistics' and the gradient's kernels do the work
+  bool is_fused;  // otherwise the statistics and the gradient kernel run one after the other
   ChunkPlan chunks;
-  int cluster;  // blocks for a row
+  int cluster;  // blocks per row
   int slice_chunks;
-  bool is_staged;  // the row is kept in shared memory; else it is read again
+  bool is_staged;  // the row is kept in shared memory; otherwise it is read twice
   int64_t blocks;
   int threads;
   int64_t shared_bytes;
@@ -145,8 +146,8 @@ inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_by
       device.shared_per_multiprocessor / fused_blocks_per_multiprocessor - reserved_shared);
   int cluster = 1;
   while (cluster < device.max_cluster && shared_bytes(cluster) > comfortable) cluster *= 2;
-  // Few rows: more blocks for each, while a block has a few chunks. Its own memory bounds what a
-  // multiprocessor takes in, not the number of its warps.
+  // With few rows, each gets more blocks, as long as a block has a few chunks: the shared memory of
+  // a multiprocessor, not its number of warps, limits the loads in flight.
   while (cluster < device.max_cluster && rows * cluster * 2 <= device.multiprocessors &&
          plan.chunks.count >= 2 * cluster * fewest_chunks) {
     cluster *= 2;
@@ -155,12 +156,13 @@ inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_by
   plan.cluster = plan.is_staged ? cluster : 1;
   plan.slice_chunks = slice_chunks(plan.cluster);
   plan.shared_bytes = plan.is_staged ? shared_bytes(cluster) : states;
-  // A warp for each chunk, and for the gradient, which is not bound to chunks, at least four.
+  // One warp per chunk, but at least four for the gradient, which is not divided into chunks.
   const int64_t busy = plan.chunks.count < 4 ? 1 : 4;
   const int warps = int(std::clamp<int64_t>(plan.slice_chunks, busy, max_warps_per_block));
   plan.threads = 32 * warps;
   plan.blocks = rows * plan.cluster;
-  // The shortest rows are better off with a warp each, and few long ones with the whole device.
+  // The separate kernels are faster for the shortest rows, which get a warp each, and for a few
+  // long rows, which get the whole device.
   const bool is_short = vocab_size * element_bytes < shortest_fused;
   const bool is_idle =
       2 * plan.blocks < device.multiprocessors && plan.slice_chunks > max_warps_per_block;
