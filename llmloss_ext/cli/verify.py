@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "class weights": {"weight": True},
     "label smoothing": {"label_smoothing": 0.1},
     "z-loss": {"z_loss": 1e-3},
+    "focal": {"focal_gamma": 2.0},
     "softcap": {"softcap": 15.0},
     "logit scale": {"logit_scale": 0.7},
     "token weights": {"token_weight": True},
@@ -41,7 +42,8 @@ LINEAR_OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing, z-loss": {"label_smoothing": 0.1, "z_loss": 1e-3, "chunk_tokens": 7},
 }
 FEATURES = 32
-STATISTICS = ("log_prob", "lse", "entropy", "mean_log_prob")
+EXTRA = ("log_sum_sq_probs",)
+STATISTICS = ("log_prob", "lse", "entropy", "mean_log_prob", *EXTRA)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -137,6 +139,7 @@ def torch_stats(
         "lse": torch.logsumexp(x, -1),
         "entropy": -(log_p.exp() * log_p).sum(-1),
         "mean_log_prob": terms.sum(-1) / vocab,
+        "log_sum_sq_probs": torch.logsumexp(2 * log_p, -1),
     }
     return {name: torch.where(valid, s, 0.0) for name, s in stats.items()}
 
@@ -154,6 +157,7 @@ def torch_loss(logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tenso
     tokens = (target != -100).to(logits.dtype)
     w_y = tokens if weight is None else weight[target.clamp_min(0)].to(logits.dtype) * tokens
     rows = -(1 - eps) * w_y * stats["log_prob"] - eps * stats["mean_log_prob"]
+    rows = rows * (1 - stats["log_prob"].exp()) ** options.get("focal_gamma", 0.0)
     rows = rows + options.get("z_loss", 0.0) * stats["lse"].square()
     if "token_weight" in options:
         tokens = options["token_weight"].to(logits.dtype)
@@ -222,7 +226,7 @@ def _check_statistic(name: str, dtype: torch.dtype, device: torch.device) -> Che
     logits, target = logits.to(device), target.to(device)
 
     def ours(z: Tensor) -> Tensor:
-        stats = token_stats(z, target, softcap=20.0, logit_scale=1.1)
+        stats = token_stats(z, target, softcap=20.0, logit_scale=1.1, extra=EXTRA)
         result: Tensor = getattr(stats, name)
         return result
 
