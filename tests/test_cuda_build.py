@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from llmloss_ext.ops.library import LIBRARY
 
 import llmloss_ext
 from llmloss_ext.cli import info, main
+from llmloss_ext.ops.library import LIBRARY
 
 ROOT = Path(__file__).parents[1]
 REPORT = Path(llmloss_ext.__file__).parent / "cuda_kernels.json"
