@@ -13,17 +13,13 @@ __all__ = ["row_stats", "stats_gradient"]
 
 
 def row_stats(problem: Problem) -> SimpleNamespace:
-    """The statistics of every row: with log_sum_sq_probs, and ranks that order equal logits."""
+    """The statistics of every row, with log_sum_sq_probs."""
     stats = oracle.row_stats(problem)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         log_sum_sq = np.log(np.exp(2 * stats.log_p).sum(1))
     log_sum_sq = np.where(problem.ignored, 0.0, log_sum_sq)
     log_sum_sq = np.where(problem.out_of_range, np.nan, log_sum_sq)
-    x, index = stats.x, problem.index[:, None]
-    before = (np.arange(problem.vocab) < index) & problem.has_column[:, None]
-    ties = (before & (x == np.take_along_axis(x, index, 1))).sum(1)
-    rank = np.where((stats.argmax >= 0) & problem.valid, stats.rank + ties, stats.rank)
-    return SimpleNamespace(**{**vars(stats), "rank": rank, "log_sum_sq_probs": log_sum_sq})
+    return SimpleNamespace(**{**vars(stats), "log_sum_sq_probs": log_sum_sq})
 
 
 def stats_gradient(problem: Problem, log_sum_sq_probs: Any = 0.0, **upstream: Any) -> Gradient:
