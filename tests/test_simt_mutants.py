@@ -62,7 +62,7 @@ MUTANTS = {
     "no order among equal logits": (
         "kernels/chunks.cuh",
         "const bool is_before = column + i < target;",
-        "const bool is_before = false;",
+        "const bool is_before = !MUTANT && column + i < target;",
     ),
     "sums not moved to a new maximum": (
         "kernels/chunks.cuh",
