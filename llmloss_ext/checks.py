@@ -5,9 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops.derivatives import in_transform
+from .ops.derivatives import can_read
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dense(optional: dict[str, Tensor | None] | None = None, /, **required: Tensor) -> None:
+    """Raises a TypeError that names an argument that is not a dense tensor.
+
+    Args:
+        optional: Arguments that may be None.
+        required: Arguments that may not.
+    """
+    given = {name: x for name, x in (optional or {}).items() if x is not None}
+    for name, tensor in (given | required).items():
+        if not isinstance(tensor, Tensor):
+            kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {kind.removeprefix('builtins.')}; "
+                "torch.as_tensor makes one"
+            )
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = f"a nested tensor of {tensor.layout}" if tensor.is_nested else tensor.layout
+            raise TypeError(
+                f"{name} must be a dense tensor, or jagged like the other arguments; got {kind}"
+            )
 
 
 def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
@@ -26,8 +48,10 @@ def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
     if target.dtype == torch.int32:
         # So that the two can be compared.
         return target if -(2**31) <= ignore_index < 2**31 else target.long()
+    if target.dtype == torch.uint8:  # as torch
+        return target.long()
     if not target.is_floating_point():
-        raise RuntimeError(f"expected class indices of int64 or int32, got {target.dtype}")
+        raise RuntimeError(f"expected class indices of int64, int32 or uint8, got {target.dtype}")
     if target.dtype != input.dtype:
         raise RuntimeError(
             f"expected probability targets of the input's dtype {input.dtype}, got {target.dtype}"
@@ -108,13 +132,12 @@ def items_tensor(num_items: int | Tensor | None, reduction: str, input: Tensor) 
                 f"num_items must be a number or hold one number on {input.device}, got shape "
                 f"{tuple(num_items.shape)} on {num_items.device}"
             )
-        on_host = num_items.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_host and not in_transform() and not num_items > 0:
-            raise ValueError(f"num_items must be > 0, got {num_items.item()}")
+        if can_read(num_items) and not num_items >= 0:
+            raise ValueError(f"num_items must be >= 0, got {num_items.item()}")
         return num_items.detach()
-    if not num_items > 0:
-        raise ValueError(f"num_items must be > 0, got {num_items}")
-    return torch.full((), float(num_items), dtype=torch.float64, device=input.device)
+    if not isinstance(num_items, torch.SymInt) and not num_items >= 0:
+        raise ValueError(f"num_items must be >= 0, got {num_items}")
+    return torch.full((), num_items, dtype=torch.float64, device=input.device)
 
 
 def check_token_weight(token_weight: Tensor, shape: torch.Size, input: Tensor) -> Tensor:

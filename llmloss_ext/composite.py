@@ -8,6 +8,7 @@ are known (`losses_of`) are used in production too: from hidden states and over 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,25 @@ def is_indices(target: Tensor) -> bool:
     return not target.is_floating_point()
 
 
+def is_class(target: Tensor, options: LogitOptions) -> Tensor:
+    """Which targets are classes that are not ignored."""
+    return (target != options.ignore_index) & (target >= 0) & (target < options.vocab_size)
+
+
+def only(counts: Tensor, rows: Tensor) -> Tensor:
+    """The rows (..., k) that count, and zeros for the others, whatever stands there."""
+    return torch.where(counts.unsqueeze(-1), rows, 0.0)
+
+
+def spared(rows: Tensor, *upstream: Tensor) -> Tensor:
+    """The rows, with zeros for those that hold nan or inf and whose gradients from above are 0.
+
+    The kernels do not read rows without a gradient; torch would multiply what they hold by 0.
+    """
+    idle = torch.stack([grad.reshape(rows.shape[:-1]) == 0 for grad in upstream]).all(0)
+    return only(~(idle & (rows.isnan() | rows.isposinf()).any(-1)), rows)
+
+
 def token_stats(
     input: Tensor,
     target: Tensor,
@@ -52,6 +72,8 @@ def token_stats(
     """
     real = real_of(input)
     x = input[..., : options.vocab_size].to(real)
+    if is_indices(target):
+        x = only(target != options.ignore_index, x)
     x = x * (logit_scale.to(real) if logit_scale is not None else options.scale)
     if options.softcap > 0:
         x = options.softcap * torch.tanh(x / options.softcap)
@@ -63,8 +85,7 @@ def token_stats(
     class_weight = None if weight is None else weight[: options.vocab_size].to(real)
     if is_indices(target):
         valid = target != options.ignore_index
-        is_class = valid & (target >= 0) & (target < options.vocab_size)
-        index = torch.where(is_class, target, 0).long().unsqueeze(-1)
+        index = torch.where(is_class(target, options), target, 0).long().unsqueeze(-1)
         log_prob = log_p.gather(-1, index).squeeze(-1)
         terms = log_p if class_weight is None else log_p * class_weight
         mean = terms.sum(-1) / options.vocab_size
@@ -91,25 +112,73 @@ def target_weights(
     return torch.where(valid, weight[torch.where(is_class, target, 0).long()].to(real), 0.0)
 
 
-def weight_tokens(
-    token_weight: Tensor, target: Tensor, ignore_index: int, real: torch.dtype
+def row_weights(
+    token_weight: Tensor | None, target: Tensor, ignore_index: int, real: torch.dtype
 ) -> Tensor:
-    """The weights of the tokens: 0 at ignored ones, whatever was given for them."""
-    return torch.where(target != ignore_index, token_weight.to(real), 0.0)
-
-
-def denominators(
-    input: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, ignore: int
-) -> Tensor:
-    """What each row adds to the mean's denominator: token weight times class weight."""
-    real = real_of(input)
+    """The weight of each token, 1 if None is given; 0 at ignored ones, whatever was given there."""
     if not is_indices(target):
-        rows = torch.ones(input.shape[:-1], dtype=real, device=input.device)
-        return rows if token_weight is None else rows * token_weight.to(real)
-    rows = target_weights(target, weight, ignore, real)
-    if token_weight is None:
-        return rows
-    return rows * weight_tokens(token_weight, target, ignore, real)
+        shape = target.shape[:-1]
+        ones = torch.ones(shape, dtype=real, device=target.device)
+        return ones if token_weight is None else token_weight.to(real)
+    valid = target != ignore_index
+    return valid.to(real) if token_weight is None else torch.where(valid, token_weight.to(real), 0)
+
+
+def without_weightless(
+    target: Tensor, token_weight: Tensor, options: LogitOptions, is_learned: bool
+) -> Tensor:
+    """Class indices whose tokens of weight 0 are ignored.
+
+    A learned weight of 0 keeps its gradient, as far as its target is a class.
+    """
+    drop = token_weight == 0
+    if is_learned:
+        drop = drop & ~is_class(target, options)
+    return torch.where(drop, options.ignore_index, target)
+
+
+def denominator(w_y: Tensor | None, weights: Tensor, loss: LossOptions) -> Tensor:
+    """What the mean divides by, and what the z-loss is multiplied by: MeanDenominator of loss.h.
+
+    Args:
+        w_y: The class weight of each target; None: probability targets.
+        weights: Of the tokens, 0 where ignored.
+        loss: Whether there is a z-loss.
+    """
+    tokens = weights.sum()
+    total, factor = tokens, torch.ones_like(tokens)
+    if w_y is not None:
+        total = (w_y * weights).sum()
+        if loss.z_loss != 0:
+            factor = torch.where(tokens == 0, 1.0, total / tokens)
+    return torch.stack([total, factor])
+
+
+def counted(
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    logits: LogitOptions,
+    loss: LossOptions,
+    real: torch.dtype,
+) -> Tensor:
+    """`denominator` of tokens with these targets, class weights and weights."""
+    w_y = None
+    if is_indices(target):
+        w_y = target_weights(target, weight, logits.ignore_index, real)
+    return denominator(w_y, row_weights(token_weight, target, logits.ignore_index, real), loss)
+
+
+def items_denominator(num_items: Tensor, real: torch.dtype) -> Tensor:
+    """`denominator` by the caller's number of items; of 0 items, loss and gradients are 0.
+
+    A whole denominator stays what it is.
+    """
+    numbers = num_items.to(real).reshape(-1)
+    if numbers.numel() > 1:
+        return numbers
+    items = torch.where(numbers == 0, math.inf, numbers)
+    return torch.cat([items, torch.ones_like(items)])
 
 
 def row_losses(
@@ -120,30 +189,43 @@ def row_losses(
     logit_scale: Tensor | None,
     options: LogitOptions,
     loss: LossOptions,
+    z_factor: Tensor | None = None,
 ) -> Tensor:
     """The loss of every row, 0 where ignored."""
     eps = loss.label_smoothing
     shares = ColumnWeights(1.0 - eps, eps / options.vocab_size)
-    stats = token_stats(input, target, weight, logit_scale, options, shares)
-    w_y = None
+    real, w_y, weights = real_of(input), None, None
     if is_indices(target):
-        w_y = target_weights(target, weight, options.ignore_index, real_of(input))
-        if token_weight is not None:
-            token_weight = weight_tokens(token_weight, target, options.ignore_index, w_y.dtype)
-    return losses_of(stats, w_y, token_weight, loss)
+        w_y = target_weights(target, weight, options.ignore_index, real)
+    if token_weight is not None:
+        weights = row_weights(token_weight, target, options.ignore_index, real)
+        input = only(weights != 0, input)
+        if w_y is None:
+            target = only(weights != 0, target)
+    stats = token_stats(input, target, weight, logit_scale, options, shares)
+    return losses_of(stats, w_y, weights, loss, z_factor)
 
 
 def losses_of(
-    stats: FloatStats, w_y: Tensor | None, token_weight: Tensor | None, loss: LossOptions
+    stats: FloatStats,
+    w_y: Tensor | None,
+    weights: Tensor | None,
+    loss: LossOptions,
+    z_factor: Tensor | None = None,
 ) -> Tensor:
     """The losses of rows: row_loss of csrc/core/loss.h.
 
     Args:
         stats: Those that `LossOptions.statistics` names.
         w_y: The class weight of each target, 0 where ignored; None: probability targets.
-        token_weight: Of each row, 0 where ignored.
+        weights: Of the tokens, 0 where ignored; None: 1 for all.
         loss: The options; the reduction is not read.
+        z_factor: Of the z-loss, 0-d: see `denominator`.
     """
+    if weights is not None and weights.requires_grad:
+        stats = FloatStats(
+            *(x if x is None or not x.numel() else without_garbage(x, weights) for x in stats)
+        )
     if w_y is None:
         rows = -stats.mean_log_prob
     else:
@@ -155,8 +237,14 @@ def losses_of(
         if loss.focal_gamma != 0:
             rows = rows * _difficulty(stats.log_prob, loss.focal_gamma)
     if loss.z_loss != 0:
-        rows = rows + loss.z_loss * stats.lse.square()
-    return rows if token_weight is None else rows * token_weight.to(rows.dtype)
+        z_rows = loss.z_loss * stats.lse.square()
+        rows = rows + (z_rows if z_factor is None else z_rows * z_factor)
+    return rows if weights is None else rows * weights.to(rows.dtype)
+
+
+def without_garbage(x: Tensor, weights: Tensor) -> Tensor:
+    """A number for each row, with 0 for a nan or inf that a weight of 0 would be multiplied by."""
+    return torch.where((weights == 0) & ~x.isfinite(), 0.0, x)
 
 
 def _difficulty(log_prob: Tensor, gamma: float) -> Tensor:
@@ -167,13 +255,18 @@ def _difficulty(log_prob: Tensor, gamma: float) -> Tensor:
 
 
 def losses_and_gradients(
-    stats: FloatStats, w_y: Tensor, token_weight: Tensor, upstream: Tensor, loss: LossOptions
+    stats: FloatStats,
+    w_y: Tensor,
+    weights: Tensor,
+    upstream: Tensor,
+    loss: LossOptions,
+    z_factor: Tensor,
 ) -> tuple[Tensor, FloatStats]:
     """`losses_of`, and the gradients of their sum times ``upstream``; None: no such gradient."""
     names = loss.statistics()
     with torch.enable_grad():
         leaves = {name: getattr(stats, name).detach().requires_grad_() for name in names}
-        rows = losses_of(FloatStats(**leaves), w_y, token_weight, loss)
+        rows = losses_of(FloatStats(**leaves), w_y, weights, loss, z_factor)
         gradients = torch.autograd.grad(
             rows, list(leaves.values()), upstream.expand_as(rows), allow_unused=True
         )
@@ -183,26 +276,40 @@ def losses_and_gradients(
 def loss_of(
     stats: FloatStats,
     w_y: Tensor,
-    token_weight: Tensor | None,
+    weights: Tensor,
     num_items: Tensor | None,
     loss: LossOptions,
 ) -> Tensor:
     """`losses_of`, reduced: (N) or 0-d."""
-    rows = losses_of(stats, w_y, token_weight, loss)
-    if loss.reduction == MEAN and num_items is None:
-        num_items = (w_y if token_weight is None else w_y * token_weight).sum()
-    return reduce(rows, num_items, loss.reduction)
+    if loss.reduction != MEAN:
+        rows = losses_of(stats, w_y, weights, loss)
+        return rows if loss.reduction == NONE else total(rows)
+    of_mean = mean_denominator(w_y, weights, num_items, loss)
+    rows = losses_of(stats, w_y, weights, loss, of_mean[1])
+    return total(rows) / of_mean[0].to(rows.dtype)
 
 
-def reduce(rows: Tensor, denominator: Tensor | None, reduction: int) -> Tensor:
-    """Applies the reduction; ``denominator`` is read for the mean only."""
-    if reduction == NONE:
-        return rows
+def mean_denominator(
+    w_y: Tensor | None, weights: Tensor, num_items: Tensor | None, loss: LossOptions
+) -> Tensor:
+    """`denominator`, or that of the caller's number of items."""
+    if num_items is None:
+        return denominator(w_y, weights, loss)
+    return items_denominator(num_items, weights.dtype)
+
+
+def mean(rows: Tensor, counts: Tensor | int, num_items: int | Tensor | None) -> Tensor:
+    """The sum of rows, 0 where they do not count, over how many count or over ``num_items``.
+
+    Args:
+        rows: A loss each.
+        counts: How many of them count.
+        num_items: The denominator of all micro-batches; 0 gives 0.
+    """
     whole = total(rows)
-    if reduction != MEAN:
-        return whole
-    assert denominator is not None
-    return whole / denominator
+    if num_items is None:
+        return whole / counts
+    return whole / items_denominator(torch.as_tensor(num_items), rows.dtype)[0]
 
 
 def total(rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .composite import real_of
+from .options import as_integer
 
 COPIES = 8
 """Tensors of the size of its logits that a divergence and its gradient hold at once."""
@@ -25,6 +26,27 @@ def check_divergence(direction: str, beta: float, temperature: float) -> None:
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
     if not 0.0 < beta < 1.0:
         raise ValueError(f"beta must be between 0 and 1, got {beta}")
+
+
+def common_classes(student: int, teacher: int, vocab_size: int | None) -> int:
+    """The classes over which two distributions are compared: by default all that both have.
+
+    Models of one family are padded to different numbers of classes.
+
+    Raises:
+        ValueError: ``vocab_size`` is more than that, or less than 1.
+        TypeError: It is not an integer.
+    """
+    most = min(student, teacher)
+    if vocab_size is None:
+        return most
+    vocab_size = as_integer("vocab_size", vocab_size)
+    if not 1 <= vocab_size <= most:
+        raise ValueError(
+            f"vocab_size must be in [1, {most}], the classes that student ({student}) and teacher "
+            f"({teacher}) share, got {vocab_size}"
+        )
+    return vocab_size
 
 
 def divergence(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import composite, ops
 from .checks import (
     FLOATS,
+    check_dense,
     check_range,
     check_scale,
     check_target,
@@ -17,14 +21,16 @@ from .checks import (
     check_weight,
     items_tensor,
 )
+from .entry import entry_point
 from .ops import LossInputs, StatsInputs
-from .options import NONE, LogitOptions, LossOptions, documented
+from .options import MEAN, NONE, LogitOptions, LossOptions, documented
 from .shard import Shard, ShardedColumns
 from .statistics import RowStats, TokenStats, asked, asked_by_user
 
 __all__ = ["TokenStats", "cross_entropy", "token_stats"]
 
 
+@entry_point("input", "target")
 @documented
 def token_stats(
     input: Tensor,
@@ -35,6 +41,7 @@ def token_stats(
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
+    class_dim: int | None = None,
     with_rank: bool = False,
     extra: Sequence[str] = (),
     shard: Shard | None = None,
@@ -45,10 +52,10 @@ def token_stats(
     ``input`` and to a tensor ``logit_scale``, in any combination; backward computes what was used.
 
     Args:
-        input: Logits (V), (N, V) or (..., V); float32, bfloat16, float16 or float64. Rows with a
-            stride, such as ``logits[:, :-1]``, are read in place. Torch's (N, C, d1, ...) form is
-            understood as in `cross_entropy`.
-        target: Class indices of shape (), (N) or (...); int64 or int32.
+        input: Logits (V), (N, V) or (..., V), or with ``class_dim=1`` (N, V, d1, ...); float32,
+            bfloat16, float16 or float64. Rows with a stride, such as ``logits[:, :-1]``, are read
+            in place.
+        target: Class indices of shape (), (N) or (...); int64, int32 or uint8.
         Options: each is described in `llmloss_ext.options`.
 
     Returns:
@@ -60,11 +67,14 @@ def token_stats(
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
         RuntimeError: A wrong dtype or device.
     """
-    call = DenseCall(input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard)
+    call = DenseCall(
+        input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard,
+        -1 if class_dim is None else class_dim,
+    )  # fmt: skip
     if call.has_probabilities:
         raise RuntimeError("token_stats: target must hold class indices (int64 or int32)")
     wanted = asked_by_user(with_rank, extra)
-    inputs = StatsInputs(call.rows, call.targets, weight, call.scale)
+    inputs = StatsInputs(call.rows, call.targets, call.weight, call.scale)
     if call.shard is None:
         rows = ops.token_stats(inputs, call.options, wanted)
     else:
@@ -72,15 +82,18 @@ def token_stats(
     return TokenStats.shaped(rows, wanted, call.shape)
 
 
+@entry_point("input", "target", "token_weight")
 @documented
 def cross_entropy(
     input: Tensor,
     target: Tensor,
-    *,
     weight: Tensor | None = None,
+    size_average: bool | None = None,
     ignore_index: int = -100,
+    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
     z_loss: float = 0.0,
     focal_gamma: float = 0.0,
     softcap: float | None = None,
@@ -88,6 +101,7 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
+    class_dim: int | None = None,
     inplace: bool = False,
     shard: Shard | None = None,
 ) -> Tensor:
@@ -99,14 +113,15 @@ def cross_entropy(
 
     Which dimension holds the classes: where ``target.shape`` is ``input.shape`` without dimension
     1, dimension 1, as in torch; else the last, as language models have it. (They coincide up to
-    two dimensions. Probability targets follow torch: dimension 1 from two dimensions on. Over a
-    ``shard``, classes are last.)
+    two dimensions. Where both fit, as for probability targets, torch's is taken with a warning
+    unless ``class_dim`` decides. Over a ``shard``, classes are last.)
 
     Args:
         input: Logits: (V), (N, V), (N, V, d1, ...) or (..., V); float32, bfloat16, float16 or
             float64. Rows with a stride are read in place where the classes are adjacent.
-        target: Class indices (int64 or int32), or probabilities of the input's shape and dtype,
-            which get their gradient too (`llmloss_ext.losses.check_probabilities` checks them).
+        target: Class indices (int64, int32 or uint8), or probabilities of the input's shape and
+            dtype, which get their gradient too (`llmloss_ext.losses.check_probabilities` checks
+            them).
         Options: each is described in `llmloss_ext.options`.
 
     Returns:
@@ -125,23 +140,30 @@ def cross_entropy(
         >>> loss = cross_entropy(logits, labels, label_smoothing=0.1, inplace=True)
         >>> loss.backward()
     """
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     loss = LossOptions.of(
         label_smoothing=label_smoothing, z_loss=z_loss, focal_gamma=focal_gamma,
         reduction=reduction,
     )  # fmt: skip
-    call = DenseCall(input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard)
+    call = DenseCall(
+        input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard, class_dim
+    )
     if num_items is not None:
         num_items = items_tensor(num_items, reduction, input)
     if token_weight is not None:
         token_weight = check_token_weight(token_weight, call.shape, input)
         token_weight = token_weight.reshape(call.rows.shape[:-1])
+        call.leave_out(token_weight)
     if inplace:
         call.check_inplace(input)
-    inputs = LossInputs(call.rows, call.targets, weight, token_weight, num_items, call.scale)
+    inputs = LossInputs(call.rows, call.targets, call.weight, token_weight, num_items, call.scale)
     if call.shard is None:
         value = ops.cross_entropy(inputs, call.options, loss, inplace=inplace)
     else:
         value = _sharded_loss(inputs, call, loss, inplace)
+    if call.has_probabilities and not input.numel() and loss.reduction == MEAN:
+        value = value + math.nan  # 0 / 0, as torch
     return value.reshape(call.shape) if loss.reduction == NONE else value
 
 
@@ -152,12 +174,15 @@ class DenseCall:
         rows: The logits, (N, V) or (B, S, V), with adjacent columns.
         targets: Class indices (N) or (B, S), or probabilities like rows.
         shape: The shape of one number per token.
+        weight: Class weights.
         scale: The tensor logit_scale, if it is one.
         options: How the operators read the logits.
         shard: Which classes the columns are; None: all.
     """
 
-    __slots__ = ("has_probabilities", "options", "rows", "scale", "shape", "shard", "targets")
+    __slots__ = (
+        "has_probabilities", "options", "rows", "scale", "shape", "shard", "targets", "weight",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -169,11 +194,15 @@ class DenseCall:
         logit_scale: float | Tensor,
         vocab_size: int | None,
         shard: Shard | None,
+        class_dim: int | None,
     ) -> None:
+        check_dense({"weight": weight}, input=input, target=target)
         if input.dtype not in FLOATS:
             raise RuntimeError(
                 f"expected logits of float32, bfloat16, float16 or float64, got {input.dtype}"
             )
+        if class_dim not in (None, 1, -1):
+            raise ValueError(f"class_dim must be 1 or -1, got {class_dim!r}")
         self.shard: ShardedColumns | None = None
         if shard is not None:
             columns = input.shape[-1] if input.dim() else 0
@@ -190,27 +219,32 @@ class DenseCall:
                     f"({self.shape[0]})."
                 )
         else:
-            self._bring_into_shape(input, target, classes_last=shard is not None)
+            if shard is not None:
+                class_dim = _only_last(class_dim)
+            self._bring_into_shape(input, target, class_dim)
             columns = self.rows.shape[-1]
+        if columns == 0:
+            self._add_a_column(ignore_index)
+            columns, weight = 1, None
         if self.rows.stride(-1) != 1 and columns != 1:
             self.rows = self.rows.contiguous()
         self.options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
         self.targets = check_target(self.targets, input, self.options.ignore_index)
         if weight is not None:
             check_weight(weight, columns, input)
+        self.weight = weight
         self.scale = check_scale(logit_scale, input)
         if self.shard is not None and self.shard.must_check_targets(target):
             check_range(target, self.options.ignore_index, self.shard.vocab_size)
 
-    def _bring_into_shape(self, input: Tensor, target: Tensor, classes_last: bool) -> None:
+    def _bring_into_shape(self, input: Tensor, target: Tensor, class_dim: int | None) -> None:
         if input.dim() == 0:
             raise ValueError("input must have at least one dimension: the classes")
-        expected = target.shape[:1] + target.shape[2:] if self.has_probabilities else target.shape
         if self.has_probabilities and target.shape != input.shape:
             raise ValueError(
                 f"target of {target.dtype} holds probabilities and must have the input's shape "
-                f"{tuple(input.shape)}, got {tuple(target.shape)}; class indices must be int64 or "
-                "int32"
+                f"{tuple(input.shape)}, got {tuple(target.shape)}; class indices must be int64, "
+                "int32 or uint8"
             )
         if input.dim() == 1:
             if not self.has_probabilities and target.dim() != 0:
@@ -220,25 +254,32 @@ class DenseCall:
                 )
             input, self.shape = input.unsqueeze(0), torch.Size(())
             target = target.unsqueeze(0)
-        elif not classes_last and expected == input.shape[:1] + input.shape[2:]:  # as torch
-            self.shape = expected
-            if input.dim() > 2:
+        else:
+            if _class_dim(input, target, class_dim, self.has_probabilities) == 1:
                 input = input.movedim(1, -1)
                 target = target.movedim(1, -1) if self.has_probabilities else target
-        elif target.shape == input.shape[:-1]:  # language models' form: classes last
-            self.shape = target.shape
-        else:
-            torchs = f"{tuple(input.shape[:1] + input.shape[2:])} (classes in dimension 1) or "
-            raise ValueError(
-                f"target of shape {tuple(target.shape)} does not fit logits of shape "
-                f"{tuple(input.shape)}: expected {'' if classes_last else torchs}"
-                f"{tuple(input.shape[:-1])} (classes last)"
-            )
+            self.shape = input.shape[:-1]
         if input.dim() > 3:
             columns = input.shape[-1]
             target = target.reshape(-1, columns) if self.has_probabilities else target.reshape(-1)
             input = input.reshape(-1, columns)
         self.rows, self.targets = input, target
+
+    def _add_a_column(self, ignore_index: int) -> None:
+        """Logits of no classes, of which only ignored tokens have a loss."""
+        self.rows = F.pad(self.rows, (0, 1))
+        if self.has_probabilities:
+            self.targets = F.pad(self.targets, (0, 1))
+        else:
+            is_ignored = self.targets == ignore_index
+            self.targets = torch.where(is_ignored, self.targets, 1)  # out of range
+
+    def leave_out(self, token_weight: Tensor) -> None:
+        """Tokens of weight 0 are ignored."""
+        if not self.has_probabilities:
+            self.targets = composite.without_weightless(
+                self.targets, token_weight, self.options, token_weight.requires_grad
+            )
 
     def check_inplace(self, input: Tensor) -> None:
         """Whether the gradient may be written over the logits."""
@@ -259,11 +300,50 @@ class DenseCall:
                 "cross_entropy(inplace=True) has no gradient for probability targets; detach them "
                 "or use inplace=False"
             )
-        if self.rows.data_ptr() != input.data_ptr():
+        if not _share_memory(self.rows, input):
             raise RuntimeError(
                 "cross_entropy(inplace=True) needs logits whose classes are adjacent in memory and "
                 "whose leading dimensions merge into rows; use inplace=False, or pass them so"
             )
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # which cannot trace the other question
+        return one.data_ptr() == other.data_ptr()
+    is_alias: bool = torch._C._is_alias_of(one, other)  # fake tensors have no pointers
+    return is_alias
+
+
+def _class_dim(
+    input: Tensor, target: Tensor, class_dim: int | None, has_probabilities: bool
+) -> int:
+    """Which dimension of the input (of two at least) holds the classes: 1, or -1 for the last."""
+    first, last = input.shape[:1] + input.shape[2:], input.shape[:-1]
+    shapes = {1: first, -1: last}
+    fits = {dim: has_probabilities or target.shape == shape for dim, shape in shapes.items()}
+    names = {1: f"{tuple(first)} (classes in dimension 1)", -1: f"{tuple(last)} (classes last)"}
+    if class_dim is not None:
+        names = {class_dim: names[class_dim]}
+    elif fits[1] and fits[-1] and input.dim() > 2:
+        warnings.warn(
+            f"target of shape {tuple(target.shape)} fits logits of shape {tuple(input.shape)} with "
+            "the classes in dimension 1 and in the last; dimension 1 is taken, as in torch. Say "
+            "class_dim=1 or class_dim=-1.",
+            stacklevel=6,
+        )
+    chosen = [dim for dim in names if fits[dim]]
+    if not chosen:
+        raise ValueError(
+            f"target of shape {tuple(target.shape)} does not fit logits of shape "
+            f"{tuple(input.shape)}: expected {' or '.join(names.values())}"
+        )
+    return chosen[0] if input.dim() > 2 else -1
+
+
+def _only_last(class_dim: int | None) -> int:
+    if class_dim == 1:
+        raise ValueError("over a shard, the classes are the last dimension: class_dim must be -1")
+    return -1 if class_dim is None else class_dim
 
 
 def _sharded_stats(inputs: StatsInputs, call: DenseCall, wanted: int, inplace: bool) -> RowStats:
@@ -280,7 +360,6 @@ def _sharded_loss(inputs: LossInputs, call: DenseCall, loss: LossOptions, inplac
     w_y = call.shard.target_weights(target, inputs.weight, ignore_index, stats.lse.dtype)
     token_weight = inputs.token_weight
     if token_weight is not None:
-        token_weight = composite.weight_tokens(
-            token_weight.reshape(-1), target, ignore_index, w_y.dtype
-        )
-    return composite.loss_of(stats, w_y, token_weight, inputs.num_items, loss)
+        token_weight = token_weight.reshape(-1)
+    weights = composite.row_weights(token_weight, target, ignore_index, w_y.dtype)
+    return composite.loss_of(stats, w_y, weights, inputs.num_items, loss)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .losses.shapes import classes_last
 
 __all__ = [
     "CorpusPerplexity",
@@ -111,8 +110,8 @@ def top_k_accuracy(logits: Tensor, target: Tensor, k: int, *, ignore_index: int 
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    rows = classes_last(logits.detach(), target)
-    rank = functional.token_stats(rows, target, ignore_index=ignore_index, with_rank=True).rank
+    logits = logits.detach()
+    rank = functional.token_stats(logits, target, ignore_index=ignore_index, with_rank=True).rank
     assert rank is not None  # with_rank
     valid = target != ignore_index
     return ((rank < k) & valid).sum().double() / valid.sum()

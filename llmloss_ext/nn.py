@@ -11,16 +11,20 @@ from torch import Tensor
 from . import functional
 from .linear import linear_cross_entropy
 from .options import OPTIONS, LossOptions, option_names, spelled_out
+from .sequences import Sequences
 
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
 _PER_CALL = {"token_weight", "num_items", "weight_grad_accumulator"}
+_SEQUENCES = set(Sequences._fields)
+_LEGACY = {"size_average", "reduce"}
 _OWN = {"weight", "ignore_index", "reduction", "label_smoothing", "linear_bias"}
 """What the modules themselves have in their signatures."""
 
 
 def _others(function: Any) -> list[str]:
-    return [name for name in option_names(function) if name not in _PER_CALL | _OWN]
+    own = _PER_CALL | _SEQUENCES | _LEGACY | _OWN
+    return [name for name in option_names(function) if name not in own]
 
 
 def _register(module: torch.nn.Module, name: str, value: Any, *, persistent: bool = True) -> None:
@@ -69,8 +73,10 @@ class CrossEntropyLoss(_LossModule):
 
     Args:
         weight: Class weights (V), kept as a buffer.
+        size_average: Deprecated, as in torch.
         ignore_index: As in the function, and so all other options. ``token_weight`` and
             ``num_items`` are given per call.
+        reduce: Deprecated, as in torch.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: In [0, 1].
         **options: Any other option of the function; each is an attribute. A ``logit_scale`` that is
@@ -86,12 +92,16 @@ class CrossEntropyLoss(_LossModule):
     def __init__(
         self,
         weight: Tensor | None = None,
+        size_average: bool | None = None,
         ignore_index: int = -100,
+        reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__()
+        if size_average is not None or reduce is not None:
+            reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
         self.register_buffer("weight", weight)
         self._keep(
             functional.cross_entropy,
@@ -209,8 +219,9 @@ class LinearCrossEntropyLoss(_LossModule):
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
         weight_grad_accumulator: Tensor | None = None,
+        **sequences: Any,
     ) -> Tensor:
-        """The loss of hidden states ``input`` for ``target``."""
+        """The loss of hidden states ``input`` for ``target``; options as in the function."""
         return linear_cross_entropy(
             input,
             self.linear_weight,
@@ -220,6 +231,7 @@ class LinearCrossEntropyLoss(_LossModule):
             token_weight=token_weight,
             num_items=num_items,
             weight_grad_accumulator=weight_grad_accumulator,
+            **sequences,
             **self._options(),
         )
 
@@ -232,4 +244,5 @@ class LinearCrossEntropyLoss(_LossModule):
 
 
 spelled_out(CrossEntropyLoss.__init__, _others(functional.cross_entropy))
+spelled_out(LinearCrossEntropyLoss.forward, Sequences._fields)
 spelled_out(LinearCrossEntropyLoss.__init__, _others(linear_cross_entropy))

@@ -57,7 +57,8 @@ OPTIONS = {
     "z_loss": Option(
         "float",
         0.0,
-        "Factor of lse^2, >= 0 (PaLM, Chowdhery et al. 2022; ST-MoE, Zoph et al. 2022).",
+        "Factor of lse^2, >= 0 (PaLM, Chowdhery et al. 2022; ST-MoE, Zoph et al. 2022). A mean "
+        "adds its mean over the tokens, in which class weights have no part.",
     ),
     "focal_gamma": Option(
         "float",
@@ -77,13 +78,15 @@ OPTIONS = {
         "Tensor | None",
         None,
         "A weight for each token, shaped like the target of indices; the mean divides by their sum "
-        "over valid tokens. With ``shift`` it moves with the labels.",
+        "over valid tokens. A token of weight 0 is as if ignored. With a shift it moves with the "
+        "labels.",
     ),
     "num_items": Option(
         "int | Tensor | None",
         None,
         "Replaces the denominator of the mean, e.g. by the number of valid tokens of all "
-        "micro-batches: an int > 0 or a 0-d tensor on the input's device, taken as a constant.",
+        "micro-batches: an int >= 0 or a 0-d tensor on the input's device, taken as a constant. Of "
+        "0 items (a step whose tokens are all masked) the loss and its gradients are 0.",
     ),
     "vocab_size": Option(
         "int | None",
@@ -91,6 +94,14 @@ OPTIONS = {
         "Only the first ``vocab_size`` classes take part; the gradient of the others (padding) is "
         "zero. With ``shard``: the classes of all ranks.",
     ),
+    "class_dim": Option(
+        "int | None",
+        None,
+        "The dimension of the classes, 1 (as torch) or -1 (as language models). Needed only where "
+        "the target's shape fits both; torch's is then taken, and a warning says so.",
+    ),
+    "size_average": Option("bool | None", None, "Deprecated, as in torch: see ``reduction``."),
+    "reduce": Option("bool | None", None, "Deprecated, as in torch: see ``reduction``."),
     "inplace": Option(
         "bool",
         False,
@@ -116,6 +127,29 @@ OPTIONS = {
         "``target[..., i + 1]``; nothing of the size of the hidden states is copied. Without a "
         "reduction, the loss of that label stands at position i.",
     ),
+    "attention_mask": Option(
+        "Tensor | None",
+        None,
+        "(..., S), with ``shift``: 0 at padding, on either side. A position predicts a label if "
+        "both are real tokens.",
+    ),
+    "position_ids": Option(
+        "Tensor | None",
+        None,
+        "(..., S) or (S), with ``shift``: of documents packed into a row. Where positions do not "
+        "increase, a document begins, and no token predicts its first.",
+    ),
+    "document_ids": Option(
+        "Tensor | None",
+        None,
+        "(..., S) or (S), with ``shift``: one integer for the tokens of a document.",
+    ),
+    "cu_seqlens": Option(
+        "Tensor | None",
+        None,
+        "(documents + 1) integers, with ``shift``: where each document begins among the tokens of "
+        "all rows, and where the last ends (as flash-attention has them).",
+    ),
     "chunk_tokens": Option(
         "int | None",
         None,
@@ -128,8 +162,7 @@ OPTIONS = {
         "bool | None",
         None,
         "Whether ignored tokens are left out of the matrix products. By default on a CPU; on CUDA "
-        "this waits for the device to know their number. Where they are not left out, their hidden "
-        "states must be finite: the weight's gradient adds 0 times them.",
+        "this waits for the device to know their number.",
     ),
     "weight_grad_dtype": Option(
         "torch.dtype | None",
@@ -248,6 +281,8 @@ class LogitOptions(NamedTuple):
         scale = 1.0 if isinstance(logit_scale, Tensor) else float(logit_scale)
         if type(ignore_index) is not int:
             ignore_index = as_integer("ignore_index", ignore_index)
+        elif not -(2**63) <= ignore_index < 2**63:
+            raise ValueError(f"ignore_index must fit into int64, got {ignore_index}")
         return cls(scale, softcap, ignore_index, vocab_size)
 
 

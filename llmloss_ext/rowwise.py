@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .composite import real_of
+from .composite import real_of, spared
 from .divergence import COPIES
 from .linear.planning import plan
 from .linear.projection import chunk_rows
-from .ops import in_transform
+from .ops import can_read, in_transform
 from .ops.rows import Rows, put, take
 
 RowFunction = Callable[..., Tensor]
@@ -100,13 +100,16 @@ class _ByRows(Function):
         if torch.is_grad_enabled():  # create_graph
             shape = logits.shape[:-1]
             keep = None if valid is None else valid.reshape(shape)
-            result = masked(ctx.function, keep, logits, *others)
+            safe = spared(logits, grad_rows)
+            result = masked(ctx.function, keep, safe, *others)
             (gradient,) = torch.autograd.grad(
                 result, logits, grad_rows.reshape(shape), create_graph=True
             )
             return (gradient, *nothing)
-        new = torch.empty if valid is None else torch.zeros  # rows may be left out
-        gradient = new(logits.shape, dtype=logits.dtype, device=logits.device)
+        # Rows without a gradient from above have none, whatever they hold.
+        has_gradient = grad_rows != 0
+        valid = has_gradient if valid is None else valid & has_gradient
+        gradient = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
         out = gradient.view(-1, logits.shape[-1])
         for rows, keep in _chunks(len(out), ctx.chunk, valid):
             parts = [_take(t, rows) for t in others]
@@ -119,6 +122,6 @@ class _ByRows(Function):
 
 def _chunks(tokens: int, chunk: int, valid: Tensor | None) -> Iterator[tuple[Rows, Tensor | None]]:
     """Rows, and which of them are valid. Where it costs no waiting, others are not among them."""
-    drop = valid is not None and valid.device.type == "cpu"
+    drop = valid is not None and can_read(valid)
     for rows in chunk_rows(tokens, chunk, valid if drop else None):
         yield rows, None if drop or valid is None else take(valid, rows)

@@ -200,15 +200,14 @@ class ShardedRows:
     def labels(self, input: Tensor, target: Tensor, token_weight: Tensor | None) -> Labels:
         """With the class weights of the targets, and token weights that are 0 where ignored."""
         w_y = self.shard.target_weights(target, self.weight, self.ignore_index, real_of(input))
-        tokens = torch.ones_like(w_y) if token_weight is None else token_weight
-        tokens = composite.weight_tokens(tokens, target, self.ignore_index, w_y.dtype)
+        tokens = composite.row_weights(token_weight, target, self.ignore_index, w_y.dtype)
         return Labels(target, tokens, w_y)
 
-    def items(self, input: Tensor, labels: Labels) -> Tensor:
-        """What the mean divides by, 0-d."""
+    def denominator(self, labels: Labels, loss: LossOptions, real: torch.dtype) -> Tensor:
+        """What the mean divides by: `llmloss_ext.composite.denominator`."""
         assert labels.target_weight is not None
         assert labels.token_weight is not None
-        return (labels.target_weight * labels.token_weight).sum()
+        return composite.denominator(labels.target_weight, labels.token_weight, loss)
 
     def statistics(self, logits: Tensor, target: Tensor, wanted: int) -> RowStats:
         """Of whole rows, (N) each, from this rank's columns and what the ranks exchange.
@@ -297,10 +296,13 @@ class ShardedRows:
         return gradient, scale
 
     def losses(self, logits: Tensor, labels: Labels, divisor: Tensor, loss: LossOptions) -> Tensor:
-        """The sum of the losses, divided by ``divisor`` (0-d)."""
+        """The sum of the losses, divided by ``divisor``: `llmloss_ext.composite.denominator`."""
         stats = self.statistics(logits, labels.target, asked(loss.statistics()))
-        rows = composite.losses_of(stats.floats, labels.target_weight, labels.token_weight, loss)
-        return composite.total(rows) / divisor
+        items, z_factor = divisor
+        rows = composite.losses_of(
+            stats.floats, labels.target_weight, labels.token_weight, loss, z_factor
+        )
+        return composite.total(rows) / items
 
     def losses_and_gradient_(
         self, logits: Tensor, labels: Labels, divisor: Tensor, loss: LossOptions, with_scale: bool
@@ -309,14 +311,15 @@ class ShardedRows:
         assert labels.target_weight is not None
         assert labels.token_weight is not None
         stats = self.statistics(logits, labels.target, asked(loss.statistics()))
+        items, z_factor = divisor
         rows, grads = composite.losses_and_gradients(
-            stats.floats, labels.target_weight, labels.token_weight, 1 / divisor, loss
+            stats.floats, labels.target_weight, labels.token_weight, 1 / items, loss, z_factor
         )
         kept = stats.floats.for_backward()
         _, scale = self.gradient(
             grads, logits, labels.target, kept, stats.state, with_scale, inplace=True
         )
-        return composite.total(rows) / divisor, scale
+        return composite.total(rows) / items, scale
 
     def sum_over_ranks(self, grad_hidden: Tensor | None, grad_scale: Tensor | None) -> None:
         """Adds up what each rank knows a part of, in place."""

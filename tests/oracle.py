@@ -242,19 +242,23 @@ def stats_gradient(
 
 @dataclass(frozen=True)
 class Loss:
-    """Per-row losses, and the number that the mean divides their sum by."""
+    """Per-row losses without and of the z-loss, and what the mean divides the sum of each by."""
 
     rows: Floats
+    z_rows: Floats
     denominator: float
+    tokens: float
 
     def reduced(self, reduction: str, num_items: float | None = None) -> Floats:
         if reduction == "none":
-            return self.rows
-        total = self.rows.sum()
+            return self.rows + self.z_rows
+        total, z_total = self.rows.sum(), self.z_rows.sum()
         if reduction == "sum":
-            return total
+            return total + z_total
         with np.errstate(invalid="ignore", divide="ignore"):
-            return total / np.float64(self.denominator if num_items is None else num_items)
+            if num_items is not None:
+                return (total + z_total) / np.float64(num_items)
+            return total / np.float64(self.denominator) + z_total / np.float64(self.tokens)
 
 
 def _shares(problem: Problem) -> tuple[float, float]:
@@ -268,17 +272,18 @@ def cross_entropy(problem: Problem) -> Loss:
     """-(1 - eps) w_y log p_y - eps mean_log_prob + lambda lse^2, times the token's weight."""
     stats = row_stats(problem)
     at_target, at_mean = _shares(problem)
-    rows = np.zeros(problem.rows)
+    rows, z_rows = np.zeros(problem.rows), np.zeros(problem.rows)
     with np.errstate(invalid="ignore"):
         if at_target:
             rows = rows - at_target * problem.target_weight * stats.log_prob
         if at_mean:
             rows = rows - at_mean * stats.mean_log_prob
         if problem.z_loss:
-            rows = rows + problem.z_loss * stats.lse**2
+            z_rows = problem.tokens * problem.z_loss * stats.lse**2
         rows = problem.tokens * rows
-    counted = np.where(problem.ignored, 0.0, problem.target_weight * problem.tokens)
-    return Loss(np.where(problem.ignored, 0.0, rows), float(counted.sum()))
+    tokens = np.where(problem.ignored, 0.0, problem.tokens)
+    rows, z_rows = (np.where(tokens == 0, 0.0, each) for each in (rows, z_rows))
+    return Loss(rows, z_rows, float((problem.target_weight * tokens).sum()), float(tokens.sum()))
 
 
 def cross_entropy_gradient(problem: Problem, upstream: Floats | float = 1.0) -> Gradient:

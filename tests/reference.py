@@ -74,11 +74,12 @@ def cross_entropy(
         w_y = weight.double()[torch.where(target == ignore_index, 0, target).long()] * valid
     rows = -(1 - label_smoothing) * w_y * s["log_prob"] - label_smoothing * s["mean_log_prob"]
     rows = rows * (1 - s["log_prob"].exp()) ** focal_gamma
-    rows = rows + z_loss * s["lse"] ** 2
-    tokens = valid if token_weight is None else token_weight.double()
-    rows = rows * tokens
+    tokens = valid if token_weight is None else token_weight.double() * valid
+    rows, z_rows = rows * tokens, z_loss * s["lse"] ** 2 * tokens
     if reduction == "none":
-        return rows
+        return rows + z_rows
     if reduction == "sum":
-        return rows.sum()
-    return rows.sum() / (num_items if num_items is not None else (w_y * tokens).sum())
+        return (rows + z_rows).sum()
+    if num_items is not None:
+        return (rows + z_rows).sum() / num_items
+    return rows.sum() / (w_y * tokens).sum() + z_rows.sum() / tokens.sum()

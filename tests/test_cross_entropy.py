@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import FLOATS, GRADIENT, VALUE, assert_close, gradients
 
 import llmloss_ext
-from llmloss_ext import cross_entropy
+from llmloss_ext import cross_entropy, token_stats
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -78,6 +78,7 @@ FORMS = [(5,), (4, 5), (4, 5, 3), (2, 5, 3, 4), (2, 5, 2, 3, 2)]
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("ignore_index", [-100, 3, -1])
+@pytest.mark.filterwarnings("ignore:target of shape")
 def test_torch_shapes(device, shape, reduction, probabilities, ignore_index):
     input = torch.randn(shape, device=device)
     dim = 0 if len(shape) == 1 else 1
@@ -118,11 +119,30 @@ def test_language_model_shapes(device, shape, reduction):
         assert actual.shape == target.shape
 
 
-def test_ambiguous_square_follows_torch(device):
-    """(N, C, d) with C == d fits both rules; a drop-in must do as torch does."""
+def test_where_two_conventions_fit_torchs_is_taken_with_a_warning(device):
+    """(N, C, d) with C == d: a sequence as long as the vocabulary. A drop-in must do as torch."""
     input = torch.randn(2, 4, 4, device=device)
     target = torch.randint(0, 4, (2, 4), device=device)
-    assert_close(cross_entropy(input, target), F.cross_entropy(input, target), 2e-6)
+    torchs = F.cross_entropy(input, target)
+    with pytest.warns(UserWarning, match="class_dim=1 or class_dim=-1") as record:
+        assert_close(cross_entropy(input, target), torchs, 2e-6)
+    assert record[0].filename == __file__  # it shows the caller's line
+    assert_close(cross_entropy(input, target, class_dim=1), torchs, 2e-6)
+    last = cross_entropy(input, target, class_dim=-1)
+    assert_close(last, F.cross_entropy(input.flatten(0, 1), target.flatten()), 2e-6)
+    stats = token_stats(input, target)  # torch has no such function: the last dimension
+    assert_close(-stats.log_prob.mean(), last, 2e-6)
+    stats = token_stats(input, target, class_dim=1)
+    assert_close(-stats.log_prob.mean(), torchs, 2e-6)
+
+
+def test_class_dim_of_probabilities(device):
+    input = torch.randn(2, 5, 7, device=device)
+    target = torch.randn(2, 5, 7, device=device).softmax(-1)
+    with pytest.warns(UserWarning, match="class_dim"):
+        assert_close(cross_entropy(input, target), F.cross_entropy(input, target), 2e-6)
+    last = F.cross_entropy(input.flatten(0, 1), target.flatten(0, 1))
+    assert_close(cross_entropy(input, target, class_dim=-1), last, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])

@@ -6,11 +6,15 @@ import inspect
 import re
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import llmloss_ext
-from llmloss_ext import losses, nn
-from llmloss_ext.ops.library import STATE, fields
+from llmloss_ext import composite, losses, nn
+from llmloss_ext.integrations import transformers
+from llmloss_ext.ops.library import MEAN_DENOMINATOR, STATE, fields
 from llmloss_ext.options import OPTIONS, LogitOptions, LossOptions, pack, unpack
+from llmloss_ext.sequences import Sequences
 from llmloss_ext.statistics import STATISTICS, FloatStats, RowStats, TokenStats, asked, is_asked
 
 FUNCTIONS = [
@@ -21,6 +25,10 @@ FUNCTIONS = [
     llmloss_ext.linear_log_probs,
 ]
 NOT_OPTIONS = {"input", "target", "linear_weight", "options"}
+TORCHS_ORDER = (
+    "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing",
+)  # fmt: skip
+SHIFTS = {"shift", *Sequences._fields}
 # Torch's F.linear_cross_entropy has None, which means -100.
 OTHER_DEFAULTS = {("linear", "ignore_index"): None}
 
@@ -43,7 +51,17 @@ def test_signatures_are_those_of_the_definitions(function):
         if default is None and "None" not in wanted:
             wanted += " | None"
         assert parameter.annotation == wanted, name
-        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        is_torchs = function is llmloss_ext.cross_entropy and name in TORCHS_ORDER
+        kinds = inspect.Parameter
+        assert parameter.kind is (kinds.POSITIONAL_OR_KEYWORD if is_torchs else kinds.KEYWORD_ONLY)
+
+
+@pytest.mark.parametrize("ours", [llmloss_ext.cross_entropy, nn.CrossEntropyLoss])
+def test_positional_arguments_are_torchs(ours):
+    theirs = F.cross_entropy if inspect.isfunction(ours) else torch.nn.CrossEntropyLoss
+    ordered = list(inspect.signature(theirs).parameters)
+    assert list(inspect.signature(ours).parameters)[: len(ordered)] == ordered
+    assert set(TORCHS_ORDER) <= set(ordered)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +77,22 @@ def test_help_describes_every_argument(function):
 
 def test_what_a_function_of_the_whole_has_a_function_of_hidden_states_has():
     dense, linear = (set(names_of(f)) for f in (FUNCTIONS[0], FUNCTIONS[2]))
-    assert dense - linear == {"inplace"}
-    assert set(names_of(FUNCTIONS[1])) <= set(names_of(FUNCTIONS[3]))
-    # Every option is somebody's.
+    # The classes of a projection are where they are, and torch's has no deprecated options.
+    assert dense - linear == {"inplace", "class_dim", "size_average", "reduce"}
+    assert set(names_of(FUNCTIONS[1])) - set(names_of(FUNCTIONS[3])) == {"class_dim"}
+
+
+def test_every_function_that_shifts_knows_the_sequences():
+    for function in FUNCTIONS:
+        assert SHIFTS & set(names_of(function)) in (set(), SHIFTS)
+    shifting = [losses.next_token_targets, losses.causal_lm_loss, transformers.causal_lm_loss]
+    for function in (*shifting, losses.LanguageModelLoss.compute_loss, *FUNCTIONS[2:]):
+        assert set(Sequences._fields) <= set(inspect.signature(function).parameters), function
+    for function in (transformers.causal_lm_loss, losses.causal_lm_loss):
+        assert "token_weight" in inspect.signature(function).parameters
+
+
+def test_every_option_is_somebodys():
     assert set(OPTIONS) == {name for function in FUNCTIONS for name in names_of(function)}
 
 
@@ -105,6 +136,15 @@ def test_statistics_are_those_of_the_kernels():
     assert set(fields("shard")) >= {*STATE, *FloatStats._fields, "has_target", "argmax", "columns"}
     for name in STATISTICS:
         assert [is_asked(asked([name]), n) for n in STATISTICS] == [n == name for n in STATISTICS]
+
+
+def test_a_denominator_has_the_numbers_of_the_kernels():
+    loss, ones = LossOptions(z_loss=0.1), torch.ones(2)
+    assert len(composite.denominator(2 * ones, ones, loss)) == len(MEAN_DENOMINATOR)
+    of_items = composite.items_denominator(torch.tensor(3.0), torch.float32)
+    assert dict(zip(MEAN_DENOMINATOR, of_items.tolist(), strict=True)) == {
+        "value": 3.0, "z_factor": 1.0,
+    }  # fmt: skip
 
 
 def test_results_come_back_as_they_were():

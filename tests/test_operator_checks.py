@@ -73,11 +73,11 @@ WRONG: dict[str, tuple[str, Callable[[torch.device], dict[str, Any]], str]] = {
     "a state whose rows are apart": (
         "cross_entropy", lambda d: {"state": torch.ones(4, 3, device=d).t()}, "state",
     ),
-    "two denominators": (
-        "cross_entropy", lambda d: {"denominator": torch.ones(2, device=d)}, "denominator",
+    "half a denominator": (
+        "cross_entropy", lambda d: {"denominator": torch.ones(1, device=d)}, "denominator",
     ),
     "a denominator of another type": (
-        "cross_entropy", lambda d: {"denominator": torch.ones((), device=d).double()}, "denom",
+        "cross_entropy", lambda d: {"denominator": torch.ones(2, device=d).double()}, "denom",
     ),
     "three gradients for four rows": (
         "token_stats", lambda d: {"log_prob": torch.ones(3, device=d)}, "gradient",
@@ -116,7 +116,7 @@ def test_a_tensor_of_another_size_or_type(name: str, device: torch.device) -> No
         ("cross_entropy", {"grad_loss": torch.ones(4)}),
         ("cross_entropy", {"token_weight": torch.ones(4)}),
         ("cross_entropy", {"state": torch.ones(3, 4)}),
-        ("cross_entropy", {"denominator": torch.ones(1)}),
+        ("cross_entropy", {"denominator": torch.ones(2)}),
         ("token_stats", {"log_prob": torch.ones(4)}),
         ("token_stats", {"state": torch.ones(3, 4)}),
         ("token_stats", {"entropy": torch.ones(4)}),

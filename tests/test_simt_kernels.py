@@ -7,6 +7,7 @@ have a warp each, more have a block, and a small device makes few rows split and
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from typing import Any
 
@@ -127,6 +128,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "columns masked by -inf": {"masked": True},
     "large offset": {"offset": 1e4},
     "z-loss and smoothing": {"z_loss": 1e-2, "label_smoothing": 0.2, "token_weighted": True},
+    "weight and z-loss": {"weighted": True, "token_weighted": True, "z_loss": 1e-2},
     "a shard": {"of_shard": True, "softcap": 5.0},
     "another ignore_index": {"ignore_index": 2, "token_weighted": True},
 }
@@ -366,7 +368,10 @@ def test_fused_with_options(kernels: Any, dtype: str, option: str, schedule: Any
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("option", ["no option", "weight", "z-loss and smoothing", "probabilities"])
+@pytest.mark.parametrize(
+    "option",
+    ["no option", "weight", "z-loss and smoothing", "weight and z-loss", "probabilities"],
+)
 @pytest.mark.parametrize("rows", [1, 40, 1200])
 def test_losses(kernels: Any, dtype: str, option: str, rows: int, schedule: Any) -> None:
     kernels.set_schedule(*schedule)
@@ -378,9 +383,55 @@ def test_losses(kernels: Any, dtype: str, option: str, rows: int, schedule: Any)
         want = expected.reduced(reduction)
         np.testing.assert_allclose(loss, want, rtol=tolerance, atol=tolerance)
         if reduction == "mean":
-            np.testing.assert_allclose(denominator, expected.denominator, rtol=tolerance)
+            numbers = (expected.denominator, expected.denominator / expected.tokens)
+            np.testing.assert_allclose(denominator[0], numbers[0], rtol=tolerance)
+            if case.problem.z_loss:
+                np.testing.assert_allclose(denominator[1], numbers[1], rtol=tolerance)
     loss, _ = case.loss("mean", 7.0)
     np.testing.assert_allclose(loss, expected.reduced("mean", 7.0), rtol=tolerance, atol=tolerance)
+    assert case.loss("mean", 0.0)[0] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", ["weight and z-loss", "softcap"])
+def test_a_mean_has_its_own_factor_of_the_z_loss(kernels: Any, dtype: str, option: str) -> None:
+    mean = (4.0, 0.5)
+    for columns in (61, 6200):
+        p = problem(columns, **OPTIONS[option])
+        case = Case(kernels, dtype, p, gap=3)
+        scaled = dataclasses.replace(case.problem, z_loss=case.problem.z_loss * mean[1])
+        expected = cross_entropy_gradient(scaled, 1 / mean[0]).logits
+        grad, _ = case.row_grad(grad_loss=np.ones(p.rows), skew=0, mean=mean)
+        check_gradient(case, grad, expected)
+        _, grad = Case(kernels, dtype, p, gap=3, device=(1, 20 << 10, 8)).fused(mean=mean)
+        check_gradient(case, grad, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", ["no option", "z-loss and smoothing", "softcap"])
+def test_a_row_without_a_gradient_is_not_read(kernels: Any, dtype: str, option: str) -> None:
+    """Nan at a token of weight 0, under an upstream gradient of 0, or in a step of 0 items."""
+    for columns in (61, 6200):
+        tokens = np.array([1.0, 0.0, 2.0])
+        p = problem(columns, **OPTIONS[option] | {"token_weighted": False})
+        clean = dataclasses.replace(p, token_weight=tokens)
+        dirty = dataclasses.replace(clean, logits=clean.logits.copy())
+        dirty.logits[1] = np.nan
+        device = (1, 20 << 10, 8)
+        cases = [Case(kernels, dtype, q, gap=3, device=device) for q in (clean, dirty)]
+        losses = [case.loss("mean")[0] for case in cases]
+        assert losses[0] == losses[1]
+        grads = [case.row_grad(grad_loss=np.ones(3), skew=0)[0] for case in cases]
+        np.testing.assert_array_equal(*grads)
+        assert (grads[1][1] == 0).all()
+        for name in FLOAT_STATISTICS:
+            grad, _ = cases[1].row_grad({name: np.array([1.0, 0.0, -0.5])}, skew=0)
+            assert (grad[1] == 0).all()
+            assert np.isfinite(grad).all()
+        assert (cases[1].row_grad(grad_loss=np.ones(3), skew=0, mean=(np.inf, 1.0))[0] == 0).all()
+        fused = [case.fused()[1] for case in cases]
+        np.testing.assert_array_equal(*fused)
+        assert (fused[1][1] == 0).all()
 
 
 def focal(problem: Problem, gamma: float, grad_loss: Any) -> tuple[Any, Any]:

@@ -36,6 +36,25 @@ struct LossOptions {
   LLMLOSS_HD bool gradient_reads_values() const { return focal_gamma != Real(0); }
 };
 
+// The denominator of the mean, in memory of the device. Class weights belong to the cross entropy and
+// count in its mean; z_factor takes them out of the z-loss's, which is a plain mean of lse^2.
+template <typename Real>
+struct MeanDenominator {
+  enum Field { value_field, z_factor_field, count };
+  static constexpr const char* names[] = {"value", "z_factor"};
+
+  const Real* numbers = nullptr;  // one for each field; null: 1
+
+  LLMLOSS_HD bool given() const { return numbers != nullptr; }
+  LLMLOSS_HD Real value() const { return given() ? numbers[value_field] : Real(1); }
+
+  // The options of a row's loss before it is divided by value().
+  LLMLOSS_HD LossOptions<Real> options(LossOptions<Real> options) const {
+    if (given() && options.z_loss != Real(0)) options.z_loss *= numbers[z_factor_field];
+    return options;
+  }
+};
+
 // -(1 - eps) w_y log p_y - eps sum_i a_i log p_i, in nats.
 // A share of exactly 0 leaves its term out, so that log 0 does not become 0 * inf.
 template <typename Real>

@@ -18,6 +18,12 @@ struct LossRows {
   const Real* class_weight = nullptr;
   const Real* token_weight = nullptr;
   FloatStats<const Real*> stats;  // those that the loss reads
+  MeanDenominator<Real> denominator;  // read by loss()
+
+  // What the caller says of the denominator: a number of items, or a whole MeanDenominator. Null: it
+  // is counted.
+  const Real* num_items = nullptr;
+  const Real* z_factor = nullptr;
 
   // w_y. It is 1 without class weights, for probability targets (mean_log_prob contains their
   // weights) and for a target out of range (whose statistics are nan anyway).
@@ -26,16 +32,45 @@ struct LossRows {
     return targets.in_range(row, vocab_size) ? class_weight[targets[row]] : Real(1);
   }
 
-  // The row's term in the denominator of the mean: token weight times class weight.
-  LLMLOSS_HD Real denominator(int64_t row) const {
+  // The weight of the row's token: 0 if it is ignored.
+  LLMLOSS_HD Real weight(int64_t row) const {
     if (targets.ignored(row)) return Real(0);
-    return target_weight(row) * (token_weight ? token_weight[row] : Real(1));
+    return token_weight ? token_weight[row] : Real(1);
   }
 
+  // The row's term in the denominator of the mean.
+  LLMLOSS_HD Real share(int64_t row) const {
+    const Real w = weight(row);
+    return w == Real(0) ? Real(0) : w * target_weight(row);
+  }
+
+  // Whether the z-loss's mean has another denominator than the cross entropy's.
+  LLMLOSS_HD bool counts_weights() const {
+    return options.z_loss != Real(0) && class_weight != nullptr && targets.are_indices();
+  }
+
+  // Writes the numbers of a MeanDenominator. shares and weights: the sums over the rows of share()
+  // and, if counts_weights(), of weight(). A step of 0 items has a loss and gradients of 0: what is
+  // divided by infinity is.
+  LLMLOSS_HD void write_denominator(double shares, double weights, Real* numbers) const {
+    using Mean = MeanDenominator<Real>;
+    if (num_items != nullptr && z_factor != nullptr) {
+      numbers[Mean::value_field] = *num_items;
+      numbers[Mean::z_factor_field] = *z_factor;
+    } else if (num_items != nullptr) {
+      numbers[Mean::value_field] = *num_items == Real(0) ? infinity<Real>() : *num_items;
+      numbers[Mean::z_factor_field] = Real(1);
+    } else {
+      numbers[Mean::value_field] = Real(shares);
+      numbers[Mean::z_factor_field] = counts_weights() ? Real(shares / weights) : Real(1);
+    }
+  }
+
+  // Before the division by the denominator. A weight of 0 counts for nothing, even times nan.
   LLMLOSS_HD Real loss(int64_t row) const {
-    if (targets.ignored(row)) return Real(0);
-    const Real loss = row_loss(options, values_of_row(stats, row), target_weight(row));
-    return token_weight ? token_weight[row] * loss : loss;
+    const Real w = weight(row);
+    if (w == Real(0)) return Real(0);
+    return w * row_loss(denominator.options(options), values_of_row(stats, row), target_weight(row));
   }
 };
 

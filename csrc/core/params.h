@@ -118,7 +118,7 @@ struct GradSource {
   const Real* grad_loss = nullptr;  // null: 1
   int64_t grad_loss_stride = 0;     // 0: one number for all rows
   const Real* token_weight = nullptr;
-  const Real* denominator = nullptr;  // one number; null: 1
+  MeanDenominator<Real> denominator;
 
   // Whether a statistic has a gradient.
   LLMLOSS_HD bool has(int stat) const {
@@ -134,14 +134,24 @@ struct GradSource {
   LLMLOSS_HD FloatStats<Real> upstream(int64_t row, const FloatStats<Real>& values,
                                        Real target_weight) const {
     if (!from_loss) return values_of_row(grads, row);
-    return loss_upstream(options, of_loss(row), values, target_weight);
+    return loss_upstream(denominator.options(options), of_loss(row), values, target_weight);
+  }
+
+  // Whether the row's gradient is 0 whatever its logits hold: nan there must not spoil it.
+  LLMLOSS_HD bool vanishes(int64_t row) const {
+    if (from_loss) return of_loss(row) == Real(0);
+    const FloatStats<Real> upstream = values_of_row(grads, row);
+    bool vanishes = true;
+    LLMLOSS_UNROLL
+    for (int stat = 0; stat < Stat::float_count; ++stat) vanishes &= upstream[stat] == Real(0);
+    return vanishes;
   }
 
   // dL/d(loss of the row), which does not depend on the row's statistics.
   LLMLOSS_HD Real of_loss(int64_t row) const {
     Real grad = grad_loss ? grad_loss[row * grad_loss_stride] : Real(1);
     if (token_weight) grad *= token_weight[row];
-    if (denominator) grad /= denominator[0];
+    if (denominator.given()) grad /= denominator.value();
     return grad;
   }
 };
@@ -170,8 +180,8 @@ struct SavedStats {
   }
 };
 
-// The outputs of the gradient kernels. They write every column: zeros from vocab_size on and in
-// rows without a valid target. The gradient may overwrite the logits.
+// The outputs of the gradient kernels. They write every column: zeros from vocab_size on, in rows
+// without a valid target and in rows whose upstream gradient is 0. The gradient may overwrite the logits.
 template <typename T>
 struct GradOutputs {
   T* grad = nullptr;

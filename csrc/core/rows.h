@@ -63,6 +63,13 @@ LLMLOSS_HD RowStats<Real> absent_statistics(const RowInputs<T>& in, int64_t row)
   return absent_statistics<Real>(in.targets.ignored(row), in.vocab_size);
 }
 
+// Whether the row has a gradient that is not 0.
+template <typename T>
+LLMLOSS_HD bool has_gradient(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
+                             int64_t row) {
+  return is_active(in, row) && !source.vanishes(row);
+}
+
 // The inputs of a row's gradient: its coefficients, and how to compute p from x.
 template <typename Real>
 struct GradRow {

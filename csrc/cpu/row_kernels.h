@@ -242,7 +242,7 @@ void row_gradient(RowReader<T>& reader, const RowInputs<T>& in,
   using Real = real_t<T>;
   T* grad = out.grad + out.layout.offset(row);
   Real* grad_scale = out.grad_scale != nullptr ? out.grad_scale + row : nullptr;
-  if (!is_active(in, row)) {
+  if (!has_gradient(in, source, row)) {
     fill_zero(grad, in.columns);
     if (grad_scale != nullptr) *grad_scale = 0;
     return;

@@ -70,6 +70,12 @@ const Real* pointer(const MaybeTensor& t) {
   return t.has_value() && t->numel() > 0 ? static_cast<const Real*>(t->data_ptr()) : nullptr;
 }
 
+// The denominator that an operator returned; without elements: 1.
+template <typename Real>
+MeanDenominator<Real> mean_of(const Tensor& denominator) {
+  return {pointer<Real>(denominator)};
+}
+
 // An uninitialised contiguous tensor on the device of `like`. Calling the C function avoids the
 // dispatcher's boxing, which matters in a small call that creates several tensors.
 inline Tensor new_tensor(const Tensor& like, std::span<const int64_t> sizes, ScalarType type) {
@@ -248,7 +254,7 @@ struct LogitArguments {
 
 struct LossArguments {
   MaybeTensor token_weight;  // one per row
-  MaybeTensor num_items;     // 0-d; replaces the mean's denominator
+  MaybeTensor num_items;     // replaces the mean's denominator; a second number: the z-loss's factor
   CrossEntropyOptions options;
 
   Reduction reduction() const { return Reduction(options.reduction); }

@@ -75,15 +75,18 @@ struct CpuBackend {
   }
 
   template <typename Real>
-  void denominator(const LossRows<Real>& rows, Real* total) const {
-    double sum = 0;
-    for (int64_t row = 0; row < rows.rows; ++row) sum += rows.denominator(row);
-    *total = Real(sum);
+  void denominator(const LossRows<Real>& rows, Real* denominator) const {
+    double shares = 0, weights = 0;
+    const int64_t counted = rows.num_items == nullptr ? rows.rows : 0;
+    for (int64_t row = 0; row < counted; ++row) {
+      shares += rows.share(row);
+      weights += rows.weight(row);
+    }
+    rows.write_denominator(shares, weights, denominator);
   }
 
   template <typename Real>
-  void reduce_loss(const LossRows<Real>& rows, Reduction reduction, const Real* denominator,
-                   Real* loss) const {
+  void reduce_loss(const LossRows<Real>& rows, Reduction reduction, Real* loss) const {
     double sum = 0;
     for (int64_t row = 0; row < rows.rows; ++row) {
       const Real row_loss = rows.loss(row);
@@ -91,7 +94,7 @@ struct CpuBackend {
       sum += row_loss;
     }
     if (reduction == Reduction::none) return;
-    *loss = Real(denominator != nullptr ? sum / *denominator : sum);
+    *loss = Real(sum / rows.denominator.value());
   }
 
   template <typename Real>

@@ -84,14 +84,13 @@ class CudaBackend {
   }
 
   template <typename Real>
-  void denominator(const LossRows<Real>& rows, Real* total) const {
-    check(cuda::LossKernels<Real>::denominator(rows, total, stream_));
+  void denominator(const LossRows<Real>& rows, Real* denominator) const {
+    check(cuda::LossKernels<Real>::denominator(rows, denominator, stream_));
   }
 
   template <typename Real>
-  void reduce_loss(const LossRows<Real>& rows, Reduction reduction, const Real* denominator,
-                   Real* loss) const {
-    check(cuda::LossKernels<Real>::reduce_loss(rows, reduction, denominator, loss, stream_));
+  void reduce_loss(const LossRows<Real>& rows, Reduction reduction, Real* loss) const {
+    check(cuda::LossKernels<Real>::reduce_loss(rows, reduction, loss, stream_));
   }
 
   template <typename Real>

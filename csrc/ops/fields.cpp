@@ -19,6 +19,7 @@ std::string fields(std::string of) {
   if (of == "statistics") return joined(statistics);
   if (of == "float_statistics") return joined(statistics.first(Stat::float_count));
   if (of == "state") return joined(state);
+  if (of == "mean_denominator") return joined(MeanDenominator<double>::names);
   if (of == "shard") {
     return joined(statistics.first(Stat::float_count)) + " " + joined(state) + " " +
            joined(ShardField::names);

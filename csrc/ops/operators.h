@@ -123,7 +123,7 @@ struct Operators {
       backend.check_targets(loss.problem);
       const Tensor denominator = loss.denominator(backend);  // before: the coefficients need it
       GradSource<real_t<T>> source = loss.source();
-      source.denominator = pointer<real_t<T>>(denominator);
+      source.denominator = mean_of<real_t<T>>(denominator);
       GradRows<T> grad(input, loss.problem.rows.rows, with_grad_scale);
       backend.fused(loss.problem.rows, loss.outputs, source, grad.outputs());
       return {loss.reduce(backend, denominator), grad.sum(backend)};
@@ -316,12 +316,13 @@ struct Operators {
       STD_TORCH_CHECK(grad.numel() == 1 || grad.numel() == loss.problem.rows.rows,
                       "llmloss: the loss's gradient must have one number, or one per row");
       check_device(denominator, input, "denominator");
-      STD_TORCH_CHECK(denominator.scalar_type() == scalar_type_of<Real> && denominator.numel() <= 1,
+      STD_TORCH_CHECK(denominator.scalar_type() == scalar_type_of<Real> && (denominator.numel() == 0 ||
+                           denominator.numel() == MeanDenominator<Real>::count),
                       "llmloss: denominator must be what forward returned");
       GradSource<Real> source = loss.source();
       source.grad_loss = data<Real>(grad);
       source.grad_loss_stride = grad.numel() == 1 ? 0 : 1;
-      source.denominator = pointer<Real>(denominator);
+      source.denominator = mean_of<Real>(denominator);
       Backend backend(input);
       return write_gradient(backend, loss.problem, loss.outputs, source, grad_input,
                             with_grad_scale);
@@ -374,20 +375,22 @@ struct Operators {
       return source;
     }
 
+    // The numbers of MeanDenominator; none without a mean.
     Tensor denominator(Backend& backend) const {
       if (arguments.reduction() != Reduction::mean) return new_real<Real>(problem.input, {0});
-      if (arguments.num_items.has_value()) {
-        STD_TORCH_CHECK(arguments.num_items->numel() == 1 &&
-                            arguments.num_items->device() == problem.input.device(),
-                        "llmloss: num_items must hold one number on the input's device");
-        const Tensor items = as_real<Real>(*arguments.num_items);
-        // An operator's output must not be one of its inputs.
-        return items.data_ptr() == arguments.num_items->data_ptr() ? torch::stable::clone(items)
-                                                                   : items;
+      const MaybeTensor items = as_real<Real>(arguments.num_items);
+      if (items.has_value()) {
+        check_device(*items, problem.input, "num_items");
+        STD_TORCH_CHECK(items->numel() == 1 || items->numel() == MeanDenominator<Real>::count,
+                        "llmloss: num_items must hold one number, or a denominator and the "
+                        "z-loss's factor");
       }
-      const Tensor total = new_real<Real>(problem.input, {});
-      backend.denominator(rows(), data<Real>(total));
-      return total;
+      LossRows<Real> counted = rows();
+      counted.num_items = pointer<Real>(items);
+      if (items.has_value() && items->numel() > 1) counted.z_factor = counted.num_items + 1;
+      const Tensor denominator = new_real<Real>(problem.input, {MeanDenominator<Real>::count});
+      backend.denominator(counted, data<Real>(denominator));
+      return denominator;
     }
 
     Tensor reduce(Backend& backend, const Tensor& denominator) const {
@@ -395,7 +398,9 @@ struct Operators {
       const Tensor loss =
           new_real<Real>(problem.input, reduction != Reduction::none ? std::vector<int64_t>{}
                                                                      : problem.row_shape());
-      backend.reduce_loss(rows(), reduction, pointer<Real>(denominator), data<Real>(loss));
+      LossRows<Real> of_loss = rows();
+      of_loss.denominator = mean_of<Real>(denominator);
+      backend.reduce_loss(of_loss, reduction, data<Real>(loss));
       return loss;
     }
 

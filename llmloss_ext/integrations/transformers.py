@@ -17,7 +17,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..functional import cross_entropy
 from ..linear import linear_cross_entropy
+from ..sequences import Sequences, moved
 
 __all__ = ["causal_lm_loss", "stop_linear_cross_entropy", "use_linear_cross_entropy"]
 
@@ -34,10 +36,14 @@ _UNKNOWN_LOGITS = (
     "make of its base model's hidden states; use causal_lm_loss"
 )
 # The options of the losses, except those that a model's call determines.
-_DETERMINED = {"input", "target", "reduction", "num_items", "ignore_index", "shard"}
-_FROM_LOGITS = inspect.signature(cross_entropy).parameters.keys() - _DETERMINED
-_FROM_HIDDEN = inspect.signature(linear_cross_entropy).parameters.keys() - _DETERMINED
-_FROM_HIDDEN -= {"linear_weight", "linear_bias", "shift", "options"}
+_DETERMINED = {"input", "target", "num_items", "ignore_index", "class_dim"}
+_DETERMINED |= {"size_average", "reduce"}
+_PER_LABEL = {*Sequences._fields, "token_weight"}
+_FROM_LOGITS = inspect.signature(cross_entropy).parameters.keys() - _DETERMINED - _PER_LABEL
+_FROM_HIDDEN = inspect.signature(linear_cross_entropy).parameters.keys() - _DETERMINED - _PER_LABEL
+_FROM_HIDDEN -= {"linear_weight", "linear_bias", "shift", "options", "reduction", "shard"}
+_OF_MODELS = {"input_ids", "inputs_embeds", "token_type_ids", "decoder_attention_mask"}
+"""What has the shape of the labels in a model's call, and is no business of the loss."""
 
 
 def causal_lm_loss(
@@ -47,6 +53,12 @@ def causal_lm_loss(
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
+    *,
+    token_weight: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """A ``loss_function`` for a model: like transformers' own, without its float32 copy of logits.
@@ -54,27 +66,45 @@ def causal_lm_loss(
     Set options with `functools.partial`, e.g. ``partial(causal_lm_loss, z_loss=1e-4)``.
 
     Args:
-        logits: (B, S, V).
-        labels: (B, S); the logits at position i predict the label at i + 1.
+        logits: (B, S, V). More than ``vocab_size`` columns are padding.
+        labels: (B, S); the logits at position i predict the label at i + 1, if both are real tokens
+            of one document.
         vocab_size: V.
         num_items_in_batch: Replaces the number of tokens as the denominator of the mean.
         ignore_index: Labels with this value are ignored.
         shift_labels: (B, S), already shifted: the logits at i predict the label at i.
-        options: Other options of `llmloss_ext.cross_entropy`. Further keyword arguments, which
-            models pass, have no effect.
+        token_weight: (B, S), of the labels: shifted if they are.
+        attention_mask: As in `llmloss_ext.linear_cross_entropy`, and so the next three. Not used
+            with ``shift_labels``.
+        position_ids: Of packed documents.
+        document_ids: Of packed documents.
+        cu_seqlens: Of packed documents; a model's ``cu_seq_lens_q`` is taken, too.
+        options: Other options of `llmloss_ext.cross_entropy`. What else models pass on has no
+            effect.
 
     Returns:
-        The loss, 0-d float32.
+        The loss, 0-d float32; (B, S) for ``reduction="none"``.
 
     Raises:
         ValueError: Neither labels nor shift_labels are given; and as `llmloss_ext.cross_entropy`.
+        TypeError: An argument of the labels' shape, or a number, that the loss does not know.
     """
+    if cu_seqlens is None:
+        cu_seqlens = options.get("cu_seq_lens_q")
+    sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
+    shifted = _Shifted.of(labels, shift_labels, token_weight, ignore_index, sequences)
+    _refuse_unknown(options, _FROM_LOGITS, shifted.target)
+    target, token_weight = shifted.on(logits.device)
+    columns = logits.shape[-1]
+    own = {name: options[name] for name in _FROM_LOGITS & options.keys()}
     return cross_entropy(
-        logits.reshape(-1, vocab_size),
-        _shifted(labels, shift_labels, ignore_index).reshape(-1).to(logits.device),
+        logits,
+        target,
         ignore_index=ignore_index,
+        token_weight=token_weight,
         num_items=_items(num_items_in_batch, logits),
-        **{name: options[name] for name in _FROM_LOGITS & options.keys()},
+        class_dim=-1,
+        **{"vocab_size": None if vocab_size == columns else vocab_size} | own,
     )
 
 
@@ -85,6 +115,10 @@ def use_linear_cross_entropy(model: Any, **options: Any) -> None:
     of each sequence only, and its ``loss_function`` is `llmloss_ext.linear_cross_entropy` of all
     hidden states. Terms that the model adds to its loss, such as a router's load balancing, are
     kept. Evaluation, generation and calls without labels do not change.
+
+    The ``attention_mask`` (B, S), ``position_ids`` and ``cu_seq_lens_q`` of a call tell which
+    tokens are real and of one document: no padding predicts a token, and none the first of the
+    next document. A ``token_weight`` (B, S) of a call weighs its labels.
 
     A final softcap or scale of the logits is read from the model's config. The first call compares
     the logits that result with those of the model.
@@ -140,6 +174,7 @@ class _Patch:
         self._options = options
         self._is_checked = self._is_active = False
         self._head: torch.nn.Linear | None = None
+        self._sequences = Sequences()
         self._hidden: Tensor | None = None
         own = vars(model)
         self._replaced = {name: own[name] for name in ("forward", "_loss_function") if name in own}
@@ -180,10 +215,14 @@ class _Patch:
         if not model.training or given.get("labels") is None:
             return inner(*args, **kwargs)
         self._is_active, self._head = True, model.get_output_embeddings()
+        self._sequences = Sequences(
+            given.get("attention_mask"), given.get("position_ids"), None, given.get("cu_seq_lens_q")
+        )
         try:
             return inner(**given | {"logits_to_keep": 1})
         finally:
             self._is_active, self._head, self._hidden = False, None, None
+            self._sequences = Sequences()
 
     def after_base(self, _base: Any, _args: Any, output: Any) -> None:
         """Keeps the hidden states of a training call."""
@@ -199,6 +238,7 @@ class _Patch:
         num_items_in_batch: int | Tensor | None = None,
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
+        token_weight: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
         """The model's loss_function: from hidden states in a training call, else the original.
@@ -208,6 +248,8 @@ class _Patch:
         hidden, head = self._hidden, self._head
         if not self._is_active or head is None:
             named = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+            if token_weight is not None:
+                named["token_weight"] = token_weight
             return self._original_loss(
                 logits, labels, vocab_size, shift_labels=shift_labels, **named, **others
             )
@@ -217,11 +259,16 @@ class _Patch:
         if not self._is_checked:
             self._is_checked = self._check(head, hidden, logits)
         hidden = hidden.to(head.weight.device)
+        where = (labels, shift_labels, token_weight, ignore_index, self._sequences)
+        shifted = _Shifted.of(*where)
+        _refuse_unknown(others, (), shifted.target)
+        target, token_weight = shifted.on(hidden.device)
         return linear_cross_entropy(
             hidden,
             head.weight,
-            _shifted(labels, shift_labels, ignore_index).to(hidden.device),
+            target,
             linear_bias=head.bias,
+            token_weight=token_weight,
             num_items=_items(num_items_in_batch, hidden),
             ignore_index=ignore_index,
             **self._options,
@@ -284,12 +331,47 @@ def _logit_options(config: Any) -> dict[str, float]:
     return options
 
 
-def _shifted(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
-    if shift_labels is not None:
-        return shift_labels
-    if labels is None:
-        raise ValueError("a causal language model's loss needs labels or shift_labels")
-    return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+class _Shifted(NamedTuple):
+    """What the positions predict, and what it weighs; (B, S)."""
+
+    target: Tensor
+    token_weight: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        token_weight: Tensor | None,
+        ignore_index: int,
+        sequences: Sequences,
+    ) -> _Shifted:
+        """From labels; or from labels that are shifted already, with their weights."""
+        if shift_labels is not None:
+            return cls(shift_labels, token_weight)
+        if labels is None:
+            raise ValueError("a causal language model's loss needs labels or shift_labels")
+        target = sequences.fitting(labels).targets(labels, 1, ignore_index)
+        if token_weight is not None:
+            token_weight = moved(token_weight, 1, 0.0)
+        return cls(target, token_weight)
+
+    def on(self, device: torch.device) -> _Shifted:
+        """The same on another device: that of the output layer."""
+        return _Shifted(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+
+
+def _refuse_unknown(given: dict[str, Any], known: Collection[str], labels: Tensor) -> None:
+    """Raises a TypeError for an argument that would change the loss if somebody read it."""
+    for name, value in given.items():
+        if name in known or name in _OF_MODELS:
+            continue
+        is_per_label = isinstance(value, Tensor) and value.shape == labels.shape
+        if is_per_label or isinstance(value, float):
+            raise TypeError(
+                f"the loss does not know {name!r}, which the model passes on: what is given per "
+                f"label is called {', '.join(sorted(_PER_LABEL))}"
+            )
 
 
 def _items(items: int | Tensor | None, like: Tensor) -> int | Tensor | None:

@@ -1,5 +1,6 @@
 """Losses straight from hidden states: the projection and the loss, a chunk of tokens at a time."""
 
+from . import flops  # noqa: F401  (registers itself)
 from .divergence import linear_kl_div
 from .functional import linear_cross_entropy, linear_log_probs, linear_token_stats
 from .planning import Plan, plan

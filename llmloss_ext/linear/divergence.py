@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..composite import real_of
-from ..divergence import COPIES, check_divergence, divergence, divergence_with_gradient
+from ..checks import check_dense, items_tensor
+from ..composite import items_denominator, real_of
+from ..divergence import (
+    COPIES,
+    check_divergence,
+    common_classes,
+    divergence,
+    divergence_with_gradient,
+)
+from ..entry import entry_point
 from ..ops import in_transform
 from ..ops.rows import take
 from ..options import documented
@@ -78,6 +86,10 @@ class _Others(NamedTuple):
     beta: Any = None
     temperature: Any = None
     mean: Any = None
+    num_items: Any = None
+    """Replaces the number of tokens of the mean, 0-d."""
+    vocab_size: Any = None
+    """The classes that are compared."""
     chunk_tokens: Any = None
     drop_ignored: Any = None
     needs: Any = None
@@ -96,6 +108,8 @@ def linear_divergence(
     beta: float,
     temperature: float,
     mean: bool,
+    num_items: Tensor | None,
+    vocab_size: int,
     chunk_tokens: int,
     drop_ignored: bool,
     needs: Sequence[bool],
@@ -104,8 +118,8 @@ def linear_divergence(
 
     ``needs`` says which gradients; those not asked for come back without elements.
     """
-    projection = Projection(student, student_weight, student_bias)
-    other = Projection(teacher, teacher_weight, teacher_bias)
+    projection = Projection(student, student_weight, student_bias, vocab_size)
+    other = Projection(teacher, teacher_weight, teacher_bias, vocab_size)
     real = real_of(student)
     asked = _Student(*needs)
     gradients = Gradients(
@@ -114,19 +128,23 @@ def linear_divergence(
     )  # fmt: skip
     count = student.shape[0] if valid is None else valid.sum()
     divisor = torch.as_tensor(count if mean else 1, device=student.device).to(real)
+    if num_items is not None:
+        divisor, _ = items_denominator(num_items, real)
     factor = gradient_factor(student, divisor)
     options = (direction, beta, temperature)
     total = torch.zeros((), dtype=torch.float64, device=student.device)
-    for chunk in projection.chunks(chunk_tokens, valid if drop_ignored else None):
+    for chunk in projection.chunks(chunk_tokens, valid, drop=drop_ignored):
         hidden = take(teacher, chunk.rows)
-        teacher_logits = hidden.new_empty(hidden.shape[0], other.weight.shape[0])
+        teacher_logits = hidden.new_empty(hidden.shape[0], vocab_size)
         other.project(hidden, teacher_logits)
-        keep = None if valid is None or drop_ignored else take(valid, chunk.rows)
+        student_logits = chunk.logits[:, :vocab_size]
         scale = 1 / (divisor * factor)
-        total += _loss_of_chunk(chunk.logits, teacher_logits, keep, scale, options, any(needs))
+        total += _loss_of_chunk(
+            student_logits, teacher_logits, chunk.counts, scale, options, any(needs)
+        )
         if any(needs):
             gradients.add(chunk)
-        del chunk, teacher_logits
+        del chunk, student_logits, teacher_logits
     return (
         (total / divisor).to(real),
         or_empty(gradients.hidden, student),
@@ -139,7 +157,7 @@ def linear_divergence(
 @linear_divergence.register_fake
 def _(  # type: ignore[no-untyped-def]
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
-    beta, temperature, mean, chunk_tokens, drop_ignored, needs,
+    beta, temperature, mean, num_items, vocab_size, chunk_tokens, drop_ignored, needs,
 ):  # fmt: skip
     real, asked = real_of(student), _Student(*needs)
     scalar = student.new_empty((), dtype=real)
@@ -186,7 +204,8 @@ class LinearDivergence(Function):
         return (*results, *_Others())
 
 
-@partial(documented, names=("chunk_tokens", "max_chunk_bytes", "drop_ignored"))
+@entry_point("student_hidden", "teacher_hidden", "target")
+@partial(documented, names=("num_items", "chunk_tokens", "max_chunk_bytes", "drop_ignored"))
 def linear_kl_div(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -201,6 +220,8 @@ def linear_kl_div(
     target: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
@@ -216,15 +237,17 @@ def linear_kl_div(
         student_hidden: (..., D).
         student_weight: (V, D).
         teacher_hidden: (..., E), without a gradient.
-        teacher_weight: (V, E), without a gradient.
+        teacher_weight: (W, E), without a gradient.
         student_bias: (V).
-        teacher_bias: (V).
+        teacher_bias: (W).
         direction: ``"forward"``, ``"reverse"`` or ``"jsd"``.
         beta: Share of the teacher in M, in (0, 1).
         temperature: > 0.
         target: Labels (...), where given, tell which tokens are ignored; nothing else.
         ignore_index: Tokens with this label take no part.
         reduction: ``"mean"`` over the tokens that take part, or ``"sum"``.
+        vocab_size: The distributions are over the first ``vocab_size`` classes, by default over all
+            that both weights have: the heads of one family may be padded differently.
         Options: each is described in `llmloss_ext.options`.
 
     Returns:
@@ -237,6 +260,11 @@ def linear_kl_div(
     check_divergence(direction, beta, temperature)
     if reduction not in ("mean", "sum"):
         raise ValueError(f'linear_kl_div: reduction must be "mean" or "sum", got {reduction!r}')
+    check_dense(
+        {"student_bias": student_bias, "teacher_bias": teacher_bias, "target": target},
+        student_hidden=student_hidden, student_weight=student_weight,
+        teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
+    )  # fmt: skip
     check_projection(student_hidden, student_weight, student_bias)
     check_projection(teacher_hidden, teacher_weight, teacher_bias)
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
@@ -244,11 +272,7 @@ def linear_kl_div(
             f"student and teacher must have the same tokens, got {tuple(student_hidden.shape)} "
             f"and {tuple(teacher_hidden.shape)}"
         )
-    if student_weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(
-            "student and teacher must have the same vocabulary, got "
-            f"{student_weight.shape[0]} and {teacher_weight.shape[0]}"
-        )
+    vocab_size = common_classes(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
     if target is not None and target.shape != student_hidden.shape[:-1]:
         raise ValueError(
             f"target must have one label per token, shape {tuple(student_hidden.shape[:-1])}, got "
@@ -278,6 +302,8 @@ def linear_kl_div(
         beta=beta,
         temperature=temperature,
         mean=reduction == "mean",
+        num_items=items_tensor(num_items, reduction, student_hidden),
+        vocab_size=vocab_size,
         chunk_tokens=planned.chunk_tokens,
         drop_ignored=drop_ignored and valid is not None,
         needs=needs_gradients(student),

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import composite, ops
 from ..checks import (
+    check_dense,
     check_range,
     check_scale,
     check_target,
@@ -20,17 +20,17 @@ from ..checks import (
     items_tensor,
 )
 from ..composite import real_of
+from ..entry import entry_point
 from ..ops import LossInputs, StatsInputs
 from ..options import (
     MEAN,
     NONE,
-    SUM,
     ChunkOptions,
     LogitOptions,
     LossOptions,
-    as_integer,
     documented,
 )
+from ..sequences import Sequences, moved
 from ..shard import Shard, ShardedColumns
 from ..statistics import RowStats, TokenStats, asked, asked_by_user
 from . import operators
@@ -43,6 +43,7 @@ __all__ = ["linear_cross_entropy", "linear_log_probs", "linear_token_stats"]
 T = TypeVar("T")
 
 
+@entry_point("input", "target", "token_weight")
 @documented
 def linear_cross_entropy(
     input: Tensor,
@@ -63,6 +64,10 @@ def linear_cross_entropy(
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
     shift: int = 0,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
@@ -116,9 +121,12 @@ def linear_cross_entropy(
     walk = _HowChunks(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
     )
+    check_dense(input=input, linear_weight=linear_weight)
     items = items_tensor(num_items, reduction, input)
+    sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     if linear_weight.dim() > 2:
-        if shift or weight_grad_accumulator is not None or shard is not None:
+        is_flat = shift or sequences.given or weight_grad_accumulator is not None
+        if is_flat or shard is not None:
             raise ValueError(
                 "shard, shift and weight_grad_accumulator need a weight (V, D), got "
                 f"{tuple(linear_weight.shape)}"
@@ -127,7 +135,9 @@ def linear_cross_entropy(
             input, linear_weight, target, linear_bias, weight, token_weight, items, logits, loss,
             walk,
         )  # fmt: skip
-    call = LinearCall(input, linear_weight, target, linear_bias, weight, logits, shift, shard)
+    call = LinearCall(
+        input, linear_weight, target, linear_bias, weight, logits, shift, sequences, shard
+    )
     return call.loss(call.token_weights(token_weight), items, loss, walk)
 
 
@@ -150,6 +160,7 @@ def _torchs_options(
     return chunk_tokens or theirs[0], weight_grad_dtype or theirs[1]
 
 
+@entry_point("input", "target")
 @documented
 def linear_token_stats(
     input: Tensor,
@@ -165,6 +176,10 @@ def linear_token_stats(
     with_rank: bool = False,
     extra: Sequence[str] = (),
     shift: int = 0,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
@@ -192,11 +207,15 @@ def linear_token_stats(
     """
     logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
     walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
-    call = LinearCall(input, linear_weight, target, linear_bias, weight, logits, shift, shard)
+    sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
+    call = LinearCall(
+        input, linear_weight, target, linear_bias, weight, logits, shift, sequences, shard
+    )
     wanted = asked_by_user(with_rank, extra)
     return TokenStats.shaped(call.stats(wanted, call.chunk_options(walk)), wanted, call.shape)
 
 
+@entry_point("input", "target")
 @documented
 def linear_log_probs(
     input: Tensor,
@@ -209,6 +228,10 @@ def linear_log_probs(
     logit_scale: float | Tensor = 1.0,
     vocab_size: int | None = None,
     shift: int = 0,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
@@ -234,7 +257,10 @@ def linear_log_probs(
     """
     logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
     walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
-    call = LinearCall(input, linear_weight, target, linear_bias, None, logits, shift, shard)
+    sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
+    call = LinearCall(
+        input, linear_weight, target, linear_bias, None, logits, shift, sequences, shard
+    )
     log_probs: Tensor = call.stats(
         asked(("log_prob", "lse")), call.chunk_options(walk)
     ).floats.log_prob
@@ -279,8 +305,13 @@ class LinearCall:
         weight: Tensor | None,
         logits: _HowLogits,
         shift: int,
+        sequences: Sequences,
         shard: Shard | None,
     ) -> None:
+        check_dense(
+            {"linear_bias": linear_bias, "weight": weight},
+            input=input, linear_weight=linear_weight, target=target,
+        )  # fmt: skip
         ignore_index, softcap, logit_scale, vocab_size = logits
         check_projection(input, linear_weight, linear_bias)
         input = to_dtype_of_products(input)
@@ -300,10 +331,9 @@ class LinearCall:
                 f"target of shape {tuple(target.shape)} does not fit hidden states of shape "
                 f"{tuple(input.shape)}: expected {expected}"
             )
-        target = check_target(target, input, self.options.ignore_index)
-        self.given, self.shift = target, as_integer("shift", shift)
-        if self.shift:
-            target = self._shifted(target)
+        self.given = check_target(target, input, self.options.ignore_index)
+        self.shift = shift
+        target = sequences.targets(self.given, shift, self.options.ignore_index)
         hidden = as_rows(input)
         self.targets = target.reshape(hidden.shape[0], *expected[len(self.shape) :])
         check_weight(weight, columns, input)
@@ -311,25 +341,20 @@ class LinearCall:
         if self.shard is not None and self.shard.must_check_targets(target):
             self._check_range(self.shard.vocab_size)
 
-    def _shifted(self, target: Tensor) -> Tensor:
-        if self.shift < 0 or self.has_probabilities or target.dim() == 0:
-            raise ValueError(
-                "shift must be an integer >= 0, with class indices (..., S) as targets; got "
-                f"shift={self.shift} and targets of shape {tuple(target.shape)}, {target.dtype}"
-            )
-        return _shift(target, self.shift, self.options.ignore_index)
-
     def _check_range(self, classes: int) -> None:
         check_range(self.given, self.options.ignore_index, classes, self.shift)
 
     def token_weights(self, token_weight: Tensor | None) -> Tensor | None:
-        """(N), of the labels that the tokens predict."""
+        """(N), of the labels that the tokens predict. Tokens of weight 0 are then ignored."""
         if token_weight is None:
             return None
         token_weight = check_token_weight(token_weight, self.shape, self.inputs.input)
-        if self.shift:
-            token_weight = _shift(token_weight, self.shift, 0)
-        return token_weight.reshape(-1)
+        token_weight = moved(token_weight, self.shift, 0.0).reshape(-1)
+        if not self.has_probabilities:
+            self.targets = composite.without_weightless(
+                self.targets, token_weight, self.options, token_weight.requires_grad
+            )
+        return token_weight
 
     def loss(
         self,
@@ -370,9 +395,8 @@ class LinearCall:
         if self.has_probabilities:
             raise RuntimeError("statistics: target must hold class indices (int64 or int32)")
         if ops.in_transform():
-            hidden, linear_weight, linear_bias, scale = self.inputs
-            logits = operators.logits_of(hidden, linear_weight, linear_bias)
-            inputs = StatsInputs(logits, self.targets, self.weight, scale)
+            logits = operators.logits_of(self.inputs, self.targets, None, self.options)
+            inputs = StatsInputs(logits, self.targets, self.weight, self.inputs.logit_scale)
             return ops.token_stats(inputs, self.options, wanted)
         return self._run(
             operators.stats, self.inputs, self.targets, self.weight, self.options, wanted,
@@ -389,16 +413,15 @@ class LinearCall:
         find = composite.target_weights if self.shard is None else self.shard.target_weights
         ignored, real = self.options.ignore_index, real_of(self.inputs.input)
         w_y = find(self.targets, self.weight, ignored, real)
-        if token_weight is not None:
-            token_weight = composite.weight_tokens(token_weight, self.targets, ignored, real)
-        return composite.loss_of(stats.floats, w_y, token_weight, num_items, loss)
+        weights = composite.row_weights(token_weight, self.targets, ignored, real)
+        return composite.loss_of(stats.floats, w_y, weights, num_items, loss)
 
     def _from_whole_logits(
         self, token_weight: Tensor | None, num_items: Tensor | None, loss: LossOptions
     ) -> Tensor:
         """With every derivative."""
-        hidden, linear_weight, linear_bias, scale = self.inputs
-        logits = operators.logits_of(hidden, linear_weight, linear_bias)
+        logits = operators.logits_of(self.inputs, self.targets, token_weight, self.options)
+        scale = self.inputs.logit_scale
         return ops.cross_entropy(
             LossInputs(logits, self.targets, self.weight, token_weight, num_items, scale),
             self.options, loss,
@@ -434,10 +457,6 @@ class LinearCall:
             raise ValueError(f"weight_grad_dtype must be {real} or the weight's dtype, got {dtype}")
         drops = hidden.device.type == "cpu" if walk.drop_ignored is None else walk.drop_ignored
         return ChunkOptions(tokens, drops, dtype or real, self.shard)
-
-
-def _shift(labels: Tensor, shift: int, fill: int) -> Tensor:
-    return F.pad(labels[..., shift:], (0, min(shift, labels.shape[-1])), value=fill)
 
 
 def _check_accumulator(accumulator: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
@@ -494,20 +513,27 @@ def _multi_dimensional(
             return [None] * math.prod(positions)
         return tensor.flatten(dim, dim + len(positions) - 1).unbind(dim)
 
-    by_position = loss if loss.reduction == NONE else loss._replace(reduction=SUM)
-    losses, items = [], []
-    for w, y, b, t in zip(
-        each(linear_weight), each(target, 2 if probabilities else 1), each(linear_bias),
-        each(token_weight), strict=True,
-    ):  # fmt: skip
-        call = LinearCall(input, w, y, b, weight, logits, shift=0, shard=None)
-        losses.append(call.loss(call.token_weights(t), None, by_position, walk))
-        if loss.reduction == MEAN and num_items is None:
-            ignored = call.options.ignore_index
-            items.append(composite.denominators(call.inputs.input, y, weight, t, ignored).sum())
+    calls = [
+        LinearCall(input, w, y, b, weight, logits, 0, Sequences(), None)
+        for w, y, b in zip(
+            each(linear_weight), each(target, 2 if probabilities else 1), each(linear_bias),
+            strict=True,
+        )
+    ]  # fmt: skip
+    weights = [call.token_weights(t) for call, t in zip(calls, each(token_weight), strict=True)]
+    if loss.reduction == MEAN and num_items is None:
+        num_items = _counted(calls, weights, loss)
+    losses = [call.loss(w, num_items, loss, walk) for call, w in zip(calls, weights, strict=True)]
     stacked = torch.stack(losses, dim=-1)
-    if loss.reduction == NONE:
-        return stacked.reshape(shape)
-    if items:
-        num_items = torch.stack(items).sum()
-    return stacked.sum() if num_items is None else stacked.sum() / num_items
+    return stacked.reshape(shape) if loss.reduction == NONE else stacked.sum()
+
+
+def _counted(
+    calls: Sequence[LinearCall], weights: Sequence[Tensor | None], loss: LossOptions
+) -> Tensor:
+    """The denominator of a mean over the tokens of all calls."""
+    first = calls[0]
+    targets = torch.cat([call.targets for call in calls])
+    tokens = None if weights[0] is None else torch.cat([w for w in weights if w is not None])
+    real = real_of(first.inputs.input)
+    return composite.counted(targets, first.weight, tokens, first.options, loss, real)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -34,6 +35,7 @@ from .walk import (
     loss_by_chunks,
     or_empty,
     stats_by_chunks,
+    takes_part,
 )
 
 
@@ -45,7 +47,7 @@ class _Options(NamedTuple):
 
 
 def _must_be_opaque(tensor: Tensor) -> bool:
-    """Whether a tracer, a fake tensor or a subclass looks on: then only the operators will do."""
+    """Whether a tracer, a fake tensor or a FLOP counter looks on: then only operators will do."""
     return (
         torch.compiler.is_compiling()
         or tensor.device.type not in ("cpu", "cuda")
@@ -54,10 +56,21 @@ def _must_be_opaque(tensor: Tensor) -> bool:
     )
 
 
-def logits_of(input: Tensor, linear_weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The whole logits, (N, V), with every derivative."""
-    logits = input @ linear_weight.to(input.dtype).t()
-    return logits if bias is None else logits + bias.to(input.dtype)
+def logits_of(
+    inputs: Inputs, target: Tensor, token_weight: Tensor | None, options: LogitOptions
+) -> Tensor:
+    """The whole logits, (N, V), with every derivative; 0 where a token or a class has no part."""
+    hidden, weight, bias, _ = inputs
+    counts = takes_part(Targets(target, token_weight=token_weight), options.ignore_index)
+    if counts is not None:
+        hidden = composite.only(counts, hidden)
+    columns, used = weight.shape[0], options.vocab_size
+    if used < columns:
+        weight, bias = weight[:used], None if bias is None else bias[:used]
+    logits = hidden @ weight.to(hidden.dtype).t()
+    if bias is not None:
+        logits = logits + bias.to(hidden.dtype)
+    return F.pad(logits, (0, columns - used)) if used < columns else logits
 
 
 # ---------------------------------------------------------------------------------- the loss
@@ -181,20 +194,21 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _loss_composite(inputs: Inputs, targets: Targets, options: _Options) -> Composite:
     target, weight, token_weight, num_items = targets
     logits, loss, _ = options
+    items, z_factor = None, None
+    if loss.reduction == MEAN:
+        real = real_of(inputs.input)
+        if num_items is None:
+            items, z_factor = composite.counted(target, weight, token_weight, logits, loss, real)
+        else:
+            items, z_factor = composite.items_denominator(num_items, real)
 
-    def whole(input: Tensor, linear_weight: Tensor, bias: Any, logit_scale: Any) -> Any:
+    def whole(*primals: Any) -> tuple[Tensor, ...]:
+        inputs = Inputs(*primals)
         rows = composite.row_losses(
-            logits_of(input, linear_weight, bias), target, weight, token_weight, logit_scale,
-            logits, loss,
+            logits_of(inputs, target, token_weight, logits), target, weight, token_weight,
+            inputs.logit_scale, logits, loss, z_factor,
         ).sum()  # fmt: skip
-        if loss.reduction != MEAN:
-            return (rows,)
-        items = num_items
-        if items is None:
-            items = composite.denominators(
-                input, target, weight, token_weight, logits.ignore_index
-            ).sum()
-        return (rows / items.to(rows.dtype).reshape(()),)
+        return (rows if items is None else rows / items,)
 
     return Composite(whole, inputs, Inputs._fields)
 
@@ -345,8 +359,10 @@ class LinearTokenStats(Function):
             refuse_second_order(call.chunks.shard)
             if call.accumulator is not None:
                 raise RuntimeError("weight_grad_accumulator has no second-order gradient")
-            function = _stats_composite(inputs, target, weight, call.logits, grads.used)
-            by_name = function.vjp(tuple(grad for grad in grads if grad is not None))
+            upstream = tuple(grad for grad in grads if grad is not None)
+            safe = inputs._replace(input=composite.spared(inputs.input, *upstream))
+            function = _stats_composite(safe, target, weight, call.logits, grads.used)
+            by_name = function.vjp(upstream)
             return (*Inputs(**by_name), *others)
         needs = Inputs(*ctx.needs_input_grad[: len(Inputs._fields)])
         chunks, results = call.chunks, Inputs()
@@ -369,9 +385,10 @@ class LinearTokenStats(Function):
 def _stats_composite(
     inputs: Inputs, target: Tensor, weight: Any, options: LogitOptions, names: tuple[str, ...]
 ) -> Composite:
-    def whole(input: Tensor, linear_weight: Tensor, bias: Any, logit_scale: Any) -> Any:
-        logits = logits_of(input, linear_weight, bias)
-        every = composite.token_stats(logits, target, weight, logit_scale, options)
+    def whole(*primals: Any) -> tuple[Tensor, ...]:
+        inputs = Inputs(*primals)
+        logits = logits_of(inputs, target, None, options)
+        every = composite.token_stats(logits, target, weight, inputs.logit_scale, options)
         return tuple(getattr(every, name) for name in names)
 
     return Composite(whole, inputs, Inputs._fields)

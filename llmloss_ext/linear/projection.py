@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS
-from ..composite import real_of
+from ..composite import only, real_of
 from ..ops.library import kernels
 from ..ops.rows import Rows, put, take
 from .planning import block_rows, even_chunk, first_part_rows, row_stride
@@ -99,40 +99,52 @@ def new_buffer(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
 
 @dataclass
 class Chunk:
-    """Some tokens: their rows, hidden states and logits (which may be overwritten)."""
+    """Some tokens: their rows, hidden states and logits (which may be overwritten).
+
+    ``counts``: which of them take part; None: all.
+    """
 
     rows: Rows
     hidden: Tensor
     logits: Tensor
+    counts: Tensor | None = None
 
 
 class Projection:
-    """``hidden @ weight.T + bias`` in the dtype of the hidden states, a chunk at a time."""
+    """``hidden @ weight.T + bias`` in the dtype of the hidden states, a chunk at a time.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    The first ``used`` rows of the weight are read; the others are padding, whatever they hold.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, used: int) -> None:
         """Hidden states (N, D); weight (V, D); bias (V) or None."""
-        self.hidden = hidden
+        self.hidden, self.columns, self.used = hidden, weight.shape[0], used
         # Under autocast the weight may be float32: one copy in the dtype of the products.
-        self.weight = weight.to(hidden.dtype)
-        self.bias = None if bias is None else bias.to(hidden.dtype)
+        self.weight = weight[:used].to(hidden.dtype)
+        self.bias = None if bias is None else bias[:used].to(hidden.dtype)
 
-    def chunks(self, chunk_tokens: int, valid: Tensor | None) -> Iterator[Chunk]:
-        """Each chunk's logits, all in one buffer: a chunk ends where the next one begins."""
-        tokens, vocab_size = self.hidden.shape[0], self.weight.shape[0]
-        dtype = self.hidden.dtype
-        shape = (min(chunk_tokens, tokens), row_stride(vocab_size, dtype))
+    def chunks(self, chunk_tokens: int, counts: Tensor | None, *, drop: bool) -> Iterator[Chunk]:
+        """Each chunk's logits, all in one buffer: a chunk ends where the next one begins.
+
+        ``counts`` (N) bool: which tokens take part; None: all. ``drop``: the others are left out.
+        """
+        tokens, dtype = self.hidden.shape[0], self.hidden.dtype
+        shape = (min(chunk_tokens, tokens), row_stride(self.columns, dtype))
         buffer = new_buffer(self.hidden, shape, dtype)
         # oneDNN's products read a column too many and multiply it by 0: no nan may stand there.
-        if vocab_size < shape[1]:
-            buffer[:, vocab_size:] = 0
-        for rows in chunk_rows(tokens, chunk_tokens, valid):
+        if self.used < shape[1]:
+            buffer[:, self.used :] = 0
+        for rows in chunk_rows(tokens, chunk_tokens, counts if drop else None):
             hidden = take(self.hidden, rows)
-            logits = buffer[: hidden.shape[0], :vocab_size]
+            logits = buffer[: hidden.shape[0], : self.columns]
             self.project(hidden, logits)
-            yield Chunk(rows, hidden, logits)
+            yield Chunk(
+                rows, hidden, logits, None if drop or counts is None else take(counts, rows)
+            )
 
     def project(self, hidden: Tensor, logits: Tensor) -> None:
-        """Writes the logits of hidden states."""
+        """Writes the logits of hidden states; those of padding stay."""
+        logits = logits[:, : self.used]
         # Products into `out`, here and below, are not autocast's to round.
         if self.bias is None:
             torch.mm(hidden, self.weight.t(), out=logits)
@@ -150,7 +162,8 @@ class WeightGradient:
 
     def __init__(
         self,
-        weight: Tensor,
+        like: Tensor,
+        shape: tuple[int, int],
         dtype: torch.dtype,
         result_dtype: torch.dtype,
         accumulator: Tensor | None = None,
@@ -160,10 +173,10 @@ class WeightGradient:
         self._result_dtype = result_dtype
         self._parts = [] if accumulator is None else [accumulator]
         if accumulator is None:
-            rows, columns = weight.shape
+            rows, columns = shape
             first = first_part_rows(rows, dtype, result_dtype)
             self._parts = [
-                new_buffer(weight, (part, columns), dtype) for part in (first, rows - first) if part
+                new_buffer(like, (part, columns), dtype) for part in (first, rows - first) if part
             ]
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
@@ -184,7 +197,7 @@ class WeightGradient:
         if self._is_empty:
             torch.mm(gradient.t(), hidden, out=total)
         else:
-            total.addmm_(gradient.t(), hidden)
+            torch.addmm(total, gradient.t(), hidden, out=total)
 
     def _add_from_16_bits(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
         if self._is_empty:
@@ -248,27 +261,30 @@ class Gradients:
         weight_dtype: to which it is rounded. accumulator: to which it is added instead.
         """
         hidden, weight = projection.hidden, projection.weight
-        self._weight_of_products = weight
+        self._projection = projection
         # Rows that are dropped have a gradient too: zero.
         self.hidden = hidden.new_zeros(hidden.shape) if needs_hidden else None
         self._weight: WeightGradient | None = None
         if needs_weight or accumulator is not None:
-            self._weight = WeightGradient(weight, sums_dtype, weight_dtype, accumulator)
+            shape = (projection.columns, weight.shape[1])
+            self._weight = WeightGradient(hidden, shape, sums_dtype, weight_dtype, accumulator)
         dtype = real_of(hidden)
-        self.bias = weight.new_zeros(weight.shape[0], dtype=dtype) if needs_bias else None
+        self.bias = weight.new_zeros(projection.columns, dtype=dtype) if needs_bias else None
 
     def add(self, chunk: Chunk) -> None:
         """Adds a chunk whose logits have become their gradient."""
         gradient = chunk.logits
         if self.hidden is not None:
-            weight = self._weight_of_products
+            weight, used = self._projection.weight, gradient[:, : self._projection.used]
             if isinstance(chunk.rows, slice):
-                torch.mm(gradient, weight, out=self.hidden[chunk.rows])
+                torch.mm(used, weight, out=self.hidden[chunk.rows])
             else:
                 part = torch.empty_like(chunk.hidden)
-                put(self.hidden, chunk.rows, torch.mm(gradient, weight, out=part))
+                put(self.hidden, chunk.rows, torch.mm(used, weight, out=part))
         if self._weight is not None:
-            self._weight.add(gradient, chunk.hidden)
+            # Gradients of 0 would make nan of the nan that stands at a token without a part.
+            hidden = chunk.hidden if chunk.counts is None else only(chunk.counts, chunk.hidden)
+            self._weight.add(gradient, hidden)
         if self.bias is not None:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
 

@@ -7,7 +7,7 @@ that are not asked for come back without elements. Nothing here has derivatives;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +15,15 @@ from torch import Tensor
 
 from .. import composite
 from ..composite import real_of
-from ..ops.library import STATE
+from ..ops.library import MEAN_DENOMINATOR, STATE
 from ..ops.rows import LocalRows, put, take
 from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions
 from ..shard import ShardedRows
 from ..statistics import STATISTICS, FloatStats, RowStats, is_asked
-from .projection import Chunk, Gradients, Projection
+from .projection import Gradients, Projection
+
+_MOST_TOKENS = 2.0**40
+"""A denominator of 0 items is infinite."""
 
 
 class Inputs(NamedTuple):
@@ -81,7 +84,7 @@ def gradient_factor(input: Tensor, denominator: Tensor) -> Tensor:
     """
     if input.dtype != torch.float16:
         return torch.ones_like(denominator)
-    return torch.exp2(-torch.floor(torch.log2(denominator.clamp_min(1.0))))
+    return torch.exp2(-torch.floor(torch.log2(denominator.clamp(1.0, _MOST_TOKENS))))
 
 
 def gradient_dtype(input: Tensor, parameter: Tensor) -> torch.dtype:
@@ -107,14 +110,16 @@ def loss_by_chunks(
     real = real_of(input)
     rows = rows_of(inputs, targets, logits, chunks)
     labels = rows.labels(input, targets.target, targets.token_weight)
-    projection = Projection(input, inputs.linear_weight, inputs.linear_bias)
-    denominator = torch.ones((), dtype=real, device=input.device)
-    if loss.reduction == MEAN:
-        items = rows.items(input, labels) if targets.num_items is None else targets.num_items
-        denominator = items.to(real).reshape(())
-    factor = gradient_factor(input, denominator)
+    projection = _projection(inputs, logits, chunks)
+    denominator = torch.ones(len(MEAN_DENOMINATOR), dtype=real, device=input.device)
+    if loss.reduction == MEAN and targets.num_items is not None:
+        denominator = composite.items_denominator(targets.num_items, real)
+    elif loss.reduction == MEAN:
+        denominator = rows.denominator(labels, loss, real)
+    items, z_factor = denominator
+    factor = gradient_factor(input, items)
     # Each chunk's sum is divided, in the kernels' words a mean over so many items.
-    divisor, of_chunk = denominator * factor, loss._replace(reduction=MEAN)
+    divisor, of_chunk = torch.stack([items * factor, z_factor]), loss._replace(reduction=MEAN)
     value = torch.zeros((), dtype=torch.float64, device=input.device)
     grad_scale = torch.zeros_like(value) if needs.logit_scale else None
     # float16: see gradient_dtype
@@ -123,7 +128,8 @@ def loss_by_chunks(
         projection, needs.input, needs.linear_weight, needs.linear_bias, sums,
         gradient_dtype(input, inputs.linear_weight),
     )  # fmt: skip
-    for chunk in _walk(projection, targets.target, logits, chunks):
+    counts = takes_part(targets, logits.ignore_index)
+    for chunk in projection.chunks(chunks.chunk_tokens, counts, drop=chunks.drop_ignored):
         part = labels.take(chunk.rows)
         if any(needs):
             of_part, scale = rows.losses_and_gradient_(
@@ -137,7 +143,7 @@ def loss_by_chunks(
         value += of_part
         del chunk  # its buffer, before the gradient of the weight is rounded
     if loss.reduction == MEAN:
-        value += torch.zeros_like(denominator) / denominator  # nan: no token to divide by
+        value += torch.zeros_like(items) / items  # nan: no token to divide by
     rows.sum_over_ranks(gradients.hidden, grad_scale)
     grad_bias = gradients.bias
     if grad_bias is not None:
@@ -170,8 +176,9 @@ def stats_by_chunks(
     # The state lies token by token, so that a chunk's is one piece.
     state = torch.zeros(tokens, len(STATE), dtype=real, device=input.device)
     wholes = [column(name) for name in STATISTICS]
-    projection = Projection(input, inputs.linear_weight, inputs.linear_bias)
-    for chunk in _walk(projection, targets.target, logits, chunks):
+    projection = _projection(inputs, logits, chunks)
+    counts = takes_part(targets, logits.ignore_index)
+    for chunk in projection.chunks(chunks.chunk_tokens, counts, drop=chunks.drop_ignored):
         stats = rows.statistics(chunk.logits, take(targets.target, chunk.rows), wanted)
         state_of_chunk, *parts = stats.results()
         put(state, chunk.rows, state_of_chunk.t())
@@ -199,7 +206,7 @@ def gradients_by_chunks(
     """
     input = inputs.input
     rows = rows_of(inputs, targets, logits, chunks)
-    projection = Projection(input, inputs.linear_weight, inputs.linear_bias)
+    projection = _projection(inputs, logits, chunks)
     gradients = Gradients(
         projection, needs.input, needs.linear_weight, needs.linear_bias, chunks.weight_grad_dtype,
         inputs.linear_weight.dtype, accumulator,
@@ -207,7 +214,8 @@ def gradients_by_chunks(
     grad_scale = None
     if needs.logit_scale:
         grad_scale = torch.zeros((), dtype=torch.float64, device=input.device)
-    for chunk in _walk(projection, targets.target, logits, chunks):
+    counts = with_gradient(grads, targets, logits.ignore_index)
+    for chunk in projection.chunks(chunks.chunk_tokens, counts, drop=chunks.drop_ignored):
         at = chunk.rows
         _, scale = rows.gradient(
             FloatStats(*(None if grad is None else take(grad, at) for grad in grads)),
@@ -228,12 +236,24 @@ def gradients_by_chunks(
     )
 
 
-def _walk(
-    projection: Projection, target: Tensor, logits: LogitOptions, chunks: ChunkOptions
-) -> Iterator[Chunk]:
-    drops = chunks.drop_ignored and composite.is_indices(target)
-    valid = target != logits.ignore_index if drops else None
-    return projection.chunks(chunks.chunk_tokens, valid)
+def takes_part(targets: Targets, ignore_index: int) -> Tensor | None:
+    """(N) bool: which tokens take part; None: all."""
+    if composite.is_indices(targets.target):
+        return targets.target != ignore_index
+    weight = targets.token_weight
+    return None if weight is None or weight.requires_grad else weight != 0
+
+
+def with_gradient(grads: Sequence[Tensor | None], targets: Targets, ignore_index: int) -> Tensor:
+    """(N) bool: which tokens take part, and have a gradient of a statistic that is not 0."""
+    has_gradient = torch.stack([grad != 0 for grad in grads if grad is not None]).any(0)
+    counts = takes_part(targets, ignore_index)
+    return has_gradient if counts is None else has_gradient & counts
+
+
+def _projection(inputs: Inputs, logits: LogitOptions, chunks: ChunkOptions) -> Projection:
+    used = logits.vocab_size if chunks.shard is None else chunks.shard.used
+    return Projection(inputs.input, inputs.linear_weight, inputs.linear_bias, used)
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import functional
 from ..linear import linear_cross_entropy
 from ..linear.planning import plan
-from ..ops import in_transform
+from ..ops import can_read, in_transform
 
 __all__ = ["ClipLoss", "contrastive_loss"]
 
@@ -94,19 +94,13 @@ def _scale(temperature: float | Tensor | None, logit_scale: Tensor | None) -> fl
     return 1 / temperature
 
 
-def _can_look(tensor: Tensor) -> bool:
-    """Whether a value can be read without waiting for a device, or breaking a graph."""
-    is_traced = torch.compiler.is_compiling() or in_transform()
-    return tensor.device.type == "cpu" and not is_traced
-
-
 def _inverse(positives: Tensor) -> Tensor:
     """The query that each key belongs to; where there is none, the number of rows."""
     rows = positives.long()
     count = rows.numel()
     back = torch.full_like(rows, count)
     back.scatter_(0, rows, torch.arange(count, device=rows.device))
-    if _can_look(back) and bool((back == count).any()):
+    if can_read(back) and bool((back == count).any()):
         raise ValueError("symmetric: positives must name each key once")
     return back
 
@@ -117,7 +111,7 @@ def _one_view(q: Tensor, positives: Tensor, scale: float | Tensor) -> Tensor:
     if count < 2:
         raise ValueError(f"one view needs at least two rows, got {count}")
     own = torch.arange(count, device=q.device)
-    if _can_look(positives) and bool((positives == own).any()):
+    if can_read(positives) and bool((positives == own).any()):
         raise ValueError("one view: a query cannot be its own positive")
     step = plan(count, features, count, q.dtype, q.device).chunk_tokens
     total = q.new_zeros(())

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import composite
+from ..checks import check_dense, items_tensor
 from ..composite import real_of
-from ..divergence import check_divergence, divergence, divergence_of
+from ..divergence import check_divergence, common_classes, divergence, divergence_of
 from ..rowwise import by_rows
 
 __all__ = ["distillation_loss", "top_k_distillation_loss"]
@@ -26,6 +27,8 @@ def distillation_loss(
     target: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """The divergence of a student's from a teacher's distribution, times T^2, in nats.
 
@@ -36,7 +39,7 @@ def distillation_loss(
 
     Args:
         student_logits: (..., V). Rows of any stride are read in place.
-        teacher_logits: (..., V), without a gradient.
+        teacher_logits: (..., W), without a gradient.
         direction: ``"forward"``, ``"reverse"`` or ``"jsd"``.
         beta: Share of the teacher in M, in (0, 1).
         temperature: T > 0.
@@ -44,6 +47,10 @@ def distillation_loss(
             hold; their gradient is exactly zero.
         ignore_index: See ``target``.
         reduction: ``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.
+        num_items: Replaces the number of tokens of the mean, e.g. by that of all micro-batches; of
+            0 items the loss is 0.
+        vocab_size: The distributions are over the first ``vocab_size`` classes, by default over all
+            that both have: the heads of one family may be padded differently.
 
     Returns:
         0-d, or (...) for ``"none"``; float32 for 16-bit logits. The mean of no token is nan.
@@ -52,20 +59,25 @@ def distillation_loss(
         ValueError: The shapes do not fit, or an option is out of range.
     """
     check_divergence(direction, beta, temperature)
-    _check_reduction(reduction)
-    if student_logits.shape != teacher_logits.shape or not student_logits.dim():
+    check_dense({"target": target}, student_logits=student_logits, teacher_logits=teacher_logits)
+    items = _checked_items(num_items, reduction, student_logits)
+    has_classes = student_logits.dim() and teacher_logits.dim()
+    if not has_classes or student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise ValueError(
-            f"student and teacher must have one shape (..., V), got {tuple(student_logits.shape)} "
-            f"and {tuple(teacher_logits.shape)}"
+            "student and teacher must have logits (..., V) of the same tokens, got "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
+    used = common_classes(student_logits.shape[-1], teacher_logits.shape[-1], vocab_size)
     valid = _valid(target, student_logits, ignore_index)
     rows = partial(divergence, direction=direction, beta=beta, temperature=temperature)
-    return _reduced(by_rows(rows, student_logits, (teacher_logits,), valid), valid, reduction)
+    student, teacher = student_logits[..., :used], teacher_logits[..., :used]
+    return _reduced(by_rows(rows, student, (teacher,), valid), valid, reduction, items)
 
 
-def _check_reduction(reduction: str) -> None:
+def _checked_items(num_items: int | Tensor | None, reduction: str, logits: Tensor) -> Tensor | None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    return items_tensor(num_items, reduction, logits)
 
 
 def _valid(target: Tensor | None, logits: Tensor, ignore_index: int) -> Tensor | None:
@@ -79,14 +91,15 @@ def _valid(target: Tensor | None, logits: Tensor, ignore_index: int) -> Tensor |
     return target != ignore_index
 
 
-def _reduced(rows: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
+def _reduced(
+    rows: Tensor, valid: Tensor | None, reduction: str, num_items: Tensor | None
+) -> Tensor:
     """Of rows that are 0 where not valid."""
     if reduction == "none":
         return rows
-    total = composite.total(rows)
     if reduction == "sum":
-        return total
-    return total / (rows.numel() if valid is None else valid.sum())
+        return composite.total(rows)
+    return composite.mean(rows, rows.numel() if valid is None else valid.sum(), num_items)
 
 
 def top_k_distillation_loss(
@@ -100,6 +113,8 @@ def top_k_distillation_loss(
     target: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """A divergence from a teacher whose k largest log-probabilities were stored, times T^2.
 
@@ -119,6 +134,10 @@ def top_k_distillation_loss(
             arguments hold there; their gradient is exactly zero.
         ignore_index: See ``target``.
         reduction: ``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.
+        num_items: Replaces the number of tokens of the mean, e.g. by that of all micro-batches; of
+            0 items the loss is 0.
+        vocab_size: The student's distribution is over the first ``vocab_size`` classes, by default
+            over all.
 
     Returns:
         0-d, or (...) for ``"none"``, in nats; float32 for 16-bit logits. The mean of no token is
@@ -129,7 +148,11 @@ def top_k_distillation_loss(
         RuntimeError: A token outside [0, V).
     """
     check_divergence(direction, beta, temperature)
-    _check_reduction(reduction)
+    check_dense(
+        {"target": target},
+        student_logits=student_logits, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs,
+    )  # fmt: skip
+    items = _checked_items(num_items, reduction, student_logits)
     if (
         teacher_ids.shape != teacher_log_probs.shape
         or teacher_ids.shape[:-1] != student_logits.shape[:-1]
@@ -142,8 +165,10 @@ def top_k_distillation_loss(
         )
     valid = _valid(target, student_logits, ignore_index)
     rows = partial(_coarse_divergence, direction=direction, beta=beta, temperature=temperature)
-    others = (teacher_ids, teacher_log_probs)
-    return _reduced(by_rows(rows, student_logits, others, valid), valid, reduction)
+    columns = student_logits.shape[-1]
+    used = common_classes(columns, columns, vocab_size)
+    student, others = student_logits[..., :used], (teacher_ids, teacher_log_probs)
+    return _reduced(by_rows(rows, student, others, valid), valid, reduction, items)
 
 
 def _coarse_divergence(

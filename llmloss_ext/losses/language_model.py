@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import composite, functional
+from ..checks import check_token_weight, items_tensor
 from ..linear import linear_cross_entropy
-from ..options import LOSS_OPTIONS, spelled_out
+from ..options import LOSS_OPTIONS, documented, spelled_out
+from ..sequences import Sequences, moved
 from ..statistics import TokenStats
 from .objective import Objective, check_projection, statistics
-from .shapes import classes_last
 
 __all__ = [
     "LabelSmoothingCrossEntropy",
@@ -27,15 +28,22 @@ __all__ = [
 ]
 
 
+@partial(documented, names=Sequences._fields)
 def next_token_targets(
-    input_ids: Tensor, ignore_index: int = -100, attention_mask: Tensor | None = None
+    input_ids: Tensor,
+    ignore_index: int = -100,
+    attention_mask: Tensor | None = None,
+    *,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The target of each position: the next token; none behind the last.
+    """The target of each position: the next token, if both are real tokens of one document.
 
     Args:
         input_ids: (..., S), int64 or int32.
         ignore_index: Stands where there is no target.
-        attention_mask: (..., S); positions whose next token is masked (0 or False) get no target.
+        Options: each is described in `llmloss_ext.options`.
 
     Returns:
         (..., S), of the ids' dtype.
@@ -47,36 +55,33 @@ def next_token_targets(
         raise ValueError(
             f"input_ids must be (..., S) with at least one position, got {tuple(input_ids.shape)}"
         )
-    if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}"
-            )
-        input_ids = torch.where(attention_mask.bool(), input_ids, ignore_index)
-    return F.pad(input_ids[..., 1:], (0, 1), value=ignore_index)
+    sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
+    return sequences.targets(input_ids, 1, ignore_index)
 
 
+@documented
 def causal_lm_loss(
     logits: Tensor,
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
+    token_weight: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Cross entropy of ``logits[:, i]`` for ``input_ids[:, i + 1]``.
 
-    No shifted copy of the logits is made: the (small) targets are shifted, and the last position
-    is ignored.
+    No shifted copy of the logits is made: the (small) targets are shifted, and whatever is given
+    for them; the last position is ignored.
 
     Args:
         logits: (..., S, V).
         input_ids: (..., S).
-        attention_mask: (..., S); tokens that are masked are no targets.
-        ignore_index: Tokens that are no targets.
-        **options: Of `llmloss_ext.cross_entropy`. A ``token_weight`` (..., S) at position i is that
-            of the prediction made there, of token i + 1.
+        Options: each is described in `llmloss_ext.options`.
+        **options: Others of `llmloss_ext.cross_entropy`.
 
     Returns:
         The mean loss in nats, 0-d, or what ``reduction`` says: (..., S) for ``"none"``.
@@ -84,14 +89,21 @@ def causal_lm_loss(
     Raises:
         ValueError: The shapes do not fit.
     """
-    targets = next_token_targets(input_ids, ignore_index, attention_mask)
+    targets = next_token_targets(
+        input_ids, ignore_index, attention_mask, position_ids=position_ids,
+        document_ids=document_ids, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"expected logits (..., S, V) for input_ids (..., S), got {tuple(logits.shape)} and "
             f"{tuple(input_ids.shape)}"
         )
-    rows = classes_last(logits, targets)
-    return functional.cross_entropy(rows, targets, ignore_index=ignore_index, **options)
+    if token_weight is not None:
+        token_weight = moved(check_token_weight(token_weight, targets.shape, logits), 1, 0.0)
+    return functional.cross_entropy(
+        logits, targets, ignore_index=ignore_index, token_weight=token_weight, class_dim=-1,
+        **options,
+    )  # fmt: skip
 
 
 def create_causal_mask(
@@ -128,6 +140,19 @@ class LossStats(NamedTuple):
     """Share of tokens whose target is among the k largest, equal logits ordered by class."""
     tokens: Tensor
     """Number of tokens that have a target, int64."""
+
+
+_DOCUMENTS = ("position_ids", "document_ids", "cu_seqlens")
+_PER_CALL = (*_DOCUMENTS, "token_weight", "num_items")
+
+
+class _Tokens(NamedTuple):
+    """What the positions of a batch predict, as options of the losses name it."""
+
+    target: Tensor
+    ignore_index: int
+    token_weight: Tensor | None
+    num_items: int | Tensor | None
 
 
 class LanguageModelLoss(torch.nn.Module):
@@ -181,10 +206,13 @@ class LanguageModelLoss(torch.nn.Module):
         attention_mask: Tensor | None = None,
         linear_weight: Tensor | None = None,
         linear_bias: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         """The same as `compute_loss`."""
-        return self.compute_loss(logits, input_ids, attention_mask, linear_weight, linear_bias)
+        where = (logits, input_ids, attention_mask, linear_weight, linear_bias)
+        return self.compute_loss(*where, **options)
 
+    @partial(documented, names=_PER_CALL)
     def compute_loss(
         self,
         logits: Tensor,
@@ -192,8 +220,12 @@ class LanguageModelLoss(torch.nn.Module):
         attention_mask: Tensor | None = None,
         linear_weight: Tensor | None = None,
         linear_bias: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         """The mean loss of what position i predicts, for ``input_ids[..., i + 1]``.
+
+        Both must be real tokens of one document. Without an ``attention_mask``, ids that are
+        ``pad_token_id`` are padding, on either side, unless an ``ignore_index`` says otherwise.
 
         Args:
             logits: Logits (..., S, V); hidden states (..., S, D) if ``linear_weight`` is given,
@@ -202,26 +234,25 @@ class LanguageModelLoss(torch.nn.Module):
             attention_mask: (..., S); tokens where it is 0 are no targets.
             linear_weight: The projection (V, D).
             linear_bias: (V), with ``linear_weight``.
+            Options: each is described in `llmloss_ext.options`.
 
         Returns:
-            0-d, in nats; nan where no token has a target, as torch's.
+            0-d, in nats; without ``num_items`` nan where no token has a target, as torch's.
 
         Raises:
             ValueError: The shapes do not fit.
+            TypeError: There is no such option.
         """
-        if self.objective.confidence_penalty:
-            return self._from_statistics(
-                logits, input_ids, attention_mask, linear_weight, linear_bias, with_rank=False
-            )[0]
-        targets, ignore_index = self._targets(logits, input_ids, attention_mask, linear_weight)
         check_projection(linear_weight, linear_bias=linear_bias)
-        options: dict[str, Any] = {"ignore_index": ignore_index, "vocab_size": self.vocab_size}
-        options |= self.objective.options
+        tokens = self._tokens(logits, input_ids, attention_mask, linear_weight, options)
+        if self.objective.confidence_penalty:
+            return self._from_statistics(logits, tokens, linear_weight, linear_bias, False)[0]
+        how: dict[str, Any] = tokens._asdict() | {"vocab_size": self.vocab_size}
+        target = how.pop("target")
+        how |= self.objective.options
         if linear_weight is None:
-            return functional.cross_entropy(classes_last(logits, targets), targets, **options)
-        return linear_cross_entropy(
-            logits, linear_weight, targets, linear_bias=linear_bias, **options
-        )
+            return functional.cross_entropy(logits, target, class_dim=-1, **how)
+        return linear_cross_entropy(logits, linear_weight, target, linear_bias=linear_bias, **how)
 
     def compute_loss_with_stats(
         self,
@@ -230,6 +261,7 @@ class LanguageModelLoss(torch.nn.Module):
         attention_mask: Tensor | None = None,
         linear_weight: Tensor | None = None,
         linear_bias: Tensor | None = None,
+        **options: Any,
     ) -> LossStats:
         """Loss, perplexity and accuracies, from one pass over the logits and without a sync.
 
@@ -240,10 +272,11 @@ class LanguageModelLoss(torch.nn.Module):
 
         Raises:
             ValueError: The shapes do not fit.
+            TypeError: There is no such option.
         """
-        loss, stats, valid = self._from_statistics(
-            logits, input_ids, attention_mask, linear_weight, linear_bias, with_rank=True
-        )
+        targets = self._tokens(logits, input_ids, attention_mask, linear_weight, options)
+        loss, stats = self._from_statistics(logits, targets, linear_weight, linear_bias, True)
+        valid = targets.target != targets.ignore_index
         tokens = valid.sum()
         rank = stats.rank
         assert rank is not None  # with_rank
@@ -256,31 +289,34 @@ class LanguageModelLoss(torch.nn.Module):
     def _from_statistics(
         self,
         logits: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
+        tokens: _Tokens,
         linear_weight: Tensor | None,
         linear_bias: Tensor | None,
-        *,
         with_rank: bool,
-    ) -> tuple[Tensor, TokenStats, Tensor]:
-        """The mean loss, the statistics, and which tokens have a target."""
-        targets, ignore_index = self._targets(logits, input_ids, attention_mask, linear_weight)
+    ) -> tuple[Tensor, TokenStats]:
+        """The mean loss, and the statistics."""
+        target, ignore_index, token_weight, num_items = tokens
         stats = statistics(
-            logits, targets, linear_weight, linear_bias, ignore_index=ignore_index,
+            logits, target, linear_weight, linear_bias, ignore_index=ignore_index,
             vocab_size=self.vocab_size, with_rank=with_rank,
         )  # fmt: skip
-        valid = targets != ignore_index
-        rows = self.objective.rows(stats, targets, ignore_index)
-        return composite.total(rows) / valid.sum(), stats, valid
+        rows = self.objective.rows(stats, target, ignore_index)
+        weights = composite.row_weights(token_weight, target, ignore_index, rows.dtype)
+        items = items_tensor(num_items, "mean", logits)
+        return composite.mean(rows * weights, weights.sum(), items), stats
 
-    def _targets(
+    def _tokens(
         self,
         logits: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         linear_weight: Tensor | None,
-    ) -> tuple[Tensor, int]:
-        """The target of each position, and what stands where there is none."""
+        options: dict[str, Any],
+    ) -> _Tokens:
+        """What each position predicts."""
+        unknown = options.keys() - set(_PER_CALL)
+        if unknown:
+            raise TypeError(f"there is no option {', '.join(sorted(unknown))} of a call")
         columns = logits.shape[-1:] if linear_weight is None else linear_weight.shape[:1]
         if logits.dim() < 2 or columns[0] < self.vocab_size:
             raise ValueError(
@@ -288,16 +324,23 @@ class LanguageModelLoss(torch.nn.Module):
                 f"states and a weight of as many rows; got {tuple(logits.shape)}"
                 + ("" if linear_weight is None else f" and {tuple(linear_weight.shape)}")
             )
-        # No token has the id -100.
-        by_mask = attention_mask is not None and self.ignore_index_is_pad
-        ignore_index = -100 if by_mask else self.ignore_index
-        targets = next_token_targets(input_ids, ignore_index, attention_mask)
-        if targets.shape != logits.shape[:-1]:
+        ignore_index, is_pad = self.ignore_index, self.ignore_index == self.pad_token_id
+        if attention_mask is not None and self.ignore_index_is_pad:
+            ignore_index = -100  # no token has this id
+        elif attention_mask is None and is_pad:
+            attention_mask = input_ids != self.pad_token_id
+        documents = {name: options.get(name) for name in _DOCUMENTS}
+        target = next_token_targets(input_ids, ignore_index, attention_mask, **documents)
+        if target.shape != logits.shape[:-1]:
             raise ValueError(
                 f"expected input_ids {tuple(logits.shape[:-1])} for logits or hidden states "
                 f"{tuple(logits.shape)}, got {tuple(input_ids.shape)}"
             )
-        return targets, ignore_index
+        token_weight = options.get("token_weight")
+        if token_weight is not None:
+            token_weight = moved(check_token_weight(token_weight, target.shape, logits), 1, 0.0)
+            target = torch.where(token_weight == 0, ignore_index, target)
+        return _Tokens(target, ignore_index, token_weight, options.get("num_items"))
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -308,6 +351,8 @@ class LanguageModelLoss(torch.nn.Module):
 
 
 spelled_out(LanguageModelLoss.__init__, LOSS_OPTIONS)
+for _method in ("forward", "compute_loss", "compute_loss_with_stats"):
+    spelled_out(getattr(LanguageModelLoss, _method), _PER_CALL)
 
 
 class LabelSmoothingCrossEntropy(torch.nn.Module):
@@ -330,12 +375,15 @@ class LabelSmoothingCrossEntropy(torch.nn.Module):
             raise ValueError(f"epsilon must be between 0 and 1, got {epsilon}")
         self.epsilon, self.ignore_index, self.reduction = epsilon, ignore_index, reduction
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, logits: Tensor, target: Tensor, *, num_items: int | Tensor | None = None
+    ) -> Tensor:
         """The loss of logits (..., V) for classes (...).
 
         Args:
             logits: (..., V): the classes are the last dimension, whatever the sizes.
             target: (...), int64 or int32.
+            num_items: Replaces the number of tokens of the mean, as in `llmloss_ext.cross_entropy`.
 
         Returns:
             0-d in nats, or (...) for ``"none"``; the mean of no token is nan.
@@ -344,8 +392,10 @@ class LabelSmoothingCrossEntropy(torch.nn.Module):
             ValueError: The shapes do not fit.
         """
         return functional.cross_entropy(
-            classes_last(logits, target),
+            logits,
             target,
+            class_dim=-1,
+            num_items=num_items,
             ignore_index=self.ignore_index,
             label_smoothing=self.epsilon,
             reduction=self.reduction,
@@ -360,6 +410,7 @@ def confidence_penalty_loss(
     linear_weight: Tensor | None = None,
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
+    num_items: int | Tensor | None = None,
 ) -> Tensor:
     """Cross entropy - beta entropy, the mean over tokens (Pereyra et al. 2017).
 
@@ -371,9 +422,11 @@ def confidence_penalty_loss(
         linear_weight: The projection (V, D).
         linear_bias: (V), with ``linear_weight``.
         ignore_index: Tokens that take no part.
+        num_items: What the sum over tokens is divided by in place of their number: the tokens of
+            all micro-batches of a step; of 0 items the loss is 0.
 
     Returns:
-        0-d, in nats; nan if no token takes part.
+        0-d, in nats; without ``num_items`` nan if no token takes part.
 
     Raises:
         ValueError: beta is negative or not finite, or the shapes do not fit.
@@ -382,5 +435,6 @@ def confidence_penalty_loss(
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
     objective = Objective.of(confidence_penalty=beta)
     stats = statistics(logits, target, linear_weight, linear_bias, ignore_index=ignore_index)
-    tokens = (target != ignore_index).sum()
-    return composite.total(objective.rows(stats, target, ignore_index)) / tokens
+    rows = objective.rows(stats, target, ignore_index)
+    items = items_tensor(num_items, "mean", logits)
+    return composite.mean(rows, (target != ignore_index).sum(), items)

@@ -11,7 +11,6 @@ from torch import Tensor
 from .. import functional
 from ..linear import linear_cross_entropy
 from .objective import check_projection
-from .shapes import classes_last
 
 __all__ = ["mask_tokens", "mlm_loss"]
 
@@ -129,13 +128,11 @@ def mlm_loss(
     """
     check_projection(linear_weight, linear_bias=linear_bias, drop_ignored=drop_ignored)
     if num_items is None:
-        # Over at least one token: no chosen position is 0, not 0 / 0.
-        num_items = (labels != ignore_index).sum().clamp_min(1)
+        num_items = (labels != ignore_index).sum()  # 0: the loss is 0, not 0 / 0
     if linear_weight is None:
         return functional.cross_entropy(
-            classes_last(input, labels), labels, ignore_index=ignore_index, num_items=num_items,
-            **options,
-        )  # fmt: skip
+            input, labels, ignore_index=ignore_index, num_items=num_items, class_dim=-1, **options
+        )
     return linear_cross_entropy(
         input, linear_weight, labels, linear_bias=linear_bias, ignore_index=ignore_index,
         num_items=num_items, drop_ignored=drop_ignored, **options,

@@ -12,7 +12,6 @@ from ..composite import losses_of, target_weights
 from ..linear import linear_token_stats
 from ..options import LOSS_OPTIONS, LossOptions
 from ..statistics import FloatStats, TokenStats
-from .shapes import classes_last
 
 __all__ = ["Objective", "check_projection", "statistics"]
 
@@ -74,9 +73,8 @@ def statistics(
     """The statistics of logits (..., V), or with ``linear_weight`` of hidden states (..., D)."""
     check_projection(linear_weight, linear_bias=linear_bias)
     if linear_weight is None:
-        rows = classes_last(input, target)
         return functional.token_stats(
-            rows, target, ignore_index=ignore_index, vocab_size=vocab_size, with_rank=with_rank
+            input, target, ignore_index=ignore_index, vocab_size=vocab_size, with_rank=with_rank
         )
     return linear_token_stats(
         input, linear_weight, target, linear_bias=linear_bias, ignore_index=ignore_index,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import composite
+from ..checks import items_tensor
 
 __all__ = ["PreferenceLoss", "dpo_loss", "grpo_loss", "ppo_clip_loss", "sequence_log_probs"]
 
@@ -37,9 +38,18 @@ def sequence_log_probs(
     if mask is None:
         if average:
             raise ValueError("the mean over a sequence needs the mask of its tokens")
-        return log_probs.sum(-1)
-    total = torch.where(_mask(mask, log_probs), log_probs, 0.0).sum(-1)
+        return _sum(log_probs)
+    total = _sum(torch.where(_mask(mask, log_probs), log_probs, 0.0))
     return total / mask.bool().sum(-1) if average else total
+
+
+def _sum(log_probs: Tensor) -> Tensor:
+    """Over the last dimension; of finite numbers it is finite, in float16 too."""
+    total = log_probs.sum(-1)
+    if log_probs.dtype != torch.float16:
+        return total
+    overflows = total.isinf() & log_probs.isfinite().all(-1)
+    return torch.where(overflows, torch.finfo(total.dtype).min, total)
 
 
 def _mask(mask: Tensor, like: Tensor) -> Tensor:
@@ -62,6 +72,26 @@ def _where(valid: Tensor, x: Tensor) -> Tensor:
     return torch.where(valid, x, 0.0)
 
 
+_LARGEST_EXPONENT = {
+    torch.float64: 709.782712893384,
+    torch.float32: 88.72283172607422,
+    torch.bfloat16: 88.5,
+    torch.float16: 11.0859375,
+}
+"""The largest number of each type whose exponential is finite."""
+
+
+def _exponent(log_ratio: Tensor) -> Tensor:
+    """The logarithm of a ratio, as far as the ratio is finite; beyond, it is constant."""
+    return log_ratio.clamp_max(_LARGEST_EXPONENT[log_ratio.dtype])
+
+
+def _finite(x: Tensor) -> Tensor:
+    """The nearest finite number, constant where that is another: no inf gets into a gradient."""
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(-largest, largest)
+
+
 class PreferenceLoss(NamedTuple):
     """A preference loss and the implicit rewards, one a pair, detached."""
 
@@ -79,6 +109,7 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     kind: str = "sigmoid",
+    num_items: int | Tensor | None = None,
 ) -> PreferenceLoss:
     """Direct preference optimisation, the mean over pairs.
 
@@ -95,6 +126,8 @@ def dpo_loss(
         beta: > 0.
         label_smoothing: eps in [0, 0.5), of ``"sigmoid"``.
         kind: ``"sigmoid"``, ``"hinge"`` or ``"ipo"``.
+        num_items: What the sum over pairs is divided by in place of their number: the pairs of all
+            micro-batches of a step.
 
     Returns:
         A `PreferenceLoss`: the loss, 0-d, and the rewards (B) beta (log pi - log ref) in nats.
@@ -103,6 +136,7 @@ def dpo_loss(
         ValueError: The shapes differ, or an option is out of range.
     """
     tensors = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    items = items_tensor(num_items, "mean", policy_chosen)
     if len({t.shape for t in tensors}) != 1:
         raise ValueError(
             f"expected four tensors of one shape, got {[tuple(t.shape) for t in tensors]}"
@@ -113,20 +147,23 @@ def dpo_loss(
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if label_smoothing and kind != "sigmoid":
         raise ValueError(f'label_smoothing belongs to kind="sigmoid", got {kind!r}')
-    chosen = policy_chosen - reference_chosen.detach()
-    rejected = policy_rejected - reference_rejected.detach()
-    h = chosen - rejected
+    chosen = _finite(policy_chosen - reference_chosen.detach())
+    rejected = _finite(policy_rejected - reference_rejected.detach())
+    h = _finite(chosen - rejected)
     if kind == "sigmoid":
-        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h)
+        margin = _finite(beta * h)
+        losses = -(1 - label_smoothing) * F.logsigmoid(margin)
         if label_smoothing:
-            losses = losses - label_smoothing * F.logsigmoid(-beta * h)
+            losses = losses - label_smoothing * F.logsigmoid(-margin)
     elif kind == "hinge":
-        losses = torch.relu(1 - beta * h)
+        losses = _finite(torch.relu(1 - beta * h))
     elif kind == "ipo":
-        losses = (h - 1 / (2 * beta)).square()
+        margin = h - 1 / (2 * beta)
+        losses = _finite(margin * margin)  # the derivative of square() would overflow by its 2
     else:
         raise ValueError(f'kind must be "sigmoid", "hinge" or "ipo", got {kind!r}')
-    return PreferenceLoss(losses.mean(), beta * chosen.detach(), beta * rejected.detach())
+    loss = losses.mean() if items is None else composite.mean(losses, losses.numel(), items)
+    return PreferenceLoss(_finite(loss), beta * chosen.detach(), beta * rejected.detach())
 
 
 def ppo_clip_loss(
@@ -139,6 +176,7 @@ def ppo_clip_loss(
     clip_high: float | None = None,
     entropy: Tensor | None = None,
     entropy_bonus: float = 0.0,
+    num_items: int | Tensor | None = None,
 ) -> Tensor:
     """PPO's clipped surrogate, the mean over tokens (Schulman et al. 2017).
 
@@ -154,9 +192,12 @@ def ppo_clip_loss(
         clip_high: Another limit above (DAPO, Yu et al. 2025); None: ``clip``.
         entropy: (..., S) in nats, of `llmloss_ext.token_stats`; with ``entropy_bonus``.
         entropy_bonus: >= 0.
+        num_items: What the sum over tokens is divided by in place of their number: the tokens of
+            all micro-batches of a step (DAPO), or any other constant (Dr. GRPO, Liu et al. 2025).
 
     Returns:
-        0-d; nan where the mask selects nothing. What masked tokens hold does not matter.
+        0-d; without ``num_items`` nan where the mask selects nothing. What masked tokens hold does
+        not matter, and finite log-probabilities give a finite loss and gradient.
 
     Raises:
         ValueError: The shapes do not fit, or an option is out of range.
@@ -169,7 +210,8 @@ def ppo_clip_loss(
         )
     losses = _clipped(valid, log_probs, old_log_probs, advantages, clip, clip_high)
     losses = losses - _bonus(valid, log_probs, entropy, entropy_bonus)
-    return composite.total(_where(valid, losses)) / valid.sum()
+    items = items_tensor(num_items, "mean", log_probs)
+    return _finite(composite.mean(_where(valid, losses), valid.sum(), items))
 
 
 def _clipped(
@@ -185,8 +227,10 @@ def _clipped(
     if not (0.0 < clip < math.inf and 0.0 < high < math.inf):
         raise ValueError(f"clip and clip_high must be finite numbers > 0, got {clip, high}")
     advantages = _where(valid, advantages)
-    ratio = torch.exp(_where(valid, log_probs) - _where(valid, old.detach()))
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + high) * advantages)
+    log_ratio = _where(valid, log_probs) - _where(valid, old.detach())
+    ratio = torch.exp(_exponent(log_ratio))
+    clipped = ratio.clamp(1 - clip, 1 + high)
+    return -torch.minimum(_finite(ratio * advantages), clipped * advantages)
 
 
 def _bonus(
@@ -212,6 +256,7 @@ def grpo_loss(
     clip_high: float | None = None,
     entropy: Tensor | None = None,
     entropy_bonus: float = 0.0,
+    num_items: int | Tensor | None = None,
 ) -> Tensor:
     """Group-relative policy optimisation (Shao et al. 2024).
 
@@ -230,9 +275,12 @@ def grpo_loss(
         clip_high: Another limit above; None: ``clip``.
         entropy: (B, S), with ``entropy_bonus``.
         entropy_bonus: >= 0.
+        num_items: What the sum over sequences is divided by in place of their number: the sequences
+            of all micro-batches of a step.
 
     Returns:
-        0-d. A sequence of no token counts as 0. What masked tokens hold does not matter.
+        0-d. A sequence of no token counts as 0. What masked tokens hold does not matter, and finite
+        log-probabilities give a finite loss and gradient.
 
     Raises:
         ValueError: The shapes do not fit, or an option is out of range.
@@ -248,8 +296,10 @@ def grpo_loss(
     losses = _clipped(valid, log_probs, old_log_probs, advantages.unsqueeze(-1), clip, clip_high)
     _same_shape(log_probs, reference_log_probs=reference_log_probs)
     if reference_log_probs is not None and kl_weight != 0:
-        d = _where(valid, reference_log_probs.detach()) - _where(valid, log_probs)
-        losses = losses + kl_weight * (torch.expm1(d) - d)
+        d = _exponent(_where(valid, reference_log_probs.detach()) - _where(valid, log_probs))
+        losses = _finite(losses + _finite(kl_weight * (torch.expm1(d) - d)))
     losses = losses - _bonus(valid, log_probs, entropy, entropy_bonus)
     tokens = valid.sum(-1).clamp_min(1)
-    return (_where(valid, losses).sum(-1) / tokens).mean()
+    sequences = _finite(_where(valid, losses).sum(-1)) / tokens
+    items = items_tensor(num_items, "mean", log_probs)
+    return _finite(sequences.mean() if items is None else composite.mean(sequences, 1, items))

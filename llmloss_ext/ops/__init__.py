@@ -2,7 +2,7 @@
 
 from . import fake  # noqa: F401  (registers itself)
 from .cross_entropy import LossInputs, cross_entropy
-from .derivatives import in_transform
+from .derivatives import can_read, in_transform
 from .library import LIBRARY, kernels
 from .token_stats import StatsInputs, token_stats
 
@@ -10,6 +10,7 @@ __all__ = [
     "LIBRARY",
     "LossInputs",
     "StatsInputs",
+    "can_read",
     "cross_entropy",
     "in_transform",
     "kernels",

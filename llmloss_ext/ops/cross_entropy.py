@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from .. import composite
 from ..options import MEAN, NONE, LogitOptions, LossOptions, pack
+from ..statistics import asked
 from .derivatives import (
     Composite,
     Dims,
@@ -25,6 +26,7 @@ from .derivatives import (
     needs_differentiable_backward,
 )
 from .library import kernels
+from .token_stats import StatsInputs, token_stats
 
 __all__ = ["LossInputs", "cross_entropy"]
 
@@ -84,12 +86,12 @@ def _composite(call: _Call, saved: _Saved) -> Composite:
     def loss(
         input: Tensor, target: Tensor, weight: Any, token_weight: Any, logit_scale: Any, *_: Any
     ) -> Tensors:
-        rows = composite.row_losses(
-            input, target, weight, token_weight, logit_scale, call.logits, call.loss
-        )
-        if call.loss.reduction != NONE:
-            rows = rows.sum()
-        return (rows / saved.denominator if call.loss.reduction == MEAN else rows,)
+        where = (input, target, weight, token_weight, logit_scale, call.logits, call.loss)
+        if call.loss.reduction != MEAN:
+            rows = composite.row_losses(*where)
+            return (rows if call.loss.reduction == NONE else rows.sum(),)
+        items, z_factor = saved.denominator
+        return (composite.row_losses(*where, z_factor).sum() / items,)
 
     return Composite(loss, saved, ("input", "target", "logit_scale"))
 
@@ -129,6 +131,8 @@ class CrossEntropy(Function):
         saved, needs = _Saved(*ctx.saved_tensors), LossInputs(*ctx.needs_input_grad[:-1])
         # The gradient of probability targets is not a kernel's work.
         if needs.target or needs_differentiable_backward():
+            if ctx.call.loss.reduction == NONE:
+                saved = saved._replace(input=composite.spared(saved.input, grad_loss))
             return (*LossInputs(**_composite(ctx.call, saved).vjp((grad_loss,))), None)
         input, target, weight, token_weight, logit_scale, state, denominator = saved
         grad_input, grad_scale = kernels.cross_entropy_backward(
@@ -169,7 +173,9 @@ class CrossEntropyTransforms(Function):
         *tensors, call = args
         inputs, dims = LossInputs(*tensors), LossInputs(*in_dims[:-1])
         batch = info.batch_size
-        if any(dim is not None for dim in (dims.weight, dims.num_items, dims.logit_scale)):
+        is_special = call.loss.z_loss != 0 and inputs.weight is not None  # a factor for each sample
+        differing = (dims.weight, dims.num_items, dims.logit_scale)
+        if is_special or any(dim is not None for dim in differing):
             return each_sample(batch, CrossEntropyTransforms.apply, in_dims, args)
         input = fold(batch, inputs.input, dims.input)
         target = fold(batch, inputs.target, dims.target)
@@ -191,13 +197,16 @@ class CrossEntropyTransforms(Function):
             losses = losses.flatten(1).sum(1)
         if call.loss.reduction == MEAN:
             if inputs.num_items is None:
-                weights = composite.denominators(
-                    input, target, inputs.weight, token_weight, call.logits.ignore_index
-                )
-                denominators = weights.flatten(1).sum(1)
+                weights = [None] * batch if token_weight is None else token_weight
+                counted = [
+                    composite.counted(t, inputs.weight, w, call.logits, call.loss, rows.dtype)
+                    for t, w in zip(target, weights, strict=True)
+                ]
+                denominators = torch.stack(counted)
             else:
-                denominators = inputs.num_items.to(rows.dtype).reshape(()).expand(batch)
-            losses = losses / denominators
+                items = composite.items_denominator(inputs.num_items, rows.dtype)
+                denominators = items.expand(batch, *items.shape)
+            losses = losses / denominators[:, 0]
         return (losses, batched_state(state, batch), denominators), (0, 0, 0)
 
 
@@ -313,16 +322,30 @@ def _with_learned_weight(
     inputs: LossInputs, logits: LogitOptions, loss: LossOptions, inplace: bool
 ) -> Tensor:
     """Torch multiplies the rows' losses by a learned token weight, and so differentiates it."""
-    token_weight = inputs.token_weight
-    if composite.is_indices(inputs.target):
-        token_weight = composite.weight_tokens(
-            token_weight, inputs.target, logits.ignore_index, token_weight.dtype
-        )
+    real = composite.real_of(inputs.input)
+    weights = composite.row_weights(inputs.token_weight, inputs.target, logits.ignore_index, real)
     plain = inputs._replace(token_weight=None, num_items=None)
-    rows = cross_entropy(plain, logits, loss._replace(reduction=NONE), inplace=inplace)
-    items = inputs.num_items
-    if loss.reduction == MEAN and items is None:
-        items = composite.denominators(
-            inputs.input, inputs.target, inputs.weight, token_weight, logits.ignore_index
-        ).sum()
-    return composite.reduce(rows * token_weight, items, loss.reduction)
+    by_row = loss._replace(reduction=NONE)
+    items, z_factor = torch.ones_like(weights.sum()), None
+    if loss.reduction == MEAN and inputs.num_items is not None:
+        items, _ = composite.items_denominator(inputs.num_items, real)
+    elif loss.reduction == MEAN:
+        counted = (inputs.target, inputs.weight, weights, logits, loss, real)
+        items, z_factor = composite.counted(*counted)
+    has_two_means = z_factor is not None and loss.z_loss != 0 and inputs.weight is not None
+    if not has_two_means:
+        rows = cross_entropy(plain, logits, by_row, inplace=inplace)
+    elif inplace:
+        raise RuntimeError(
+            "cross_entropy(inplace=True) cannot average a z_loss beside class weights by a learned "
+            "token_weight; use inplace=False"
+        )
+    else:
+        rows = cross_entropy(plain, logits, by_row._replace(z_loss=0.0))
+        of_stats = StatsInputs(inputs.input, inputs.target, None, inputs.logit_scale)
+        lse = token_stats(of_stats, logits, asked(("lse",))).floats.lse
+        assert z_factor is not None
+        lse = composite.without_garbage(lse, weights)
+        rows = rows + loss.z_loss * z_factor * lse.square()
+    rows = composite.without_garbage(rows, weights) * weights
+    return rows if loss.reduction == NONE else composite.total(rows) / items

@@ -21,6 +21,17 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def can_read(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at without waiting, and without breaking a graph."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not in_transform()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def needs_differentiable_backward() -> bool:
     """Whether a backward that runs now is to be differentiable itself.
 

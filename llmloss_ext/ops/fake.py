@@ -10,7 +10,7 @@ from torch import Tensor
 from ..composite import real_of
 from ..options import MEAN, NONE, unpack
 from ..statistics import STATISTICS, FloatStats, is_asked
-from .library import STATE
+from .library import MEAN_DENOMINATOR, STATE
 
 
 def _state(input: Tensor, rows_of_state: int) -> Tensor:
@@ -61,7 +61,8 @@ def _cross_entropy(input, target, weight, token_weight, num_items, logit_scale, 
         value = input.new_empty(input.shape[:-1], dtype=real_of(input))
     statistics = loss.statistics(target.is_floating_point())
     state = _state(input, len(STATE) + len(statistics))
-    return value, state, _scalar(input, loss.reduction == MEAN)
+    numbers = len(MEAN_DENOMINATOR) if loss.reduction == MEAN else 0
+    return value, state, input.new_empty((numbers,), dtype=real_of(input))
 
 
 @torch.library.register_fake("llmloss::cross_entropy_backward")

@@ -31,3 +31,5 @@ def fields(of: str) -> tuple[str, ...]:
 
 STATE = fields("state")
 """The rows of the state that the gradient kernel of the statistics reads again."""
+MEAN_DENOMINATOR = fields("mean_denominator")
+"""The numbers that a mean is divided by: MeanDenominator of csrc/core/loss.h."""

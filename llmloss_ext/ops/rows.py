@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import composite
@@ -58,11 +59,11 @@ class LocalRows:
         """What `losses` reads of each token; ``input`` has a row for each."""
         return Labels(target, token_weight)
 
-    def items(self, input: Tensor, labels: Labels) -> Tensor:
-        """What the mean divides by, 0-d; ``input`` has a row for each token."""
-        return composite.denominators(
-            input, labels.target, self.weight, labels.token_weight, self.options.ignore_index
-        ).sum()
+    def denominator(self, labels: Labels, loss: LossOptions, real: torch.dtype) -> Tensor:
+        """What the mean divides by: `llmloss_ext.composite.denominator`."""
+        return composite.counted(
+            labels.target, self.weight, labels.token_weight, self.options, loss, real
+        )
 
     def statistics(self, logits: Tensor, target: Tensor, wanted: int) -> RowStats:
         """The statistics of the rows; ``wanted``: see `llmloss_ext.statistics.asked`."""
@@ -94,7 +95,10 @@ class LocalRows:
         return gradient, scale
 
     def losses(self, logits: Tensor, labels: Labels, divisor: Tensor, loss: LossOptions) -> Tensor:
-        """The sum of the losses, divided by ``divisor`` (0-d). The reduction is "mean"."""
+        """The sum of the losses, divided by ``divisor``: `llmloss_ext.composite.denominator`.
+
+        The reduction is "mean".
+        """
         value: Tensor
         value, *_ = kernels.cross_entropy(*self._loss_arguments(logits, labels, divisor, loss))
         return value

@@ -101,8 +101,9 @@ class TokenStats(Function):
             return (*StatsInputs(), None)
         inputs, state, stats = _saved(ctx)
         if needs_differentiable_backward():
-            used = _composite(ctx, inputs, grads.used)
-            results = used.vjp(tuple(grad for grad in grads if grad is not None))
+            upstream = tuple(grad for grad in grads if grad is not None)
+            safe = inputs._replace(input=composite.spared(inputs.input, *upstream))
+            results = _composite(ctx, safe, grads.used).vjp(upstream)
             return (*StatsInputs(**results), None)
         needs = StatsInputs(*ctx.needs_input_grad[:-1])
         grad_input, grad_scale = kernels.token_stats_backward(

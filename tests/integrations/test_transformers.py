@@ -228,9 +228,10 @@ def test_what_a_config_or_a_call_asks_for():
     assert logits.shape == (B, 1, V)
     stop_linear_cross_entropy(model)
     ids = batch()["input_ids"]
-    other = {"labels": ids, "ignore_index": int(ids[0, 3])}
+    whole = {"labels": ids, "attention_mask": None}  # a masked token would be no target
+    other = whole | {"ignore_index": int(ids[0, 3])}
     expected_of_other = run(model, **other)
-    assert not torch.equal(expected_of_other[0].loss, run(model, labels=ids)[0].loss)
+    assert not torch.equal(expected_of_other[0].loss, run(model, **whole)[0].loss)
     use_linear_cross_entropy(model)
     check_same(run(model, **other), expected_of_other)
     # Checkpointed layers are run again in backward, and the hidden states kept once.

@@ -115,7 +115,7 @@ def test_the_operator_is_what_it_says(device):
     bias = torch.randn(V, device=device)
     for needs in ([True, True, True], [False, True, False]):
         arguments = (tensors[0], tensors[1], bias, tensors[2], tensors[3], None, valid, "jsd", 0.3,
-                     2.0, True, 7, False, needs)  # fmt: skip
+                     2.0, True, None, V, 7, False, needs)  # fmt: skip
         torch.library.opcheck(
             linear_divergence, arguments, test_utils=("test_schema", "test_faketensor")
         )
@@ -196,7 +196,8 @@ def test_no_token(device):
         ({"beta": 1.0}, "beta must be"),
         ({"reduction": "none"}, 'must be "mean" or "sum"'),
         ({"teacher_hidden": torch.randn(N + 1, E)}, "the same tokens"),
-        ({"teacher_weight": torch.randn(V + 1, E)}, "the same vocabulary"),
+        ({"vocab_size": V + 1}, "vocab_size must be in"),
+        ({"num_items": 3, "reduction": "sum"}, "num_items replaces"),
         ({"teacher_weight": torch.randn(V, D)}, r"a weight \(V, D\)"),
         ({"target": torch.zeros(N + 1)}, "one label per token"),
         ({"chunk_tokens": 0}, "at least 1"),

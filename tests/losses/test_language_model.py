@@ -37,8 +37,9 @@ def test_targets_and_masks(device):
     ids = torch.tensor([[5, 6, 7, 8]], device=device)
     mask = torch.tensor([[1, 1, 0, 1]], device=device)
     assert losses.next_token_targets(ids).tolist() == [[6, 7, 8, -100]]
-    assert losses.next_token_targets(ids, -1, mask).tolist() == [[6, -1, 8, -1]]
-    with pytest.raises(ValueError, match="shape of input_ids"):
+    # Position i predicts i + 1 if both are real.
+    assert losses.next_token_targets(ids, -1, mask).tolist() == [[6, -1, -1, -1]]
+    with pytest.raises(ValueError, match="attention_mask must have the shape of the labels"):
         losses.next_token_targets(ids, attention_mask=mask[:, 1:])
     for empty in (ids[:, :0], ids[0, 0]):
         with pytest.raises(ValueError, match="at least one position"):
@@ -105,7 +106,7 @@ def test_a_pad_id_that_is_also_a_token(device):
     assert stats.tokens == 3
     assert_close(stats.loss, expected, 1e-6)
     assert_close(module(logits, ids, mask), expected, 1e-6)
-    assert module.compute_loss_with_stats(logits, ids).tokens == 2
+    assert module.compute_loss_with_stats(logits, ids).tokens == 1
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.1])
@@ -148,14 +149,13 @@ def test_shapes_that_torchs_form_would_fit(device, reduction):
     module = losses.LabelSmoothingCrossEntropy(0.2, reduction=reduction)
     assert_close(module(logits, target), expected, 1e-6)
     loss = losses.causal_lm_loss(logits, target, token_weight=weights, reduction=reduction)
+    # The weights are of the labels, and move with them.
     flat = F.cross_entropy(logits.flatten(0, 1).double(), target.roll(-1, 1).flatten(),
-                           reduction="none").view(2, 5) * weights  # fmt: skip
+                           reduction="none").view(2, 5) * weights.roll(-1, 1)  # fmt: skip
     flat[:, -1] = 0
     if reduction == "mean":
-        flat = flat.sum() / weights[:, :-1].sum()
+        flat = flat.sum() / weights[:, 1:].sum()
     assert_close(loss, flat, 1e-6)
-    view = losses.shapes.classes_last(logits, target)
-    assert view.data_ptr() == logits.data_ptr()
     four = torch.randn(2, 2, 3, 5, device=device)
     index = torch.randint(0, 5, (2, 2, 3), device=device)
     wanted = F.cross_entropy(four.flatten(0, 2), index.flatten())

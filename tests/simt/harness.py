@@ -228,8 +228,12 @@ class Case:
         grad_loss: Any = None,
         skew: int | None = None,
         with_scale: bool = False,
+        mean: tuple[float, float] | None = None,
     ) -> tuple[Any, Any]:
-        """The gradient from statistics' upstreams, or of the loss; skew None: in place."""
+        """The gradient from statistics' upstreams, or of the loss; skew None: in place.
+
+        ``mean``: the denominator of the loss, and the z-loss's factor.
+        """
         stats = self.row_stats()
         arguments = self._arguments() | self._addresses(stats)
         for name, values in (upstream or {}).items():
@@ -237,14 +241,22 @@ class Case:
         if upstream is None:
             arguments |= {"from_loss": True, "grad_loss": self._address(grad_loss, self.real)}
             arguments["grad_loss_stride"] = 1
+        if mean is not None:
+            arguments["denominator"] = self._address(mean, self.real)
         arguments, out, scale = self._gradient(arguments, with_scale, skew=skew)
         self.told = self.kernels.row_grad(arguments)
         return out.values(), scale
 
-    def fused(self, wanted: tuple[str, ...] = ("log_prob", "lse", "mean_log_prob")) -> Any:
-        """Statistics, and the gradient of the sum of the losses, in place."""
+    def fused(
+        self,
+        wanted: tuple[str, ...] = ("log_prob", "lse", "mean_log_prob"),
+        mean: tuple[float, float] | None = None,
+    ) -> Any:
+        """Statistics, and the gradient of the sum (or a mean) of the losses, in place."""
         out = self._outputs((*wanted, *STATE))
         arguments = self._arguments() | self._addresses(out) | {"from_loss": True}
+        if mean is not None:
+            arguments["denominator"] = self._address(mean, self.real)
         arguments, rows, _ = self._gradient(arguments, False, skew=None)
         self.told = self.kernels.fused(arguments)
         return out, rows.values()
@@ -280,15 +292,19 @@ class Case:
         return out, owners
 
     def loss(self, reduction: str, num_items: float | None = None) -> Any:
-        """The loss from the statistics kernel's statistics; and the mean's denominator."""
+        """The loss from the statistics kernel's statistics; and the mean's denominator.
+
+        The denominator is followed by the factor of the z-loss.
+        """
         stats = self.row_stats(("log_prob", "lse", "mean_log_prob"))
         arguments = self._arguments() | self._addresses(stats)
         loss = np.full(self.problem.rows if reduction == "none" else 1, 77, self.real)
-        denominator = np.full(1, 77 if num_items is None else num_items, self.real)
+        denominator = np.full(2, 77, self.real)
         arguments["loss"] = int(loss.ctypes.data)
         if reduction == "mean":
             arguments["denominator"] = int(denominator.ctypes.data)
-            if num_items is None:
-                self.kernels.denominator(arguments)
+            if num_items is not None:
+                arguments["num_items"] = self._address([num_items], self.real)
+            self.kernels.denominator(arguments)
         self.kernels.reduce_loss(arguments, ["none", "mean", "sum"].index(reduction))
-        return (loss if reduction == "none" else loss[0]), denominator[0]
+        return (loss if reduction == "none" else loss[0]), denominator

@@ -85,7 +85,7 @@ GradSource<Real> source(const py::dict& d) {
   source.grad_loss = pointer<const Real>(d, "grad_loss");
   source.grad_loss_stride = number<int64_t>(d, "grad_loss_stride", 0);
   source.token_weight = pointer<const Real>(d, "token_weight");
-  source.denominator = pointer<const Real>(d, "denominator");
+  source.denominator = {pointer<const Real>(d, "denominator")};
   return source;
 }
 
@@ -103,6 +103,8 @@ LossRows<Real> loss_rows(const py::dict& d) {
   rows.class_weight = in.weights.class_weight;
   rows.token_weight = pointer<const Real>(d, "token_weight");
   rows.stats = floats(d).as<const Real*>();
+  rows.denominator = {pointer<const Real>(d, "denominator")};
+  rows.num_items = pointer<const Real>(d, "num_items");
   return rows;
 }
 
@@ -165,8 +167,7 @@ void scale(const py::dict& d) {
 }
 
 void reduce_loss(const py::dict& d, int reduction) {
-  Loss::reduce_loss(loss_rows(d), Reduction(reduction), pointer<const Real>(d, "denominator"),
-                    pointer<Real>(d, "loss"), nullptr);
+  Loss::reduce_loss(loss_rows(d), Reduction(reduction), pointer<Real>(d, "loss"), nullptr);
 }
 
 void denominator(const py::dict& d) {

@@ -26,7 +26,7 @@ __device__ __forceinline__ Columns<T> stage(const Columns<T>& from, T* room) {
 // A cluster of blocks for each row, each with `slice_chunks` of its chunks. Reads the logits once,
 // keeps them in shared memory, exchanges the chunks' states among the blocks, and overwrites the
 // logits with the gradient: 2 x rows x columns x sizeof(T) bytes of traffic, half of that for a row
-// that is not active. If a row does not fit in the cluster's memory (staged is false), a single
+// without a gradient. If a row does not fit in the cluster's memory (staged is false), a single
 // block reads it twice, the second time from L2 if the rows in flight fit there.
 template <typename T, bool plain_stats, bool plain_grad, bool staged>
 __global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
@@ -41,9 +41,11 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
   const int64_t row = simt::block_index_x() / blocks;
   const int thread = int(simt::thread_index()), threads = int(simt::block_threads());
   T* const grad = grads.grad + grads.layout.offset(row);
-  if (!is_active(in, row)) {  // the same in all blocks of the cluster
+  const Real of_loss = source.of_loss(row);
+  const bool counts_nothing = in.targets.ignored(row) || of_loss == Real(0);
+  if (counts_nothing || !is_active(in, row)) {  // the same in all blocks of the cluster
     if (rank == 0 && thread == 0) {
-      write_statistics(out, row, absent_statistics<double>(in, row));
+      write_statistics(out, row, absent_statistics<double>(counts_nothing, in.vocab_size));
     }
     write_zeros(grad, 0, int(in.columns), int(rank) * threads + thread, int(blocks) * threads);
     return;
@@ -68,7 +70,6 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
   const Wanted wanted = plain_stats ? Wanted{} : Wanted::by(out);
   const ColumnReducer<T, plain_stats> reducer{in,           transform,          row,
                                               target.logit, int(target.column), wanted};
-  const Real of_loss = source.of_loss(row);
   if constexpr (staged) {
     simt::wait_for_copies();
     simt::block_sync();  // the slice is complete
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain_stats>)
   known.state[StateField::sum_exp] = total.sum_exp;
   known.state[StateField::sum_weights] = total.sum_weights;
   const auto upstream = [&](const FloatStats<Real>& values) {
-    return loss_upstream(source.options, of_loss, values, target.weight);
+    return loss_upstream(source.denominator.options(source.options), of_loss, values,
+                         target.weight);
   };
   const ColumnGradient<T, plain_grad> gradient{
       in, transform, row, grad_row(in, known, upstream), int(target.column), false};

@@ -28,7 +28,7 @@ __device__ __forceinline__ double block_total(int64_t rows, const Value& value) 
 template <typename Real>
 __global__ void __launch_bounds__(1024, 1)
     reduce_loss_kernel(const __grid_constant__ LossRows<Real> rows, const Reduction reduction,
-                       const Real* denominator, Real* loss) {
+                       Real* loss) {
   if (reduction == Reduction::none) {
     const int64_t first = int64_t{simt::block_index_x()} * simt::block_threads();
     const int64_t row = first + simt::thread_index();
@@ -37,16 +37,23 @@ __global__ void __launch_bounds__(1024, 1)
   }
   const double total = block_total(rows.rows, [&](int64_t row) { return rows.loss(row); });
   if (simt::thread_index() == 0) {
-    *loss = Real(denominator != nullptr ? total / double(*denominator) : total);
+    *loss = Real(total / double(rows.denominator.value()));
   }
 }
 
-// Reads the targets and their weights and writes the denominator of the mean.
+// Reads the targets and their weights and writes the denominator of the mean: MeanDenominator.
 template <typename Real>
 __global__ void __launch_bounds__(1024, 1)
     denominator_kernel(const __grid_constant__ LossRows<Real> rows, Real* denominator) {
-  const double total = block_total(rows.rows, [&](int64_t row) { return rows.denominator(row); });
-  if (simt::thread_index() == 0) *denominator = Real(total);
+  double shares = 0, weights = 0;
+  if (rows.num_items == nullptr) {
+    shares = block_total(rows.rows, [&](int64_t row) { return rows.share(row); });
+  }
+  if (rows.num_items == nullptr && rows.counts_weights()) {
+    simt::block_sync();  // the first warp has read the sums of the others
+    weights = block_total(rows.rows, [&](int64_t row) { return rows.weight(row); });
+  }
+  if (simt::thread_index() == 0) rows.write_denominator(shares, weights, denominator);
 }
 
 // Reads `count` numbers and writes their sum.

@@ -6,8 +6,8 @@
 
 namespace llmloss::cuda {
 
-// Reads each active row once and writes its gradient, over the logits or to other memory: 2 x rows
-// x columns x sizeof(T) bytes of traffic, half of that for a row that is not active.
+// Reads each row once and writes its gradient, over the logits or to other memory: 2 x rows x
+// columns x sizeof(T) bytes of traffic, half of that for a row without a gradient.
 template <typename T, bool plain>
 __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
     row_grad_kernel(const __grid_constant__ RowInputs<T> in,
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks<T, plain>)
   const int thread = share.thread();
   const int threads = share.threads();
   T* grad = out.grad + out.layout.offset(row);
-  if (!is_active(in, row)) {
+  if (!has_gradient(in, source, row)) {
     write_zeros(grad, 0, int(in.columns), thread, threads);
     if (out.grad_scale != nullptr && thread == 0) out.grad_scale[row] = 0;
     return;

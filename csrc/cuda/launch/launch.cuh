@@ -92,12 +92,12 @@ inline constexpr int sum_threads = 1024;
 inline constexpr Shape sum_shape{1, sum_threads, sum_threads / 32 * int64_t{sizeof(double)}};
 
 template <typename Real>
-int LossKernels<Real>::reduce_loss(const LossRows<Real>& rows, Reduction reduction,
-                                   const Real* denominator, Real* loss, void* stream) {
+int LossKernels<Real>::reduce_loss(const LossRows<Real>& rows, Reduction reduction, Real* loss,
+                                   void* stream) {
   const Shape shape = reduction == Reduction::none
                           ? Shape{ceil_div(rows.rows, sum_threads), sum_threads}
                           : sum_shape;
-  return launch(reduce_loss_kernel<Real>, shape, stream, rows, reduction, denominator, loss);
+  return launch(reduce_loss_kernel<Real>, shape, stream, rows, reduction, loss);
 }
 
 template <typename Real>

@@ -1,0 +1,71 @@
+# mypy: disable-error-code="no-untyped-def"
+"""What `torch.utils.flop_counter` counts of the linear operators: their products, as they run.
+
+Where tokens are dropped, those that are left count, unless their number cannot be known (fake
+tensors). Everything else in a loss is additions beside the products.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..ops import can_read
+from ..options import unpack
+from . import divergence, operators  # noqa: F401  (define the operators)
+from .walk import Inputs, Targets, takes_part, with_gradient
+
+ops = torch.ops.llmloss
+
+
+def _product(input: Tensor, classes: int, counts: Tensor | None, drop: bool) -> int:
+    """Of ``input @ weight.T`` for the tokens that are not dropped."""
+    tokens = input.shape[0]
+    if drop and counts is not None and can_read(counts):
+        tokens = int(counts.sum())
+    return 2 * tokens * input.shape[1] * classes
+
+
+@register_flop_formula(ops.linear_loss, get_raw=True)
+def _loss(
+    input, linear_weight, linear_bias, logit_scale, target, weight, token_weight, num_items, floats,
+    ints, chunk_tokens, drop_ignored, weight_grad_dtype, needs, *, out_val=None,
+) -> int:  # fmt: skip
+    logits, _ = unpack(floats, ints)
+    counts = takes_part(Targets(target, token_weight=token_weight), logits.ignore_index)
+    asked = Inputs(*needs)
+    products = 1 + bool(asked.input) + bool(asked.linear_weight)
+    return products * _product(input, logits.vocab_size, counts, drop_ignored)
+
+
+@register_flop_formula(ops.linear_stats, get_raw=True)
+def _stats(
+    input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, wanted,
+    chunk_tokens, drop_ignored, *, out_val=None,
+) -> int:  # fmt: skip
+    logits, _ = unpack(floats, ints)
+    counts = takes_part(Targets(target), logits.ignore_index)
+    return _product(input, logits.vocab_size, counts, drop_ignored)
+
+
+@register_flop_formula(ops.linear_stats_backward, get_raw=True)
+def _stats_backward(
+    grads, input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, stats,
+    state, chunk_tokens, drop_ignored, weight_grad_dtype, needs, *, out_val=None,
+) -> int:  # fmt: skip
+    logits, _ = unpack(floats, ints)
+    counts = with_gradient(grads, Targets(target), logits.ignore_index)
+    asked = Inputs(*needs)
+    products = 1 + bool(asked.input) + bool(asked.linear_weight)
+    return products * _product(input, logits.vocab_size, counts, drop_ignored)
+
+
+@register_flop_formula(ops.linear_divergence, get_raw=True)
+def _divergence(
+    student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
+    beta, temperature, mean, num_items, vocab_size, chunk_tokens, drop_ignored, needs, *,
+    out_val=None,
+) -> int:  # fmt: skip
+    with_hidden, with_weight, _ = needs
+    products = 1 + bool(with_hidden) + bool(with_weight)
+    students = _product(student, vocab_size, valid, drop_ignored)
+    return products * students + _product(teacher, vocab_size, valid, drop_ignored)

@@ -1,0 +1,121 @@
+"""Policy and preference losses of finite log-probabilities are finite, and so are their gradients.
+
+Where the formulas as they stand in the papers are finite, nothing is different by a bit.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from properties import SETTINGS, hypothesis, st
+
+from llmloss_ext import losses
+from llmloss_ext.losses.preference import _LARGEST_EXPONENT
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LOG_PROBS = st.one_of(st.floats(-1e4, 0), st.floats(-20, 0), st.sampled_from([0.0, -100.0, -1e4]))
+ADVANTAGES = st.one_of(st.floats(-5, 5), st.sampled_from([0.0, -1e3, 1e3]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_exponents(dtype):
+    """Of each type: its exponential is finite, and that of the next number is not."""
+    largest = torch.tensor(_LARGEST_EXPONENT[dtype], dtype=dtype)
+    assert largest.item() == _LARGEST_EXPONENT[dtype]
+    assert largest.exp().isfinite()
+    bits = largest.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize])
+    assert (bits + 1).view(dtype).exp().isinf()
+
+
+def as_in_the_papers(kind, x, old, reference, advantages, mask):
+    """The formulas, without a thought of overflow."""
+    ratio = torch.exp(x - old)
+    a = advantages if kind == "ppo" else advantages[:, :1]
+    each = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.3) * a)
+    if kind == "ppo":
+        total = torch.where(mask, each, 0.0).flatten().double()
+        return F.pad(total, (1, 0)).cumsum(0)[-1].to(each.dtype) / mask.sum()
+    d = reference - x
+    each = each + 0.04 * (torch.expm1(d) - d)
+    return (torch.where(mask, each, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)).mean()
+
+
+def ours(kind, x, old, reference, advantages, mask):
+    clip = {"clip": 0.2, "clip_high": 0.3}
+    if kind == "ppo":
+        return losses.ppo_clip_loss(x, old, advantages, mask, **clip)
+    return losses.grpo_loss(
+        x, old, advantages[:, 0], mask, reference_log_probs=reference, kl_weight=0.04, **clip
+    )
+
+
+def with_gradient(function, kind, x, *others):
+    leaf = x.clone().requires_grad_()
+    loss = function(kind, leaf, *others)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+@hypothesis.settings(SETTINGS, max_examples=150)
+@hypothesis.given(st.data())
+def test_policy_losses(dtype, kind, data):
+    def draw(of):
+        numbers = data.draw(st.lists(of, min_size=6, max_size=6))
+        return torch.tensor(numbers).to(dtype).view(2, 3)
+
+    x, old, reference = draw(LOG_PROBS), draw(LOG_PROBS), draw(LOG_PROBS)
+    advantages = draw(ADVANTAGES)
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=6, max_size=6))).view(2, 3)
+    mask[0, 0] = True
+    found = with_gradient(ours, kind, x, old, reference, advantages, mask)
+    assert all(t.isfinite().all() for t in found)
+    plain = with_gradient(as_in_the_papers, kind, x, old, reference, advantages, mask)
+    if all(t.isfinite().all() for t in plain):
+        for one, other in zip(found, plain, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize("beta", [0.1, 10.0])
+@hypothesis.settings(SETTINGS, max_examples=60)
+@hypothesis.given(st.data())
+def test_preference_losses(dtype, kind, beta, data):
+    tokens = data.draw(st.lists(LOG_PROBS, min_size=24, max_size=24))
+    given = torch.tensor(tokens).to(dtype).view(4, 2, 3)
+    leaf = given[0].clone().requires_grad_()
+    sums = [losses.sequence_log_probs(x) for x in (leaf, *given[1:])]
+    result = losses.dpo_loss(*sums, beta=beta, kind=kind)
+    (grad,) = torch.autograd.grad(result.loss, leaf, retain_graph=True)
+    for found in (result.loss, grad):
+        assert found.isfinite().all()
+    h = (sums[0] - sums[2]) - (sums[1] - sums[3])
+    plain = {
+        "sigmoid": lambda: -F.logsigmoid(beta * h),
+        "hinge": lambda: torch.relu(1 - beta * h),
+        "ipo": lambda: (h - 1 / (2 * beta)).square(),
+    }[kind]().mean()
+    (wanted,) = torch.autograd.grad(plain, leaf)
+    if plain.isfinite() and wanted.isfinite().all():
+        assert torch.equal(result.loss, plain)
+        assert torch.equal(grad, wanted)
+
+
+def test_where_the_surrogate_is_flat_its_gradient_is_0():
+    """A rollout's token that the policy likes e^100 times more, and a reference that it left."""
+    x = torch.tensor([[-0.5, -0.1, -2.0]], requires_grad=True)
+    old = torch.tensor([[-0.6, -200.0, -1.5]])
+    loss = losses.ppo_clip_loss(x, old, torch.ones(1, 1), torch.ones(1, 3))
+    (grad,) = torch.autograd.grad(loss, x)
+    r = (x - old).detach().double().exp()
+    torch.testing.assert_close(loss.double(), -torch.minimum(r, r.clamp(0.8, 1.2)).mean())
+    torch.testing.assert_close(grad.double(), torch.where(r <= 1.2, -r / 3, 0.0))
+
+
+def test_a_sum_of_float16_stays_in_its_range_and_an_impossible_sequence_impossible():
+    many = torch.full((2, 9), -1e4, dtype=torch.float16)
+    assert losses.sequence_log_probs(many).tolist() == [-65504.0] * 2
+    many[0, 0] = -torch.inf
+    assert losses.sequence_log_probs(many).tolist() == [-torch.inf, -65504.0]
