@@ -61,21 +61,21 @@ def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
     return target.contiguous() if target.stride(-1) != 1 else target
 
 
-def check_range(target: Tensor, ignore_index: int, classes: int, shift: int = 0) -> None:
+def check_range(targets: Tensor, ignore_index: int, classes: int, shift: int = 0) -> None:
     """Raises an IndexError that names the first target that is neither a class nor ignored.
 
-    The first ``shift`` targets of each sequence are not looked at. Waits for the target's device.
+    ``targets`` are what the positions predict: they were given ``shift`` positions later. Waits for
+    their device.
     """
-    if target.dtype == torch.int32:
-        target = target.long()  # ignore_index may be beyond int32
-    used = target[..., shift:] if shift else target
-    bad = (used != ignore_index) & ((used < 0) | (used >= classes))
+    if targets.dtype == torch.int32:
+        targets = targets.long()  # ignore_index may be beyond int32
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
     if not bad.any():
         return
     *leading, last = bad.nonzero()[0].tolist() or [0]
     place = (*leading, last + shift)
     raise IndexError(
-        f"Target {int(used[bad][0])} at position {place if leading else place[0]} is out of "
+        f"Target {int(targets[bad][0])} at position {place if leading else place[0]} is out of "
         f"bounds: expected a class in [0, {classes}) or ignore_index = {ignore_index}."
     )
 

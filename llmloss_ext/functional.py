@@ -74,6 +74,7 @@ def token_stats(
     if call.has_probabilities:
         raise RuntimeError("token_stats: target must hold class indices (int64 or int32)")
     wanted = asked_by_user(with_rank, extra)
+    call.check_targets()
     inputs = StatsInputs(call.rows, call.targets, call.weight, call.scale)
     if call.shard is None:
         rows = ops.token_stats(inputs, call.options, wanted)
@@ -155,6 +156,7 @@ def cross_entropy(
         token_weight = check_token_weight(token_weight, call.shape, input)
         token_weight = token_weight.reshape(call.rows.shape[:-1])
         call.leave_out(token_weight)
+    call.check_targets()
     if inplace:
         call.check_inplace(input)
     inputs = LossInputs(call.rows, call.targets, call.weight, token_weight, num_items, call.scale)
@@ -234,8 +236,6 @@ class DenseCall:
             check_weight(weight, columns, input)
         self.weight = weight
         self.scale = check_scale(logit_scale, input)
-        if self.shard is not None and self.shard.must_check_targets(target):
-            check_range(target, self.options.ignore_index, self.shard.vocab_size)
 
     def _bring_into_shape(self, input: Tensor, target: Tensor, class_dim: int | None) -> None:
         if input.dim() == 0:
@@ -273,6 +273,12 @@ class DenseCall:
         else:
             is_ignored = self.targets == ignore_index
             self.targets = torch.where(is_ignored, self.targets, 1)  # out of range
+
+    def check_targets(self) -> None:
+        """Raises an IndexError for a target that no rank has; without a shard, the kernels do."""
+        if self.shard is not None and self.shard.must_check_targets(self.targets):
+            targets = self.targets.reshape(self.shape)
+            check_range(targets, self.options.ignore_index, self.shard.vocab_size)
 
     def leave_out(self, token_weight: Tensor) -> None:
         """Tokens of weight 0 are ignored."""

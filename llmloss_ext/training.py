@@ -28,7 +28,8 @@ def count_items(
     does not have this property.
 
     Args:
-        targets: The targets of each micro-batch of the step.
+        targets: The targets of each micro-batch of the step; of padded or packed sequences, what
+            `llmloss_ext.losses.next_token_targets` makes of them, without a ``shift``.
         ignore_index: Targets with this value are not counted.
         shift: As in `llmloss_ext.linear_cross_entropy`: the first ``shift`` targets (..., S) of
             each sequence are not predicted, and not counted.

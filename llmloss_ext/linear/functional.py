@@ -331,18 +331,17 @@ class LinearCall:
                 f"target of shape {tuple(target.shape)} does not fit hidden states of shape "
                 f"{tuple(input.shape)}: expected {expected}"
             )
-        self.given = check_target(target, input, self.options.ignore_index)
+        target = check_target(target, input, self.options.ignore_index)
+        target = sequences.targets(target, shift, self.options.ignore_index)
         self.shift = shift
-        target = sequences.targets(self.given, shift, self.options.ignore_index)
         hidden = as_rows(input)
         self.targets = target.reshape(hidden.shape[0], *expected[len(self.shape) :])
         check_weight(weight, columns, input)
         self.inputs = Inputs(hidden, linear_weight, linear_bias, check_scale(logit_scale, input))
-        if self.shard is not None and self.shard.must_check_targets(target):
-            self._check_range(self.shard.vocab_size)
 
     def _check_range(self, classes: int) -> None:
-        check_range(self.given, self.options.ignore_index, classes, self.shift)
+        targets = self.targets.reshape(self.shape)
+        check_range(targets, self.options.ignore_index, classes, self.shift)
 
     def token_weights(self, token_weight: Tensor | None) -> Tensor | None:
         """(N), of the labels that the tokens predict. Tokens of weight 0 are then ignored."""
@@ -432,6 +431,8 @@ class LinearCall:
         if self.shard is not None:
             from ..ops.sharded import eagerly  # needs torch's compiler: a second to import
 
+            if self.shard.must_check_targets(self.targets):
+                self._check_range(self.shard.vocab_size)
             return eagerly(run, *arguments)
         if torch.compiler.is_compiling():
             return run(*arguments)

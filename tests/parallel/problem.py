@@ -17,6 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 5.0},
     "weight": {"weight": True, "label_smoothing": 0.1},
     "token_weight": {"token_weight": True},
+    "weight_z_loss": {"weight": True, "token_weight": True, "z_loss": 1e-2},
     "num_items": {"num_items": 5},
     "ignore_index": {"ignore_index": 2},
     "scale": {"logit_scale": 0.7},
