@@ -52,6 +52,8 @@ def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
         return target.long()
     if not target.is_floating_point():
         raise RuntimeError(f"expected class indices of int64, int32 or uint8, got {target.dtype}")
+    if target.dtype != input.dtype and is_autocast(input):
+        target = target.to(input.dtype)
     if target.dtype != input.dtype:
         raise RuntimeError(
             f"expected probability targets of the input's dtype {input.dtype}, got {target.dtype}"
@@ -59,6 +61,12 @@ def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
     if ignore_index >= 0:
         raise RuntimeError("ignore_index is not supported for floating point target")
     return target.contiguous() if target.stride(-1) != 1 else target
+
+
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor is."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_range(targets: Tensor, ignore_index: int, classes: int, shift: int = 0) -> None:

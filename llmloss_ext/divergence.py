@@ -18,14 +18,30 @@ COPIES = 8
 """Tensors of the size of its logits that a divergence and its gradient hold at once."""
 
 
-def check_divergence(direction: str, beta: float, temperature: float) -> None:
-    """Raises a ValueError if an option of `divergence` is out of range."""
+def checked_direction(direction: str, beta: float, temperature: float) -> str:
+    """The direction; that of a KL divergence where ``beta`` makes one of "jsd".
+
+    At its ends the divergence itself is 0. The field's trainers (TRL, Liger) have the KLs there, to
+    which it tends when divided by beta or 1 - beta: "forward" for 0, "reverse" for 1.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
     if direction not in ("forward", "reverse", "jsd"):
         raise ValueError(f'direction must be "forward", "reverse" or "jsd", got {direction!r}')
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-    if not 0.0 < beta < 1.0:
+    if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must be between 0 and 1, got {beta}")
+    if direction == "jsd" and beta in (0.0, 1.0):
+        return "forward" if beta == 0 else "reverse"
+    return direction
+
+
+def check_teacher(*tensors: Tensor | None) -> None:
+    """Raises a RuntimeError if the teacher expects a gradient, which it does not get."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError("the teacher gets no gradient; pass it detached")
 
 
 def common_classes(student: int, teacher: int, vocab_size: int | None) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 
+from .dtensors import call_with_dtensors, is_dtensor
 from .jagged import call_jagged
 
 __all__ = ["entry_point"]
@@ -37,6 +38,9 @@ def entry_point(first: str, *per_token: str) -> Callable[[F], F]:
             if isinstance(input, Tensor) and input.is_nested:
                 named = dict(zip(parameters, args, strict=False)) | options
                 return call_jagged(call, (first, *per_token), named)
+            if any(map(is_dtensor, args)) or any(map(is_dtensor, options.values())):
+                named = dict(zip(parameters, args, strict=False)) | options
+                return call_with_dtensors(call, named)
             if not _profiler_enabled():
                 return function(*args, **options)
             named = dict(zip(parameters, args, strict=False)) | options

@@ -56,7 +56,8 @@ class Shard:
         group: The process group; None: the default one.
         vocab_start: The class of this rank's first column. By default all ranks have equally many
             columns, and rank r holds the classes from r * columns on; ``vocab_size`` then tells of
-            padding at the end. Other divisions need ``vocab_size`` too.
+            padding at the end, and finds logits that were gathered already. Other divisions need
+            ``vocab_size`` too.
         sum_input_grad: Whether hidden states get their whole gradient, summed over the ranks. With
             False they get this rank's part, for a layer below that sums or scatters it itself (as
             sequence parallelism does).

@@ -4,7 +4,7 @@ From the logits, which the model computes as before::
 
     model.loss_function = causal_lm_loss
 
-From the hidden states, so that the logits of a training step are never in memory::
+From the hidden states, so that the logits are never in memory::
 
     use_linear_cross_entropy(model)
     model(input_ids=input_ids, labels=labels).loss.backward()
@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from ..functional import cross_entropy
 from ..linear import linear_cross_entropy
 from ..sequences import Sequences, moved
+from .output_layer import layer_of, replaced_forward, weights_of
 
 __all__ = ["causal_lm_loss", "stop_linear_cross_entropy", "use_linear_cross_entropy"]
 
@@ -108,26 +110,31 @@ def causal_lm_loss(
     )
 
 
-def use_linear_cross_entropy(model: Any, **options: Any) -> None:
-    """Makes a causal language model compute its training loss from the hidden states.
+def use_linear_cross_entropy(model: Any, *, logits: str | None = None, **options: Any) -> None:
+    """Makes a causal language model compute its loss from the hidden states.
 
-    While ``model.training``, a call with labels computes and returns the logits of the last token
-    of each sequence only, and its ``loss_function`` is `llmloss_ext.linear_cross_entropy` of all
-    hidden states. Terms that the model adds to its loss, such as a router's load balancing, are
-    kept. Evaluation, generation and calls without labels do not change.
+    In a call with labels, the output layer computes the loss from the hidden states that the model
+    hands it, by `llmloss_ext.linear_cross_entropy`, and returns the logits of the last token of
+    each sequence only; the model's ``loss_function`` returns that loss. So whatever gathers the
+    layer's weight (FSDP, FSDP2, ZeRO-3) gathers it once, and terms that the model adds to its loss,
+    such as a router's load balancing, are kept. Generation and calls without labels do not change.
 
     The ``attention_mask`` (B, S), ``position_ids`` and ``cu_seq_lens_q`` of a call tell which
     tokens are real and of one document: no padding predicts a token, and none the first of the
     next document. A ``token_weight`` (B, S) of a call weighs its labels.
 
     A final softcap or scale of the logits is read from the model's config. The first call compares
-    the logits that result with those of the model.
+    the last token's logits that result with those of the model.
 
     Args:
-        model: A ``...ForCausalLM`` whose output layer is a `torch.nn.Linear`, whose ``forward``
-            takes ``logits_to_keep``, and which calls its ``loss_function``. Call this before
-            wrapping the model (PEFT, DistributedDataParallel, torch.compile).
+        model: A ``...ForCausalLM`` that calls its ``loss_function``, and whose output layer is a
+            `torch.nn.Linear`, with or without a LoRA adapter, or saved by PEFT. Call this before
+            the model is wrapped (PEFT, DistributedDataParallel, torch.compile).
             `torch.nn.DataParallel` is not supported.
+        logits: What a call with labels returns when the model is not training: ``"none"``;
+            ``"last"``: those of each sequence's last token, as in training; or ``"all"``: as the
+            model does by itself, with whole logits in memory, which a ``compute_metrics`` of
+            `transformers.Trainer` needs. By default ``"last"``, with a warning.
         options: Options of `llmloss_ext.linear_cross_entropy`, such as label_smoothing, z_loss or
             max_chunk_bytes.
 
@@ -136,11 +143,9 @@ def use_linear_cross_entropy(model: Any, **options: Any) -> None:
             by the first call if the model computes its logits in another way.
     """
     kind = type(model)
-    _check_head(model.get_output_embeddings())
-    if "logits_to_keep" not in inspect.signature(kind.forward).parameters:
-        raise ValueError(f"{kind.__name__}.forward takes no logits_to_keep")
-    if model.base_model is model:
-        raise ValueError(f"{kind.__name__} has no base model that returns hidden states")
+    if logits not in (None, "none", "last", "all"):
+        raise ValueError(f'logits must be "none", "last" or "all", got {logits!r}')
+    layer_of(model.get_output_embeddings())
     if getattr(model.config, "z_loss_coefficient", 0):
         raise ValueError(f"{kind.__name__} computes a z-loss of its logits; use causal_lm_loss")
     unknown = options.keys() - _FROM_HIDDEN
@@ -152,7 +157,7 @@ def use_linear_cross_entropy(model: Any, **options: Any) -> None:
     if "loss_function" not in inspect.unwrap(kind.forward).__code__.co_names:
         raise ValueError(f"{kind.__name__} does not call its loss_function; use causal_lm_loss")
     stop_linear_cross_entropy(model)
-    setattr(model, _PATCH, _Patch(model, _logit_options(model.config) | options))
+    setattr(model, _PATCH, _Patch(model, logits, _logit_options(model.config) | options))
 
 
 def stop_linear_cross_entropy(model: Any) -> None:
@@ -163,26 +168,44 @@ def stop_linear_cross_entropy(model: Any) -> None:
         delattr(model, _PATCH)
 
 
+class _Step(NamedTuple):
+    """What the output layer has made of one call: in a list, to which it is appended."""
+
+    loss: Tensor
+    last: Tensor
+    """(B, 1, V): the logits of the last tokens, before the model does more to them."""
+
+
+class _KeepsHooks(torch.autograd.Function):
+    """The loss, and a gradient of zeros for the logits: so that the layer's backward hooks run."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, logits: Tensor) -> Tensor:
+        ctx.like = logits.shape, logits.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype = ctx.like
+        return grad, grad.new_zeros(shape, dtype=dtype)
+
+
 class _Patch:
-    """Replaces a model's forward and loss_function, and hands hidden states from one to the other.
+    """Replaces a model's forward and loss_function.
 
     It holds no reference to the model, and the replacements are bound methods, so that a deep copy
     of the model works with its own copy of the patch.
     """
 
-    def __init__(self, model: Any, options: dict[str, Any]) -> None:
-        self._options = options
-        self._is_checked = self._is_active = False
-        self._head: torch.nn.Linear | None = None
-        self._sequences = Sequences()
-        self._hidden: Tensor | None = None
+    def __init__(self, model: Any, logits: str | None, options: dict[str, Any]) -> None:
+        self._logits, self._options = logits, options
+        self._is_checked = False
+        self._steps: list[_Step] | None = None
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         own = vars(model)
         self._replaced = {name: own[name] for name in ("forward", "_loss_function") if name in own}
         self._original_loss = model.loss_function
-        self._handles = [
-            model.register_forward_pre_hook(_refuse_replicas),
-            model.base_model.register_forward_hook(self.after_base),
-        ]
+        self._handle = model.register_forward_pre_hook(_refuse_replicas)
 
         @functools.wraps(type(model).forward)
         def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -197,8 +220,7 @@ class _Patch:
 
     def remove(self, model: Any) -> None:
         """Restores the model's attributes, except those that others have replaced since."""
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
         ours = {"forward": types.MethodType(self._forward, model), "_loss_function": self.loss}
         for name, mine in ours.items():
             if vars(model).get(name) == mine:
@@ -207,29 +229,58 @@ class _Patch:
                     setattr(model, name, self._replaced[name])
 
     def call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the model's forward; a training loss needs the last token's logits only."""
-        kind = type(model)
-        inner = self._replaced.get("forward") or functools.partial(kind.forward, model)
-        names = list(inspect.signature(kind.forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if not model.training or given.get("labels") is None:
-            return inner(*args, **kwargs)
-        self._is_active, self._head = True, model.get_output_embeddings()
-        self._sequences = Sequences(
+        """Runs the model's forward, in a call with labels with another output layer."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        returned = "last" if model.training else self._logits
+        has_labels = given.get("labels") is not None or given.get("shift_labels") is not None
+        if not has_labels or returned == "all":
+            return self._inner(model, args, kwargs)
+        if returned is None:
+            _warn_of_the_last()
+        layer = layer_of(model.get_output_embeddings())
+        steps: list[_Step] = []
+
+        def forward(hidden: Tensor) -> Tensor:
+            steps.append(self._step(layer, hidden, given))
+            return steps[-1].last
+
+        self._steps = steps
+        try:
+            with replaced_forward(layer, forward):
+                output = self._inner(model, (), given)
+        finally:
+            self._steps = None
+        return _without_logits(output) if returned == "none" else output
+
+    def _inner(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own = self._replaced.get("forward")
+        if own is not None:
+            return own(*args, **kwargs)
+        return type(model).forward(model, *args, **kwargs)
+
+    def _step(self, layer: Any, hidden: Tensor, given: dict[str, Any]) -> _Step:
+        """The loss of the hidden states that the model hands its output layer."""
+        weight, bias = weights_of(layer)
+        hidden = hidden.to(weight.device)
+        ignore_index = given.get("ignore_index", -100)
+        sequences = Sequences(
             given.get("attention_mask"), given.get("position_ids"), None, given.get("cu_seq_lens_q")
         )
-        try:
-            return inner(**given | {"logits_to_keep": 1})
-        finally:
-            self._is_active, self._head, self._hidden = False, None, None
-            self._sequences = Sequences()
+        labels = (given.get("labels"), given.get("shift_labels"), given.get("token_weight"))
+        target, token_weight = _Shifted.of(*labels, ignore_index, sequences).on(hidden.device)
+        loss = linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            linear_bias=bias,
+            token_weight=token_weight,
+            num_items=_items(given.get("num_items_in_batch"), hidden),
+            ignore_index=ignore_index,
+            **self._options,
+        )
+        bias = None if bias is None else bias.detach()
+        return _Step(loss, F.linear(hidden[..., -1:, :], weight.detach(), bias))
 
-    def after_base(self, _base: Any, _args: Any, output: Any) -> None:
-        """Keeps the hidden states of a training call."""
-        if self._is_active:
-            self._hidden = output[0]
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss(
         self,
         logits: Tensor,
@@ -238,43 +289,26 @@ class _Patch:
         num_items_in_batch: int | Tensor | None = None,
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
-        token_weight: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        """The model's loss_function: from hidden states in a training call, else the original.
-
-        torch.compile runs it eagerly, because the hidden states do not come through its arguments.
-        """
-        hidden, head = self._hidden, self._head
-        if not self._is_active or head is None:
+        """The model's loss_function: what the output layer has computed, or the original."""
+        steps = self._steps
+        if steps is None:
             named = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
-            if token_weight is not None:
-                named["token_weight"] = token_weight
             return self._original_loss(
                 logits, labels, vocab_size, shift_labels=shift_labels, **named, **others
             )
-        if hidden is None:
+        if len(steps) != 1:
             raise ValueError(_UNKNOWN_LOGITS)
-        _check_head(head)
-        if not self._is_checked:
-            self._is_checked = self._check(head, hidden, logits)
-        hidden = hidden.to(head.weight.device)
-        where = (labels, shift_labels, token_weight, ignore_index, self._sequences)
-        shifted = _Shifted.of(*where)
-        _refuse_unknown(others, (), shifted.target)
-        target, token_weight = shifted.on(hidden.device)
-        return linear_cross_entropy(
-            hidden,
-            head.weight,
-            target,
-            linear_bias=head.bias,
-            token_weight=token_weight,
-            num_items=_items(num_items_in_batch, hidden),
-            ignore_index=ignore_index,
-            **self._options,
-        )
+        used = labels if shift_labels is None else shift_labels
+        if used is not None:
+            _refuse_unknown(others, {"token_weight"}, used)
+        if not self._is_checked and not torch.compiler.is_compiling():
+            self._is_checked = self._check(steps[0].last, logits)
+        loss: Tensor = _KeepsHooks.apply(steps[0].loss, logits)  # type: ignore[no-untyped-call]
+        return loss
 
-    def _check(self, head: torch.nn.Linear, hidden: Tensor, logits: Tensor) -> bool:
+    def _check(self, last: Tensor, logits: Tensor) -> bool:
         """Compares the model's last logits with those that the loss assumes.
 
         Returns:
@@ -284,9 +318,7 @@ class _Patch:
             ValueError: They differ.
         """
         with torch.no_grad():
-            last = hidden[:, -1:].to(head.weight.device, head.weight.dtype)
-            ours = F.linear(last, head.weight, head.bias).float()
-            ours = ours * self._options["logit_scale"]
+            ours = last.float() * self._options["logit_scale"]
             if cap := self._options.get("softcap"):
                 ours = cap * torch.tanh(ours / cap)
             size = ours.abs().max()
@@ -298,25 +330,28 @@ class _Patch:
         raise ValueError(_UNKNOWN_LOGITS)
 
 
+def _warn_of_the_last() -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "use_linear_cross_entropy: a call with labels returns the logits of each sequence's "
+            "last token only, in evaluation too. Say logits='all' if something reads the others "
+            "(a compute_metrics does), or logits='last' if nothing does.",
+            stacklevel=2,
+        )
+
+
+def _without_logits(output: Any) -> Any:
+    """A model's output without its logits."""
+    if isinstance(output, tuple):
+        return output[:1] + output[2:]
+    return type(output)(**{name: x for name, x in output.items() if name != "logits"})
+
+
 def _refuse_replicas(model: Any, _args: Any) -> None:
     if getattr(model, "_is_replica", False):
         raise RuntimeError(
             "use_linear_cross_entropy does not work under torch.nn.DataParallel, whose threads "
             "share the model's attributes; use DistributedDataParallel"
-        )
-
-
-def _check_head(head: Any) -> None:
-    """Raises a ValueError unless the output layer is a plain linear layer without hooks."""
-    if (
-        not isinstance(head, torch.nn.Linear)
-        or type(head).forward is not torch.nn.Linear.forward
-        or head._forward_hooks
-        or head._forward_pre_hooks
-    ):
-        raise ValueError(
-            "use_linear_cross_entropy needs a model whose output layer is a plain torch.nn.Linear, "
-            f"got {type(head).__name__}"
         )
 
 

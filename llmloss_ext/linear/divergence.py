@@ -14,7 +14,8 @@ from ..checks import check_dense, items_tensor
 from ..composite import items_denominator, real_of
 from ..divergence import (
     COPIES,
-    check_divergence,
+    check_teacher,
+    checked_direction,
     common_classes,
     divergence,
     divergence_with_gradient,
@@ -241,7 +242,8 @@ def linear_kl_div(
         student_bias: (V).
         teacher_bias: (W).
         direction: ``"forward"``, ``"reverse"`` or ``"jsd"``.
-        beta: Share of the teacher in M, in (0, 1).
+        beta: Share of the teacher in M. At 0 and 1 the two KLs are taken, as trainers have it:
+            "forward" and "reverse".
         temperature: > 0.
         target: Labels (...), where given, tell which tokens are ignored; nothing else.
         ignore_index: Tokens with this label take no part.
@@ -257,7 +259,7 @@ def linear_kl_div(
         ValueError: Shapes that do not fit, or an option out of range.
         RuntimeError: A wrong dtype.
     """
-    check_divergence(direction, beta, temperature)
+    direction = checked_direction(direction, beta, temperature)
     if reduction not in ("mean", "sum"):
         raise ValueError(f'linear_kl_div: reduction must be "mean" or "sum", got {reduction!r}')
     check_dense(
@@ -279,8 +281,7 @@ def linear_kl_div(
             f"{tuple(target.shape)}"
         )
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in teacher):
-        raise RuntimeError("linear_kl_div: the teacher gets no gradient; pass it detached")
+    check_teacher(*teacher)
     if in_transform():
         raise RuntimeError("linear_kl_div does not work under torch.func transforms")
     hidden = as_rows(to_dtype_of_products(student_hidden))

@@ -20,7 +20,11 @@ from torch.autograd import Function
 
 from .. import composite
 from ..composite import real_of
-from ..ops.derivatives import Composite, needs_differentiable_backward
+from ..ops.derivatives import (
+    Composite,
+    needs_differentiable_backward,
+    one_gradient_at_a_time,
+)
 from ..ops.fake import statistics_like
 from ..ops.library import STATE, kernels
 from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions, pack, unpack
@@ -152,12 +156,14 @@ class LinearCrossEntropy(Function):
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*inputs, *targets, *results)
         else:
-            # Not saved, but handed out by the first backward: then nothing is copied.
+            # Not saved, but handed out by the first backward: then nothing is copied. Without the
+            # loss, whose graph this is: in a cycle, all of it would wait for the collector.
             ctx.save_for_backward(*inputs, *targets)
-            ctx.results = results
+            ctx.results = results._replace(loss=None)
         return results.loss
 
     @staticmethod
+    @one_gradient_at_a_time
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         """Multiplies what the forward pass has left by the gradient of the loss."""
         others = (*Targets(), None, None)
@@ -344,6 +350,7 @@ class LinearTokenStats(Function):
         return output.results()
 
     @staticmethod
+    @one_gradient_at_a_time
     def backward(ctx: Any, _state: None, *grad_results: Tensor | None) -> tuple[Any, ...]:
         """One walk, whatever the statistics that were used."""
         call = ctx.call

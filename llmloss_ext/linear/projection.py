@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS
+from ..checks import FLOATS, is_autocast
 from ..composite import only, real_of
 from ..ops.library import kernels
 from ..ops.rows import Rows, put, take
@@ -47,7 +47,7 @@ def check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
             raise RuntimeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
             )
-    if weight.dtype != hidden.dtype and not _is_autocast(hidden):
+    if weight.dtype != hidden.dtype and not is_autocast(hidden):
         raise RuntimeError(
             f"expected input and weight of the same dtype, got {hidden.dtype} and {weight.dtype}; "
             "convert one, or use torch.autocast"
@@ -59,14 +59,9 @@ def check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
         )
 
 
-def _is_autocast(tensor: Tensor) -> bool:
-    kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
 def to_dtype_of_products(hidden: Tensor) -> Tensor:
     """Autocast's, if it is on; float64 stays."""
-    if not _is_autocast(hidden) or hidden.dtype == torch.float64:
+    if not is_autocast(hidden) or hidden.dtype == torch.float64:
         return hidden
     return hidden.to(torch.get_autocast_dtype(hidden.device.type))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import composite
 from ..checks import check_dense, items_tensor
 from ..composite import real_of
-from ..divergence import check_divergence, common_classes, divergence, divergence_of
+from ..divergence import check_teacher, checked_direction, common_classes, divergence, divergence_of
 from ..rowwise import by_rows
 
 __all__ = ["distillation_loss", "top_k_distillation_loss"]
@@ -41,7 +41,8 @@ def distillation_loss(
         student_logits: (..., V). Rows of any stride are read in place.
         teacher_logits: (..., W), without a gradient.
         direction: ``"forward"``, ``"reverse"`` or ``"jsd"``.
-        beta: Share of the teacher in M, in (0, 1).
+        beta: Share of the teacher in M. At 0 and 1 the two KLs are taken, as trainers have it:
+            "forward" and "reverse".
         temperature: T > 0.
         target: (...): tokens whose label is ``ignore_index`` take no part, whatever their logits
             hold; their gradient is exactly zero.
@@ -58,7 +59,7 @@ def distillation_loss(
     Raises:
         ValueError: The shapes do not fit, or an option is out of range.
     """
-    check_divergence(direction, beta, temperature)
+    direction = checked_direction(direction, beta, temperature)
     check_dense({"target": target}, student_logits=student_logits, teacher_logits=teacher_logits)
     items = _checked_items(num_items, reduction, student_logits)
     has_classes = student_logits.dim() and teacher_logits.dim()
@@ -67,6 +68,7 @@ def distillation_loss(
             "student and teacher must have logits (..., V) of the same tokens, got "
             f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
+    check_teacher(teacher_logits)
     used = common_classes(student_logits.shape[-1], teacher_logits.shape[-1], vocab_size)
     valid = _valid(target, student_logits, ignore_index)
     rows = partial(divergence, direction=direction, beta=beta, temperature=temperature)
@@ -147,7 +149,7 @@ def top_k_distillation_loss(
         ValueError: The shapes do not fit, or an option is out of range.
         RuntimeError: A token outside [0, V).
     """
-    check_divergence(direction, beta, temperature)
+    direction = checked_direction(direction, beta, temperature)
     check_dense(
         {"target": target},
         student_logits=student_logits, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs,
@@ -163,6 +165,7 @@ def top_k_distillation_loss(
             f" got {tuple(student_logits.shape)}, {tuple(teacher_ids.shape)} and "
             f"{tuple(teacher_log_probs.shape)}"
         )
+    check_teacher(teacher_log_probs)
     valid = _valid(target, student_logits, ignore_index)
     rows = partial(_coarse_divergence, direction=direction, beta=beta, temperature=temperature)
     columns = student_logits.shape[-1]

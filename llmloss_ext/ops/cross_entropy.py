@@ -24,6 +24,7 @@ from .derivatives import (
     mark_written,
     merge_rows,
     needs_differentiable_backward,
+    one_gradient_at_a_time,
 )
 from .library import kernels
 from .token_stats import StatsInputs, token_stats
@@ -124,6 +125,7 @@ class CrossEntropy(Function):
         return loss
 
     @staticmethod
+    @one_gradient_at_a_time
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> MaybeTensors:
         """One visit to the logits."""
         if grad_loss is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,43 @@ def needs_differentiable_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def _is_batched(grad: Any) -> bool:
+    return isinstance(grad, Tensor) and bool(torch._C._functorch.is_legacy_batchedtensor(grad))
+
+
+def one_gradient_at_a_time(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward, also for a gradient that stands for several.
+
+    ``is_grads_batched`` and vectorised Jacobians pass such, which no kernel understands.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        if torch.compiler.is_compiling() or not any(map(_is_batched, grads)):
+            return backward(ctx, *grads)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        # One dimension of several gradients in front of each tensor, and none of others.
+        several: list[Any] = [
+            torch._remove_batch_dim(grad, level, 1, 0) if _is_batched(grad) else grad
+            for grad in grads
+        ]
+        count = next(len(x) for x, grad in zip(several, grads, strict=True) if _is_batched(grad))
+        results = [
+            backward(
+                ctx,
+                *(x[k] if _is_batched(grad) else x for x, grad in zip(several, grads, strict=True)),
+            )
+            for k in range(count)
+        ]
+        return tuple(
+            None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
+            for parts in zip(*results, strict=True)
+        )
+
+    return run
 
 
 def apply(forward: Any, lean: Any, full: Any, args: tuple[Any, ...]) -> Any:

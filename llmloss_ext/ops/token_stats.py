@@ -28,6 +28,7 @@ from .derivatives import (
     like_parameter,
     merge_rows,
     needs_differentiable_backward,
+    one_gradient_at_a_time,
 )
 from .library import kernels
 
@@ -93,6 +94,7 @@ class TokenStats(Function):
         return results
 
     @staticmethod
+    @one_gradient_at_a_time
     def backward(ctx: Any, _state: None, *grad_results: Tensor | None) -> MaybeTensors:
         """One visit to the logits, whatever the statistics that were used."""
         # A compiled graph also passes gradients of what was not asked for.

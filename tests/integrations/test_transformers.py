@@ -129,14 +129,36 @@ def test_options_and_shifted_labels():
     check_same(run(model, labels=torch.zeros_like(shifted), shift_labels=shifted), expected)
 
 
-def test_evaluation_is_as_it_was():
+@pytest.mark.parametrize("logits", [None, "none", "last", "all"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_evaluation(logits, return_dict):
+    """With labels: the loss from hidden states, and as many logits as asked for."""
     model = model_of("llama").eval()
-    expected = model(**batch())
+    inputs = batch() | {"return_dict": return_dict}
+    expected = model(**inputs)
+    use_linear_cross_entropy(model, logits=logits)
+    if logits is None:
+        with pytest.warns(UserWarning, match="logits='all' if something reads the others"):
+            found = model(**inputs)
+    else:
+        found = model(**inputs)
+    parts = {"none": slice(0, 0), "all": slice(None)}.get(logits, slice(-1, None))
+    expected_loss, whole = expected[:2]
+    assert_close(found[0], expected_loss, 1e-6)
+    if logits == "none":
+        assert len(found) == len(expected) - 1
+        assert return_dict is False or found.logits is None
+    else:
+        assert_close(found[1], whole[:, parts], 1e-6)
+    without = {k: v for k, v in inputs.items() if k != "labels"}
+    assert torch.equal(model(**without)[0], whole)
+    with pytest.raises(ValueError, match='logits must be "none", "last" or "all"'):
+        use_linear_cross_entropy(model, logits="some")
+
+
+def test_calls_of_other_kinds():
+    model = model_of("llama")
     use_linear_cross_entropy(model)
-    found = model(**batch())
-    assert torch.equal(found.loss, expected.loss)
-    assert torch.equal(found.logits, expected.logits)
-    model.train()
     without = {k: v for k, v in batch().items() if k != "labels"}
     assert model(**without).logits.shape == (B, S, V)
     loss, logits = model(**batch(), return_dict=False)[:2]
@@ -173,7 +195,7 @@ def test_refusals():
             intermediate_size=32,
         )
     )
-    with pytest.raises(ValueError, match="takes no logits_to_keep"):
+    with pytest.raises(ValueError, match="does not call its loss_function"):
         use_linear_cross_entropy(encoder)
     own_loss = transformers.BartForCausalLM(
         transformers.BartConfig(
@@ -199,16 +221,21 @@ def test_refusals():
     use_linear_cross_entropy(model)
     model(**batch())
     model.lm_head.__class__ = Doubled
-    with pytest.raises(ValueError, match="plain torch.nn.Linear, got Doubled"):
+    with pytest.raises(ValueError, match=r"plain torch.nn.Linear, .*got .*Doubled"):
         model(**batch())
-    with pytest.raises(ValueError, match="plain torch.nn.Linear, got Doubled"):
+    with pytest.raises(ValueError, match=r"plain torch.nn.Linear, .*got .*Doubled"):
         use_linear_cross_entropy(model)
     model.lm_head.__class__ = torch.nn.Linear
-    hook = model.lm_head.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="plain"):
+    model.lm_head.forward = lambda x: x
+    with pytest.raises(ValueError, match="forward was replaced"):
         model(**batch())
-    hook.remove()
+    del model.lm_head.forward
     model(**batch())
+    # A hook runs around the layer, as those of FSDP do; one that changes the logits is found.
+    use_linear_cross_entropy(model)
+    model.lm_head.register_forward_hook(lambda _layer, _inputs, logits: 2 * logits)
+    with pytest.raises(ValueError, match="use causal_lm_loss"):
+        model(**batch())
 
 
 def test_logits_that_are_something_else():
@@ -318,18 +345,136 @@ def test_sixteen_bits(how):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's, where a graph breaks
 def test_compiled():
+    """In one graph, with the gradients of the eager model."""
     model = model_of("llama")
     expected = run(model)
     use_linear_cross_entropy(model)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     model.zero_grad()
     output = compiled(**batch())
     output.loss.backward()
     assert output.logits.shape == (B, 1, V)
     assert_close(output.loss, expected[0].loss, 1e-5)
     assert_close(model.lm_head.weight.grad, expected[1]["lm_head.weight"], 1e-5)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_labels_of_the_last_positions():
+    """With logits_to_keep, labels are of as many positions."""
+    model = model_of("llama")
+    inputs = batch() | {"logits_to_keep": 4, "attention_mask": None}
+    inputs["labels"] = inputs["labels"][:, -4:]
+    expected = model(**inputs).loss
+    use_linear_cross_entropy(model)
+    assert_close(model(**inputs).loss, expected, 1e-6)
+
+
+def gradients_of(model, **inputs):
+    model.zero_grad()
+    loss = model(**(batch() | inputs)).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+ADAPTERS = {
+    "body": {"target_modules": ["q_proj"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "head alone": {"target_modules": ["lm_head"], "r": 3, "lora_alpha": 5},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_adapters(name, patched_first):
+    """Of PEFT: every parameter's gradient is that of the stock model."""
+    peft = pytest.importorskip("peft")
+    results = []
+    for is_ours in (False, True):
+        model = model_of("llama")
+        if is_ours and patched_first:
+            use_linear_cross_entropy(model)
+        torch.manual_seed(3)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **ADAPTERS[name])
+        adapted = peft.get_peft_model(model, config).train()
+        if is_ours and not patched_first:
+            use_linear_cross_entropy(model)
+        found = [gradients_of(adapted)]
+        if is_ours:
+            assert adapted(**batch()).logits.shape == (B, 1, V)
+        with adapted.disable_adapter():
+            found.append((adapted(**batch()).loss.detach(), {}))
+        adapted.merge_adapter()
+        found.append((adapted(**batch()).loss.detach(), {}))
+        results.append(found)
+    for stock, ours in zip(*results, strict=True):
+        assert_close(ours[0], stock[0], 1e-5)
+        assert ours[1].keys() == stock[1].keys()
+        for key, grad in ours[1].items():
+            scale = stock[1][key].abs().max().clamp_min(1e-6)
+            assert_close(grad / scale, stock[1][key] / scale, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"use_dora": True}, "variant"), ({"lora_dropout": 0.1}, "lora_dropout")],
+)
+def test_adapters_that_no_weight_expresses(options, message):
+    peft = pytest.importorskip("peft")
+    model = model_of("llama")
+    use_linear_cross_entropy(model)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], **options)
+    adapted = peft.get_peft_model(model, config).train()
+    with pytest.raises(ValueError, match=message):
+        adapted(**batch())
+
+
+@pytest.mark.parametrize("nothing_in_a_step", [False, True])
+def test_the_trainer(tmp_path, nothing_in_a_step):
+    """Two steps of accumulated micro-batches; in one case a step of masked examples alone."""
+    pytest.importorskip("accelerate")
+
+    class Examples(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            ids = torch.randint(3, V, (12,), generator=torch.Generator().manual_seed(i))
+            labels = ids.clone()
+            labels[3 + i :] = -100
+            if nothing_in_a_step and i < 4:
+                labels[:] = -100
+            return {"input_ids": ids, "labels": labels}
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def trained(is_ours):
+        model = model_of("llama")
+        if is_ours:
+            use_linear_cross_entropy(model, logits="none")
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / str(is_ours)), per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, max_steps=2, learning_rate=1e-2, optim="sgd",
+            lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no",
+            use_cpu=True, disable_tqdm=True, max_grad_norm=0.0,
+        )  # fmt: skip
+        trainer = InOrder(
+            model=model, args=arguments, train_dataset=Examples(), eval_dataset=Examples()
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, trainer.evaluate()["eval_loss"], model.state_dict()
+
+    stock, ours = trained(False), trained(True)
+    assert ours[0] == pytest.approx(stock[0], abs=2e-4)
+    if not nothing_in_a_step:
+        assert ours[1] == pytest.approx(stock[1], abs=1e-4)
+    for name, value in ours[2].items():
+        assert value.isfinite().all()
+        assert_close(value, stock[2][name], 1e-5)
 
 
 def test_the_logits_are_never_there():

@@ -193,7 +193,7 @@ def test_no_token(device):
         ({"direction": "both"}, "direction must be"),
         ({"temperature": 0.0}, "temperature must be"),
         ({"temperature": float("nan")}, "temperature must be"),
-        ({"beta": 1.0}, "beta must be"),
+        ({"beta": 1.1}, "beta must be"),
         ({"reduction": "none"}, 'must be "mean" or "sum"'),
         ({"teacher_hidden": torch.randn(N + 1, E)}, "the same tokens"),
         ({"vocab_size": V + 1}, "vocab_size must be in"),

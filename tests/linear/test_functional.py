@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sum": {"reduction": "sum"},
     "label smoothing": {"label_smoothing": 0.1},
     "z-loss": {"z_loss": 1e-2},
+    "class weights and z-loss": {"weighted": True, "z_loss": 1e-2, "label_smoothing": 0.1},
     "focal": {"focal_gamma": 2.0},
     "softcap and scale": {"softcap": 5.0, "logit_scale": 0.7},
     "vocab_size": {"vocab_size": 90},
@@ -48,6 +49,8 @@ def test_as_the_dense_loss(device, dtype, option, reduction, drop):
     problem = Problem(device, dtype)
     options = dict(OPTIONS[option])
     upstream = None
+    if options.pop("weighted", False):
+        options["weight"] = (torch.rand(V, device=device) * 2).to(dtype)
     if "vocab_size" in options:
         problem.target.clamp_(max=89)
     if reduction == "none":

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close
 
-from llmloss_ext import losses
+from llmloss_ext import linear_kl_div, losses
 
 from .problem import B, S, V
 
@@ -35,7 +35,7 @@ def test_distillation(device, direction):
     assert_close(grad, want, 1e-5)
     each = losses.distillation_loss(student, teacher, **options, reduction="none")
     assert (each[1] == 0).all()
-    for wrong in ({"temperature": 0.0}, {"beta": 0.0}, {"direction": "x"}, {"reduction": "x"},
+    for wrong in ({"temperature": 0.0}, {"beta": -0.1}, {"direction": "x"}, {"reduction": "x"},
                   {"target": target[0]}):  # fmt: skip
         with pytest.raises(ValueError):
             losses.distillation_loss(student, teacher, **{**options, **wrong})
@@ -163,7 +163,7 @@ def test_distillation_from_stored_top_k(device, direction, temperature):
     assert_close(few.detach(), expected.detach(), 1e-5)
     (grad,), (want,) = (torch.autograd.grad(z, student) for z in (few, expected))
     assert_close(grad, want, 1e-5)
-    for wrong in ({"direction": "x"}, {"temperature": 0.0}, {"beta": 1.0}, {"reduction": "x"}):
+    for wrong in ({"direction": "x"}, {"temperature": 0.0}, {"beta": 1.5}, {"reduction": "x"}):
         with pytest.raises(ValueError):
             losses.top_k_distillation_loss(student, ids, values, **wrong)
     with pytest.raises(ValueError, match="expected student_logits"):
@@ -203,3 +203,59 @@ def test_distillation_keeps_nothing_of_the_logits_size(device, stored):
     inputs = {student.data_ptr(), teacher.data_ptr()}
     assert student.data_ptr() in kept
     assert all(n <= 64 * 4 for where, n in kept.items() if where not in inputs)
+
+
+@pytest.mark.parametrize(("beta", "direction"), [(0.0, "forward"), (1.0, "reverse")])
+def test_the_ends_of_the_jsd_are_the_kls(beta, direction):
+    """As TRL's and Liger's trainers have it."""
+    student, teacher = torch.randn(2, 4, V)
+    hidden, weight = torch.randn(4, 3), torch.randn(V, 3)
+    for loss, arguments in (
+        (losses.distillation_loss, (student, teacher)),
+        (linear_kl_div, (hidden, weight, hidden.flip(0), weight)),
+    ):
+        expected = loss(*arguments, direction=direction)
+        assert torch.equal(loss(*arguments, direction="jsd", beta=beta), expected)
+
+
+@pytest.mark.parametrize("student_is_wider", [False, True])
+def test_vocabularies_of_different_padding(device, student_is_wider):
+    """Over the classes that both have, by default, or over those that are asked for."""
+    narrow, wide = V, V + 6
+    columns = (wide, narrow) if student_is_wider else (narrow, wide)
+    student, teacher = (torch.randn(5, n, device=device) for n in columns)
+    hidden, teacher_hidden = torch.randn(5, 3, device=device), torch.randn(5, 4, device=device)
+    weight, teacher_weight = (
+        torch.randn(n, d, device=device) for n, d in zip(columns, (3, 4), strict=True)
+    )
+    for used in (None, V - 2):
+        n = used or narrow
+        expected = losses.distillation_loss(student[:, :n], teacher[:, :n])
+        actual = losses.distillation_loss(student, teacher, vocab_size=used)
+        assert_close(actual, expected, 1e-6)
+        head = weight.clone().requires_grad_()
+        actual = linear_kl_div(hidden, head, teacher_hidden, teacher_weight, vocab_size=used)
+        part = weight[:n].clone().requires_grad_()
+        expected = linear_kl_div(hidden, part, teacher_hidden, teacher_weight[:n])
+        assert_close(actual.detach(), expected.detach(), 1e-6)
+        (grad,), (want,) = (
+            torch.autograd.grad(x, y) for x, y in ((actual, head), (expected, part))
+        )
+        assert_close(grad[:n], want, 1e-6)
+        assert (grad[n:] == 0).all()
+    with pytest.raises(ValueError, match="vocab_size must be in"):
+        losses.distillation_loss(student, teacher, vocab_size=narrow + 1)
+    with pytest.raises(ValueError, match="vocab_size must be in"):
+        linear_kl_div(hidden, weight, teacher_hidden, teacher_weight, vocab_size=narrow + 1)
+
+
+def test_a_teacher_that_expects_a_gradient_is_refused():
+    student, teacher = torch.randn(2, 4, V)
+    teacher.requires_grad_()
+    ids = torch.zeros(4, 2, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="the teacher gets no gradient"):
+        losses.distillation_loss(student, teacher)
+    with pytest.raises(RuntimeError, match="the teacher gets no gradient"):
+        losses.top_k_distillation_loss(student, ids, teacher[:, :2])
+    with torch.no_grad():
+        losses.distillation_loss(student, teacher)

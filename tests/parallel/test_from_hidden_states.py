@@ -41,6 +41,11 @@ def rank_linear(rank, ranks, dtype, option, reduction, how):
     expected = llmloss_ext.linear_cross_entropy(
         whole[0], whole[1], p.target, linear_bias=whole[2], reduction=reduction, **exact
     )
+    with torch.no_grad():  # without gradients, the loss is made another way
+        again = parallel.linear_cross_entropy(
+            mine[0], mine[1], p.target, linear_bias=mine[2], reduction=reduction, **p.mine()
+        )
+    assert_close(again, loss.detach(), 2e-2 if loss.dtype != dtype else 4 * VALUE[dtype])
     loss.backward(upstream.to(loss.dtype))
     expected.backward(upstream.double())
     same_on_every_rank(loss)

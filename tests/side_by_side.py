@@ -1,0 +1,88 @@
+"""Runs the checks of `make test`, as many at a time as there are cores: most keep one core busy.
+
+    python tests/side_by_side.py MAKE
+
+Each check's output is shown in one piece when it ends. The others go on when one fails.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = Path(__file__).parent
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+EMULATED = sorted(TESTS.glob("test_simt_*.py"))
+DOCUMENTED = [TESTS / "test_docs.py"]
+
+
+class Check(NamedTuple):
+    """Commands that run one after the other, until one fails."""
+
+    name: str
+    commands: list[list[str]]
+
+
+def checks(make: str) -> list[Check]:
+    """Every check; the longest first, so that none is left over at the end."""
+    apart = [str(path) for path in (*EMULATED, *DOCUMENTED)]
+    make_quietly = [make, "--no-print-directory", "-s"]
+    # The sanitizers build what the other tests of the emulator build, too: not at the same time.
+    emulated = [[*make_quietly, "sanitize"], [*PYTEST, *map(str, EMULATED)]]
+    return [
+        Check("emulated CUDA kernels", emulated),
+        Check("Python tests", [[*PYTEST, *(f"--ignore={path}" for path in apart)]]),
+        Check("documentation and examples", [[*PYTEST, *map(str, DOCUMENTED)]]),
+        Check("style and types", [[*make_quietly, "check"]]),
+        Check("C++ tests", [[*make_quietly, "cpp-test"]]),
+    ]
+
+
+class Result(NamedTuple):
+    """What a check left."""
+
+    name: str
+    passed: bool
+    seconds: float
+    output: str
+
+
+def run(check: Check) -> Result:
+    """Runs a check's commands."""
+    print(f"{check.name} ...", flush=True)
+    begin, output, passed = time.monotonic(), "", True
+    for command in check.commands:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            check=False, cwd=TESTS.parent,
+        )  # fmt: skip
+        output += done.stdout
+        passed = done.returncode == 0
+        if not passed:
+            break
+    return Result(check.name, passed, time.monotonic() - begin, output)
+
+
+def main(make: str) -> int:
+    """Returns the exit status: 1 if a check failed."""
+    cores = os.cpu_count() or 1
+    todo, failed = checks(make), []
+    print(f"{len(todo)} checks, {cores} at a time", flush=True)
+    with ThreadPoolExecutor(cores) as pool:
+        for future in as_completed([pool.submit(run, check) for check in todo]):
+            result = future.result()
+            verdict = "passed" if result.passed else "FAILED"
+            print(f"--- {result.name}: {verdict} in {result.seconds:.0f} s", flush=True)
+            print(result.output.rstrip(), flush=True)
+            failed += [] if result.passed else [result.name]
+    print(f"failed: {', '.join(failed)}" if failed else "every check passed", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
