@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli.errors import OneLineParser, UserError, run_command
 
 ROUNDS = {"quick": 5, "cpu": 9, "gpu": 7, "full": 5}
 
@@ -19,20 +19,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 after an error, a wrong result of this library, or a regression; 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    try:
-        return int(args.command(args))
-    except UserError as error:
-        print("bench: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bench: interrupted; the results hold the finished cases", file=sys.stderr)
-        return 130
+    interrupted = "interrupted; the results hold the finished cases"
+    return run_command("bench", lambda: int(args.command(args)), interrupted)
 
 
-def _parser() -> argparse.ArgumentParser:
+class BenchParser(OneLineParser):
+    """Reports a wrong option in one line."""
+
+    program = "bench"
+
+
+def _parser() -> BenchParser:
     from bench.suites import SUITES
 
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks the losses.")
+    parser = BenchParser(prog="python -m bench", description="Benchmarks the losses.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="measure a suite, and write results and a report")

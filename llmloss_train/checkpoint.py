@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmloss_ext.cli import UserError
+from llmloss_ext.cli import UserError, first_line
 
 from .files import replace_file, writing
 
@@ -44,10 +46,19 @@ def load(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}")
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file fails anywhere in torch's reader
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read the checkpoint {path}: {reason}") from error
-    if state.get("format") != _FORMAT:
+        raise UserError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of llmloss")
     return state
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turns a failure to use what `load` returned into a `UserError` that names the file."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"the checkpoint {folder / NAME} is damaged: {reason}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmloss_ext.cli import INTERRUPTED, UserError
+from llmloss_ext.cli import INTERRUPTED, UserError, open_device
 
 from . import missing_packages
 
@@ -34,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--text",
         nargs="+",
+        type=_name,
         metavar="PATH",
         help="files and folders to train on (default: Python's reference and library sources)",
     )
@@ -47,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
     add("layers", _positive, "transformer blocks")
     add("heads", _positive, "attention heads")
     add("dim", _positive, "width of the model")
-    add("seed", _not_negative, "seed of the weights and of the data order")
+    add("seed", _seed, "seed of the weights and of the data order")
     add("dtype", str, "dtype of the matrix products; bfloat16 uses autocast", choices=DTYPES)
     add(
         "loss",
@@ -69,12 +70,15 @@ def add_parser(subparsers: Any) -> None:
         "standard deviations above the recent mean at which a spike begins",
     )
     add("device", str, "cpu or cuda")
-    add("threads", _not_negative, "CPU threads; 0: torch's default")
+    add("threads", _threads, "CPU threads; 0: torch's default")
     add("eval-every", _positive, "steps between validations")
     add("log-every", _positive, "steps between log lines")
     add("save-every", _positive, "steps between checkpoints")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/train"), help="output folder (default: runs/train)"
+        "--out",
+        type=lambda text: Path(_name(text)),
+        default=Path("runs/train"),
+        help="output folder (default: runs/train)",
     )
     parser.add_argument(
         "--resume", action="store_true", default=False, help="continue the run in --out"
@@ -122,7 +126,6 @@ def _prepare(args: argparse.Namespace) -> Run:
 
     from . import checkpoint
     from .config import TrainConfig, resumed
-    from .files import writing
     from .loop import Run
     from .text import documents
     from .tokens import load_tokens
@@ -134,26 +137,25 @@ def _prepare(args: argparse.Namespace) -> Run:
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run and --overwrite discards it: choose one")
     state = checkpoint.load(args.out) if args.resume else None
-    config = TrainConfig(**given) if state is None else resumed(state["config"], given)
+    if state is None:
+        config = TrainConfig(**given)
+    else:
+        with checkpoint.reading(args.out):
+            config = resumed(state["config"], given)
     if state is None and (args.out / checkpoint.NAME).exists() and not args.overwrite:
         raise UserError(
             f"{args.out} holds an earlier run: continue it with --resume, name another --out, or "
             "discard it with --overwrite"
         )
-    try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+    open_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     print("reading the text", flush=True)
     text = load_tokens(documents(config.text), config.max_tokens)
     how = "from the cache" if text.cached else "tokenised"
     print(f"{len(text.ids):,} tokens {how}, vocabulary of {text.vocab_size:,}", flush=True)
-    if state is not None and state["text_key"] != text.key:
+    if state is not None and state.get("text_key") != text.key:
         raise UserError("the text differs from the one that the checkpoint was trained on")
-    with writing(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
     training = Run(config, text, args.out, state)
     parameters = sum(p.numel() for p in training.model.parameters())
     print(f"{parameters / 1e6:.1f} M parameters; {config.describe()}", flush=True)
@@ -243,12 +245,23 @@ def _number(
     return value
 
 
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty")  # Path("") is the folder "."
+    return text
+
+
 def _positive(text: str) -> int:
-    return int(_number(text, int, lambda v: v >= 1, "a whole number of at least 1"))
+    what = "a whole number of at least 1, and below 2^31"
+    return int(_number(text, int, lambda v: 1 <= v < 2**31, what))
 
 
-def _not_negative(text: str) -> int:
-    return int(_number(text, int, lambda v: v >= 0, "a whole number of at least 0"))
+def _seed(text: str) -> int:
+    return int(_number(text, int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"))
+
+
+def _threads(text: str) -> int:
+    return int(_number(text, int, lambda v: 0 <= v <= 1024, "a whole number from 0 to 1,024"))
 
 
 def _share(text: str) -> float:

@@ -18,11 +18,11 @@ from llmloss_ext.losses import combined_loss
 from llmloss_ext.metrics import perplexity
 from llmloss_ext.training import LossMonitor
 
-from . import checkpoint
+from . import checkpoint, memory
 from .auxiliary import Auxiliary
 from .config import TrainConfig
 from .losses import Objective, TokenScores, create_loss
-from .model import GPT
+from .model import GPT, parameter_count
 from .report import Metrics
 from .tokens import TokenText
 from .windows import IGNORED, Order, split
@@ -63,8 +63,12 @@ class Run:
         Args:
             config: The settings.
             text: The tokens.
-            folder: Where checkpoints and metrics go.
+            folder: Where checkpoints and metrics go; it is made last, once all else is right.
             state: The result of `checkpoint.load`, to resume a run.
+
+        Raises:
+            UserError: The text is too short, the memory too small, the checkpoint damaged, or the
+                folder not to be written.
         """
         self.config, self.folder = config, folder
         self.device = torch.device(config.device)
@@ -73,6 +77,7 @@ class Run:
         self.order = Order(len(self.training), config.seed)
         torch.manual_seed(config.seed)
         shape = (text.vocab_size, config.seq_len, config.dim, config.layers, config.heads)
+        memory.require(self.device, _least_bytes(config, parameter_count(*shape[:4])))
         self.model = GPT(*shape).to(self.device)
         objective = Objective(config.label_smoothing, config.z_loss, config.confidence_penalty)
         self.loss = create_loss(config.loss, self.device, objective)
@@ -85,7 +90,8 @@ class Run:
         self.step = self.position = 0
         self.totals = Totals()
         if state is not None:
-            self._restore(state)
+            with checkpoint.reading(folder):
+                self._restore(state)
         self.metrics = Metrics(folder, None if state is None else self.step)
 
     def train(self, show: Callable[[dict[str, Any]], None]) -> None:
@@ -273,6 +279,17 @@ class Run:
             "perplexity": perplexity(loss),
             **_accuracies(scores),
         }
+
+
+def _least_bytes(config: TrainConfig, parameters: int) -> int:
+    """What a step takes at the least."""
+    micro_batch = config.batch_size * config.seq_len
+    # Weights, gradients and the two moments; ten activations a block, if of two bytes; the tokens.
+    return (
+        16 * parameters
+        + 20 * config.layers * config.dim * micro_batch
+        + 16 * config.accumulate * micro_batch
+    )
 
 
 def _accuracies(scores: list[tuple[TokenScores, Tensor]]) -> dict[str, float]:

@@ -1,11 +1,14 @@
-"""Peak memory: of torch's allocator on a GPU, of the process on a CPU."""
+"""Memory: what there is, and the peak of torch's allocator on a GPU, of the process on a CPU."""
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
 import torch
+
+from llmloss_ext.cli import UserError
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -15,6 +18,24 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def require(device: torch.device, size: int) -> None:
+    """Refuses what the device cannot hold: rather than the system's killing the process.
+
+    Raises:
+        UserError: ``size`` bytes are more than there are, used and free together.
+    """
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > there:
+        raise UserError(
+            f"this run takes {size / 2**30:,.1f} GiB or more, and {device} has "
+            f"{there / 2**30:,.1f} GiB: "
+            "lower --dim, --layers, --seq-len, --batch-size or --accumulate"
+        )
 
 
 class PeakMeter:

@@ -42,6 +42,12 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
+def parameter_count(vocab_size: int, seq_len: int, dim: int, layers: int) -> int:
+    """The number of parameters of a `GPT`, without making it."""
+    block = 12 * dim * dim + 4 * dim
+    return (vocab_size + seq_len) * dim + layers * block + 2 * dim
+
+
 class GPT(nn.Module):
     """Predicts the next token.
 

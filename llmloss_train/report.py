@@ -21,7 +21,7 @@ class Metrics:
     """The metrics file: JSON lines, each on disk as soon as it is added."""
 
     def __init__(self, folder: Path, resume_at: int | None) -> None:
-        """Opens the file.
+        """Makes the folder and opens the file.
 
         Args:
             folder: The run's output folder.
@@ -32,6 +32,8 @@ class Metrics:
         self.records: list[dict[str, Any]] = []
         if resume_at is not None and self._path.exists():
             self.records = [r for r in _read(self._path) if r["step"] <= resume_at]
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         with writing(self._path):
             replace_file(self._path, self._write_all)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
@@ -57,13 +59,16 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Reads the records, except a last line that a crash has cut short."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Reads the records, up to a line that a crash has cut short or a disk has damaged."""
+    records: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+            break
+        records.append(record)
     return records
 
 

@@ -3,6 +3,7 @@
 A command in another package, such as `llmloss_train`, needs only the names exported here.
 """
 
-from .errors import INTERRUPTED, UserError
+from .devices import open_device
+from .errors import INTERRUPTED, UserError, first_line
 
-__all__ = ["INTERRUPTED", "UserError"]
+__all__ = ["INTERRUPTED", "UserError", "first_line", "open_device"]

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
@@ -68,7 +68,7 @@ def plan(rows: str, vocab_size: str, dtype: str) -> str:
     try:
         text = torch.ops.llmloss.launch_plan(n, v, ELEMENT_BYTES[dtype], *limits)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--plan: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--plan: {first_line(error)}") from None
     return f"{n:,} x {v:,} {dtype} on {name}\n{text}"
 
 
@@ -134,7 +134,10 @@ def version() -> str:
 def _isa() -> str:
     import torch
 
-    active = ISAS[torch.ops.llmloss.cpu_isa()]
+    try:
+        active = ISAS[torch.ops.llmloss.cpu_isa()]
+    except ValueError as error:  # LLMLOSS_CPU_ISA names none
+        raise UserError(first_line(error)) from error
     forced = os.environ.get("LLMLOSS_CPU_ISA")
     return active if forced is None else f"{active} (LLMLOSS_CPU_ISA={forced})"
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-from .errors import INTERRUPTED, UserError
+from .errors import OneLineParser, UserError, run_command
 from .info import version
 
 
@@ -33,19 +30,10 @@ COMMANDS = {
 }
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, without repeating the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exits with status 2."""
-        self.exit(2, f"{_error_line(message)} (see: {self.prog} --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
-    An error prints one line. With ``LLMLOSS_TRACEBACK=1`` in the environment, an error that the
-    user did not cause shows its traceback as well.
+    An error prints one line (`run_command`).
 
     Args:
         argv: The arguments after the program's name; by default those of the process.
@@ -57,34 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: After ``--help`` or ``--version`` (0) or a wrong option (2), as in argparse.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parser, command = _parser(arguments)
-        options = parser.parse_args(arguments)
-        if command is None:
-            parser.error("no command given: choose " + ", ".join(COMMANDS))
-        status = int(command.run(options))
-        sys.stdout.flush()  # fails here rather than at exit, where the status is already 0
-        return status
-    except UserError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print("llmloss: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        _drop_stdout()  # `llmloss ... | head`: nobody reads the rest
-        return 1
-    except OSError as error:
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _drop_stdout()
-        place = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{place}")
-    except Exception as error:
-        if os.environ.get("LLMLOSS_TRACEBACK", "0") not in ("", "0"):
-            traceback.print_exc()
-        hint = "(LLMLOSS_TRACEBACK=1 shows the traceback)"
-        return _fail(f"{type(error).__name__}: {str(error).strip() or 'no message'} {hint}")
+    return run_command("llmloss", lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    parser, command = _parser(arguments)
+    options = parser.parse_args(arguments)
+    if command is None:
+        parser.error("no command given: choose " + ", ".join(COMMANDS))
+    return int(command.run(options))
 
 
 def _parser(arguments: Sequence[str]) -> tuple[OneLineParser, ModuleType | None]:
@@ -118,20 +87,6 @@ def _import(module: str, command: str) -> ModuleType:
             f"llmloss {command} needs the package {package}, which comes with llmloss_ext: "
             f"pip install 'llmloss_ext[{command}]'"
         ) from error
-
-
-def _error_line(message: str) -> str:
-    return "llmloss: error: " + " ".join(message.split())
-
-
-def _fail(message: str) -> int:
-    print(_error_line(message), file=sys.stderr)
-    return 1
-
-
-def _drop_stdout() -> None:
-    """Sends what is still buffered nowhere, or Python would report it again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ def add_parser(subparsers: Any) -> None:
         description="Prints the cost of linear_cross_entropy, forward and backward.",
     )
     for name, text in (("N", "tokens"), ("D", "features per token"), ("V", "vocabulary size")):
-        parser.add_argument(name, type=int, help=text)
+        parser.add_argument(name, type=_integer, help=text)
     parser.add_argument(
         "dtype", choices=DTYPES, nargs="?", default="bfloat16",
         help="of the matrix products (default: bfloat16)",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    parser.add_argument("--chunk-tokens", type=int, help="tokens per chunk")
-    parser.add_argument("--max-chunk-bytes", type=int, help="upper limit for a chunk's logits")
+    parser.add_argument("--chunk-tokens", type=_integer, help="tokens per chunk")
+    parser.add_argument("--max-chunk-bytes", type=_integer, help="upper limit for a chunk's logits")
     parser.add_argument(
         "--recompute", action="store_true",
         help="backward computes the logits again, as with reduction=\"none\" and with losses from "
@@ -86,6 +86,16 @@ def run(args: argparse.Namespace) -> int:
     ):
         print(f"{name:<18} {value}")
     return 0
+
+
+def _integer(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 2**63
+    if abs(value) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number below 2^63")
+    return value
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

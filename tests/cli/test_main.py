@@ -15,7 +15,17 @@ from llmloss_ext.cli.main import main
 from llmloss_train import missing_packages
 
 
-@pytest.mark.parametrize("argv", [["verify", "--dtype", "x"], ["nothing"], ["info", "a\nb"], []])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["verify", "--dtype", "x"],
+        ["nothing"],
+        ["info", "a\nb"],
+        ["plan", "1", "1", "9" * 400],
+        ["plan", "1", "1", "many"],
+        [],
+    ],
+)
 def test_wrong_options_end_in_one_line(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         main(argv)
@@ -37,6 +47,9 @@ def one_line(capsys) -> str:
     [
         (["verify", "--device", "nonsense"], "--device must be cpu or cuda, got nonsense"),
         (["verify", "--device", "meta"], "--device must be cpu or cuda, got meta"),
+        (["verify", "--device", ""], "--device must be cpu or cuda, got nothing"),
+        (["verify", "--device", "mkldnn"], "--device must be cpu or cuda, got mkldnn"),
+        (["verify", "--device", "cuda:" + "9" * 30], "--device must be cpu or cuda, got cuda:9"),
         (["info", "--plan", "8", "1000", "int8"], "dtype must be one of"),
         (["info", "--plan", "8", "many", "float32"], "N and V must be integers"),
         (["info", "--plan", "8", "9" * 30, "float32"], "N and V must be below 2^63"),
@@ -82,6 +95,30 @@ def test_an_unexpected_error_ends_in_one_line(capsys, monkeypatch, error):
     monkeypatch.setenv("LLMLOSS_TRACEBACK", "1")
     assert main(["info"]) == 1
     assert "in broken" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_is_told_without_torchs_frames(capsys, monkeypatch):
+    def broken(_):
+        raise RuntimeError("\nthe reason\nframe #0: c10::Error")
+
+    monkeypatch.setattr(info, "run", broken)
+    assert main(["info"]) == 1
+    assert "RuntimeError: the reason (LLMLOSS_TRACEBACK" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_an_instruction_set_that_does_not_exist(capsys, monkeypatch, command):
+    monkeypatch.setenv("LLMLOSS_CPU_ISA", "avx1024")
+    assert main([command]) == 1
+    error = one_line(capsys)
+    assert "LLMLOSS_CPU_ISA must be" in error
+    assert "LLMLOSS_TRACEBACK" not in error
+
+
+def test_names_that_are_not_utf8_are_printed(capsys, monkeypatch):
+    monkeypatch.setattr(info, "run", lambda _: print("a\udcffb") or 0)
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out == "a\\udcffb\n"
 
 
 def test_a_full_disk_ends_in_one_line():

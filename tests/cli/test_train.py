@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,6 +169,43 @@ def test_resume_errors(corpus, tmp_path, capsys):
     assert "cannot read the checkpoint" in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 1}, "not a checkpoint of this version"),
+        ({"config": {"text": 3}}, "is damaged: TypeError"),
+        ({"model": {}}, "is damaged: RuntimeError: Error(s) in loading state_dict"),
+        ({"totals": {"nothing": 1}}, "is damaged: TypeError"),
+        ({"text_key": "another"}, "the text differs"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_kept(corpus, tmp_path, capsys, change, message):
+    assert train(corpus, tmp_path, "--steps", "1") == 0
+    capsys.readouterr()
+    torch.save(checkpoint.load(tmp_path) | change, tmp_path / checkpoint.NAME)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 1
+    assert message in one_line(capsys)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path, capsys):
+    torch.save([1, 2], tmp_path / checkpoint.NAME)
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 1
+    assert "not a checkpoint of this version" in one_line(capsys)
+
+
+@pytest.mark.parametrize("line", [b"\xff\xff", b"[1]", b'{"step": "two"}', b'{"step": 2, "lo'])
+def test_metrics_are_resumed_up_to_a_damaged_line(tmp_path, line):
+    from llmloss_train.report import METRICS, Metrics
+
+    (tmp_path / METRICS).write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    again = Metrics(tmp_path, resume_at=9)
+    again.close()
+    assert again.records == [{"step": 1}]
+    assert (tmp_path / METRICS).read_bytes() == b'{"step": 1}\n'
+
+
 BAD_TEXTS = [
     ("missing.txt", None, "cannot read"),
     ("empty.txt", b"  \n", "is empty"),
@@ -183,7 +221,7 @@ def test_bad_text(tmp_path, capsys, name, content, message):
         path.write_bytes(content)
     assert train(path, tmp_path / "run") == 1
     assert message in one_line(capsys)
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run").exists()
 
 
 BAD_OPTIONS = [
@@ -191,6 +229,11 @@ BAD_OPTIONS = [
     ("--lr -1", "a number above 0"),
     ("--lr nan", "a number above 0"),
     ("--steps two", "whole number"),
+    ("--batch-size 2147483648", "below 2^31"),
+    ("--seed 4294967296", "from 0 to 2^32 - 1"),
+    ("--threads 1025", "from 0 to 1,024"),
+    ("--text=", "must not be empty"),
+    ("--out=", "must not be empty"),
     ("--dtype int8", "invalid choice"),
     ("--loss liger", "invalid choice"),
     ("--frobnicate", "unrecognized arguments"),
@@ -208,6 +251,28 @@ def test_bad_options(corpus, tmp_path, capsys, option, message):
 def test_heads_that_do_not_divide_the_width(corpus, tmp_path, capsys):
     assert train(corpus, tmp_path / "run", "--heads", "3") == 1
     assert "not divisible" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dim", "2000000000"),
+        ("--layers", "2000000000"),
+        ("--batch-size", "2000000000"),
+        ("--accumulate", "2000000000"),
+    ],
+)
+def test_more_than_the_memory_is_refused(corpus, tmp_path, capsys, options):
+    assert train(corpus, tmp_path / "run", *options) == 1
+    assert re.search(r"takes [\d,.]+ GiB or more, and cpu has [\d,.]+ GiB: lower", one_line(capsys))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("shape", [(97, 5, 8, 0), (97, 5, 8, 1), (33, 16, 12, 3)])
+def test_parameters_are_counted_without_the_model(shape):
+    from llmloss_train.model import GPT, parameter_count
+
+    assert parameter_count(*shape) == sum(p.numel() for p in GPT(*shape, 2).parameters())
 
 
 def test_a_contrastive_loss_needs_two_halves(corpus, tmp_path, capsys):
