@@ -316,9 +316,10 @@ struct Operators {
       STD_TORCH_CHECK(grad.numel() == 1 || grad.numel() == loss.problem.rows.rows,
                       "llmloss: the loss's gradient must have one number, or one per row");
       check_device(denominator, input, "denominator");
-      STD_TORCH_CHECK(denominator.scalar_type() == scalar_type_of<Real> && (denominator.numel() == 0 ||
-                           denominator.numel() == MeanDenominator<Real>::count),
-                      "llmloss: denominator must be what forward returned");
+      STD_TORCH_CHECK(
+          denominator.scalar_type() == scalar_type_of<Real> &&
+              (denominator.numel() == 0 || denominator.numel() == MeanDenominator<Real>::count),
+          "llmloss: denominator must be what forward returned");
       GradSource<Real> source = loss.source();
       source.grad_loss = data<Real>(grad);
       source.grad_loss_stride = grad.numel() == 1 ? 0 : 1;
