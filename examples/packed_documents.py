@@ -6,6 +6,8 @@ ids, document ids or flash-attention's offsets, whichever a data loader has.
     python examples/packed_documents.py
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -31,7 +33,7 @@ for side in ("left", "right"):
 
 packed = torch.cat(documents).unsqueeze(0)
 positions = torch.cat([torch.arange(n) for n in lengths])
-boundaries = {
+boundaries: dict[str, Any] = {
     "position_ids": positions,
     "document_ids": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
     "cu_seqlens": F.pad(torch.tensor(lengths).cumsum(0), (1, 0)),

@@ -316,8 +316,8 @@ class DenseCall:
 def _share_memory(one: Tensor, other: Tensor) -> bool:
     if torch.compiler.is_compiling():  # which cannot trace the other question
         return one.data_ptr() == other.data_ptr()
-    is_alias: bool = torch._C._is_alias_of(one, other)  # fake tensors have no pointers
-    return is_alias
+    # Fake tensors have no pointers.
+    return bool(torch._C._is_alias_of(one, other))  # type: ignore[attr-defined]
 
 
 def _class_dim(

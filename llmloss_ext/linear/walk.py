@@ -54,7 +54,7 @@ class LossResults(NamedTuple):
     (and the weight's and bias's in float32).
     """
 
-    loss: Tensor
+    loss: Any
     grad_input: Tensor
     grad_linear_weight: Tensor
     grad_linear_bias: Tensor
