@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from .shard import Shard
 
@@ -17,7 +18,9 @@ _CLASSES = {"input": -1, "linear_weight": 0, "linear_bias": 0, "weight": 0}
 
 def is_dtensor(tensor: Any) -> bool:
     """Whether it is a DTensor, or a parameter made of one; imports nothing."""
-    return isinstance(tensor, Tensor) and hasattr(tensor, "placements")
+    kind = type(tensor)  # a small call pays for this
+    is_plain = kind is Tensor or kind is Parameter
+    return not is_plain and isinstance(tensor, Tensor) and hasattr(tensor, "placements")
 
 
 def call_with_dtensors(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

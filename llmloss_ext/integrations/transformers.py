@@ -14,9 +14,7 @@ Both use the ``num_items_in_batch`` that `transformers.Trainer` passes with each
 
 from __future__ import annotations
 
-import functools
 import inspect
-import types
 import warnings
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -190,11 +188,31 @@ class _KeepsHooks(torch.autograd.Function):
         return grad, grad.new_zeros(shape, dtype=dtype)
 
 
+class _Forward:
+    """A model's forward, by way of its patch. It is copied and pickled with the model."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The model's, by which `transformers.Trainer` chooses the columns of its batches."""
+        whole = inspect.signature(type(self._model).forward)
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model."""
+        patch = getattr(self._model, _PATCH, None)
+        if patch is None:  # removed, but still called by a wrapper installed since
+            return type(self._model).forward(self._model, *args, **kwargs)
+        return patch.call(self._model, args, kwargs)
+
+
 class _Patch:
     """Replaces a model's forward and loss_function.
 
-    It holds no reference to the model, and the replacements are bound methods, so that a deep copy
-    of the model works with its own copy of the patch.
+    It holds no reference to the model, and the replacements no other patch than their model's, so
+    that a copy of the model works with its own.
     """
 
     def __init__(self, model: Any, logits: str | None, options: dict[str, Any]) -> None:
@@ -206,24 +224,19 @@ class _Patch:
         self._replaced = {name: own[name] for name in ("forward", "_loss_function") if name in own}
         self._original_loss = model.loss_function
         self._handle = model.register_forward_pre_hook(_refuse_replicas)
-
-        @functools.wraps(type(model).forward)
-        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-            patch = getattr(model, _PATCH, None)
-            if patch is None:  # removed, but still called by a wrapper installed since
-                return type(model).forward(model, *args, **kwargs)
-            return patch.call(model, args, kwargs)
-
-        self._forward = forward
-        model.forward = types.MethodType(forward, model)
+        model.forward = _Forward(model)
         model.loss_function = self.loss
 
     def remove(self, model: Any) -> None:
         """Restores the model's attributes, except those that others have replaced since."""
         self._handle.remove()
-        ours = {"forward": types.MethodType(self._forward, model), "_loss_function": self.loss}
-        for name, mine in ours.items():
-            if vars(model).get(name) == mine:
+        own = vars(model)
+        ours = {
+            "forward": isinstance(own.get("forward"), _Forward),
+            "_loss_function": own.get("_loss_function") == self.loss,
+        }
+        for name, is_ours in ours.items():
+            if is_ours:
                 delattr(model, name)
                 if name in self._replaced:
                     setattr(model, name, self._replaced[name])

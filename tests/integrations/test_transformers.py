@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import io
 
 import pytest
 import torch
@@ -178,6 +180,27 @@ def test_a_copy_is_bound_to_itself():
             parameter.zero_()
     assert torch.equal(copied(**batch()).loss, before)
     assert model(**batch()).loss != before
+
+
+def test_a_pickled_model_is_patched():
+    model = model_of("llama")
+    use_linear_cross_entropy(model, z_loss=1e-3)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    loaded = torch.load(stored, weights_only=False)
+    assert torch.equal(loaded(**batch()).loss, model(**batch()).loss)
+    assert loaded(**batch()).logits.shape == (B, 1, V)
+    stop_linear_cross_entropy(loaded)
+    assert loaded(**batch()).logits.shape == (B, S, V)
+
+
+def test_the_signature_is_the_models():
+    """`transformers.Trainer` chooses a batch's columns by it."""
+    model = model_of("llama")
+    before = inspect.signature(model.forward)
+    use_linear_cross_entropy(model)
+    assert inspect.signature(model.forward) == before
 
 
 def test_refusals():
