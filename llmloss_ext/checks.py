@@ -10,26 +10,27 @@ from .ops.derivatives import can_read
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_dense(optional: dict[str, Tensor | None] | None = None, /, **required: Tensor) -> None:
-    """Raises a TypeError that names an argument that is not a dense tensor.
+def check_dense(name: str, tensor: Tensor | None, *, optional: bool = False) -> None:
+    """Raises a TypeError if an argument is not a dense tensor; None may be ``optional``."""
+    if isinstance(tensor, Tensor):
+        if tensor.layout is torch.strided and not tensor.is_nested:
+            return
+        kind = f"a nested tensor of {tensor.layout}" if tensor.is_nested else tensor.layout
+        raise TypeError(
+            f"{name} must be a dense tensor, or jagged like the other arguments; got {kind}"
+        )
+    if tensor is None and optional:
+        return
+    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}".removeprefix("builtins.")
+    raise TypeError(f"{name} must be a torch.Tensor, got {kind}; torch.as_tensor makes one")
 
-    Args:
-        optional: Arguments that may be None.
-        required: Arguments that may not.
-    """
-    given = {name: x for name, x in (optional or {}).items() if x is not None}
-    for name, tensor in (given | required).items():
-        if not isinstance(tensor, Tensor):
-            kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
-            raise TypeError(
-                f"{name} must be a torch.Tensor, got {kind.removeprefix('builtins.')}; "
-                "torch.as_tensor makes one"
-            )
-        if tensor.is_nested or tensor.layout is not torch.strided:
-            kind = f"a nested tensor of {tensor.layout}" if tensor.is_nested else tensor.layout
-            raise TypeError(
-                f"{name} must be a dense tensor, or jagged like the other arguments; got {kind}"
-            )
+
+def check_all_dense(required: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
+    """`check_dense` of several arguments by name."""
+    for name, tensor in required.items():
+        check_dense(name, tensor)
+    for name, other in optional.items():
+        check_dense(name, other, optional=True)
 
 
 def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:

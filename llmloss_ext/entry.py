@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -32,24 +33,36 @@ def entry_point(first: str, *per_token: str) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
+            # A small call pays for these lines.
             if torch.compiler.is_compiling():
                 return function(*args, **options)
-            input = args[0] if args else options.get(first)
+            if _are_plain(args) and _are_plain(options.values()) and not _profiler_enabled():
+                return function(*args, **options)
+            named = dict(zip(parameters, args, strict=False)) | options
+            input = named.get(first)
             if isinstance(input, Tensor) and input.is_nested:
-                named = dict(zip(parameters, args, strict=False)) | options
                 return call_jagged(call, (first, *per_token), named)
-            if any(map(is_dtensor, args)) or any(map(is_dtensor, options.values())):
-                named = dict(zip(parameters, args, strict=False)) | options
+            if any(map(is_dtensor, named.values())):
                 return call_with_dtensors(call, named)
             if not _profiler_enabled():
                 return function(*args, **options)
-            named = dict(zip(parameters, args, strict=False)) | options
             with torch.profiler.record_function(_range_name(function.__name__, named)):
                 return function(*args, **options)
 
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, NoneType, bool, int, float, str})
+
+
+def _are_plain(arguments: Collection[Any]) -> bool:
+    """Whether there is no tensor of a kind of its own, such as nested tensors and DTensors."""
+    for x in arguments:  # noqa: SIM110 (a generator takes three times as long)
+        if type(x) not in _PLAIN:
+            return False
+    return True
 
 
 def _range_name(function: str, named: dict[str, Any]) -> str:

@@ -198,7 +198,10 @@ class DenseCall:
         shard: Shard | None,
         class_dim: int | None,
     ) -> None:
-        check_dense({"weight": weight}, input=input, target=target)
+        check_dense("input", input)
+        check_dense("target", target)
+        if weight is not None:
+            check_dense("weight", weight)
         if input.dtype not in FLOATS:
             raise RuntimeError(
                 f"expected logits of float32, bfloat16, float16 or float64, got {input.dtype}"

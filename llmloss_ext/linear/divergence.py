@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..checks import check_dense, items_tensor
+from ..checks import check_all_dense, items_tensor
 from ..composite import items_denominator, real_of
 from ..divergence import (
     COPIES,
@@ -262,10 +262,12 @@ def linear_kl_div(
     direction = checked_direction(direction, beta, temperature)
     if reduction not in ("mean", "sum"):
         raise ValueError(f'linear_kl_div: reduction must be "mean" or "sum", got {reduction!r}')
-    check_dense(
+    check_all_dense(
+        {
+            "student_hidden": student_hidden, "student_weight": student_weight,
+            "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight,
+        },
         {"student_bias": student_bias, "teacher_bias": teacher_bias, "target": target},
-        student_hidden=student_hidden, student_weight=student_weight,
-        teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
     )  # fmt: skip
     check_projection(student_hidden, student_weight, student_bias)
     check_projection(teacher_hidden, teacher_weight, teacher_bias)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import composite, ops
 from ..checks import (
+    check_all_dense,
     check_dense,
     check_range,
     check_scale,
@@ -121,7 +122,7 @@ def linear_cross_entropy(
     walk = _HowChunks(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
     )
-    check_dense(input=input, linear_weight=linear_weight)
+    check_dense("linear_weight", linear_weight)
     items = items_tensor(num_items, reduction, input)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     if linear_weight.dim() > 2:
@@ -308,10 +309,10 @@ class LinearCall:
         sequences: Sequences,
         shard: Shard | None,
     ) -> None:
-        check_dense(
+        check_all_dense(
+            {"input": input, "linear_weight": linear_weight, "target": target},
             {"linear_bias": linear_bias, "weight": weight},
-            input=input, linear_weight=linear_weight, target=target,
-        )  # fmt: skip
+        )
         ignore_index, softcap, logit_scale, vocab_size = logits
         check_projection(input, linear_weight, linear_bias)
         input = to_dtype_of_products(input)

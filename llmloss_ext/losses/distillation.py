@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import composite
-from ..checks import check_dense, items_tensor
+from ..checks import check_all_dense, items_tensor
 from ..composite import real_of
 from ..divergence import check_teacher, checked_direction, common_classes, divergence, divergence_of
 from ..rowwise import by_rows
@@ -60,7 +60,9 @@ def distillation_loss(
         ValueError: The shapes do not fit, or an option is out of range.
     """
     direction = checked_direction(direction, beta, temperature)
-    check_dense({"target": target}, student_logits=student_logits, teacher_logits=teacher_logits)
+    check_all_dense(
+        {"student_logits": student_logits, "teacher_logits": teacher_logits}, {"target": target}
+    )
     items = _checked_items(num_items, reduction, student_logits)
     has_classes = student_logits.dim() and teacher_logits.dim()
     if not has_classes or student_logits.shape[:-1] != teacher_logits.shape[:-1]:
@@ -150,9 +152,12 @@ def top_k_distillation_loss(
         RuntimeError: A token outside [0, V).
     """
     direction = checked_direction(direction, beta, temperature)
-    check_dense(
+    check_all_dense(
+        {
+            "student_logits": student_logits, "teacher_ids": teacher_ids,
+            "teacher_log_probs": teacher_log_probs,
+        },
         {"target": target},
-        student_logits=student_logits, teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs,
     )  # fmt: skip
     items = _checked_items(num_items, reduction, student_logits)
     if (
