@@ -1,4 +1,4 @@
-"""Runs the checks of `make test`, as many at a time as there are cores: most keep one core busy.
+"""Runs the checks of `make test`, as many at a time as there are cores, with one thread each.
 
     python tests/side_by_side.py MAKE
 
@@ -59,7 +59,7 @@ def run(check: Check) -> Result:
     for command in check.commands:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            check=False, cwd=TESTS.parent,
+            check=False, cwd=TESTS.parent, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         output += done.stdout
         passed = done.returncode == 0

@@ -90,6 +90,7 @@ def test_an_example_runs(path):
         "gradient_accumulation": r"error with num_items +\d\.\de-1\d",
         "hugging_face": r"kept for backward: [\d.]{3} and \d{3}\.\d MiB",
         "options": r"F1 of two texts +0\.8571",
+        "packed_documents": r"position_ids .*loss (\d\.\d{6})\n.*\1\n.*\1\n[\s\S]*219 of 224",
         "pretraining": r"step  90 .* is a spike: skipped\n.*\nstep 119  next 0\.",
         "tensor_parallel": r"same bits: True\n.*(\d\.\d{3})\d\d  one device \1",
     }
