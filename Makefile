@@ -41,7 +41,7 @@ QUIET := 2>&1 | { grep -v '^WARNING: Location' || true; }
 needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
-.PHONY: help setup build quick debug demo test check format lint types style cpp-test sanitize bench bench-readme clean
+.PHONY: help setup build quick debug demo test check format lint types style cpp-test sanitize mutants bench bench-readme clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -135,6 +135,9 @@ sanitize: $(SETUP)  ## The same under AddressSanitizer and UBSan
 	$(call ctest,build/sanitize,-DCMAKE_BUILD_TYPE=Debug -DLLMLOSS_SANITIZE=ON)
 	@echo "Emulated CUDA kernels under AddressSanitizer and UBSan"
 	@$(PY) tests/simt/sanitize.py
+
+mutants: build  ## Makes mutants of the sources, lists those that no test notices (hours; it can be stopped)
+	@PYTHONPATH=.:tests $(PY) -m mutants $(MUTANTS)
 
 bench: build  ## Times the losses beside torch and the machine's limits, and writes a report (two minutes)
 	@$(PY) -m bench run --suite quick --out runs/bench --overwrite
