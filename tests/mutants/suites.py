@@ -43,20 +43,24 @@ class Suite(NamedTuple):
         return CppTrial(sandbox, [*plain, *(CppTest(test, True) for test in self.sanitized)])
 
 
-_CORE = "tests/cpp/test_core.cpp"
+_CORE, _ROWS = "tests/cpp/test_core.cpp", "tests/cpp/test_loss_rows.cpp"
+_NO_PART = "tests/test_no_part.py"
 _EDGES, _KERNELS = "tests/cpp/test_cpu_edges.cpp", "tests/cpp/test_cpu_kernels.cpp"
 # They compile, measure memory or take seconds, and hold little that the others do not.
 _SLOW = "compil or the_peak or no_more_memory or data_parallel or do_not_overflow"
 SUITES = (
-    Suite("csrc/core/*.h", (_CORE, _EDGES, _KERNELS), sanitized=(_CORE,)),
+    Suite("csrc/core/*.h", (_CORE, _ROWS, _EDGES, _KERNELS), sanitized=(_CORE,)),
     Suite("csrc/cpu/*", (_EDGES, _KERNELS), sanitized=(_EDGES, _KERNELS)),
     Suite(
         "llmloss_ext/linear/*.py",
-        ("tests/linear/test_{name}.py", "tests/linear", "tests/losses/test_distillation.py"),
+        (
+            "tests/linear/test_{name}.py", "tests/linear", "tests/losses/test_distillation.py",
+            _NO_PART,
+        ),
         deselected=_SLOW,
     ),
     Suite(
-        "llmloss_ext/losses/*.py", ("tests/losses/test_{name}.py", "tests/losses"),
+        "llmloss_ext/losses/*.py", ("tests/losses/test_{name}.py", "tests/losses", _NO_PART),
         deselected=_SLOW,
     ),
     Suite(
@@ -66,9 +70,13 @@ SUITES = (
     ),
     Suite(
         "llmloss_ext/composite.py",
-        ("tests/test_transforms.py", "tests/test_token_stats.py", "tests/test_cross_entropy.py"),
+        (
+            "tests/test_transforms.py", "tests/test_token_stats.py", "tests/test_cross_entropy.py",
+            _NO_PART, "tests/linear/test_functional.py",
+        ),
         deselected=_SLOW,
     ),
+    Suite("llmloss_ext/sequences.py", ("tests/test_sequences.py",)),
     Suite("llmloss_ext/shard.py", ("tests/parallel",), deselected=_SLOW),
 )  # fmt: skip
 
