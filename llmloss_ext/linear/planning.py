@@ -148,6 +148,9 @@ def plan(
         working += weight_elements * size  # a copy in the dtype of the products
     gathered = drop_ignored * chunk * features * size
     beside = with_input * gathered  # the hidden states' gradient, before it is put in its rows
+    if kind != "cpu" and not drop_ignored:
+        # A copy of the hidden states, with zeros at tokens that may be ignored.
+        beside = max(beside, with_weight * chunk * features * size)
     rounding = 0
     if with_weight:
         if kind == "cpu" and accumulated != dtype:
