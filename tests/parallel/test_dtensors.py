@@ -1,4 +1,4 @@
-"""DTensors whose classes are sharded, against the whole on one process; and FSDP2's layouts."""
+"""DTensors whose classes are sharded, against the whole on one process."""
 
 from __future__ import annotations
 
@@ -84,42 +84,3 @@ def rank_hidden_states(rank, ranks):
 
 def test_hidden_states(ranks):
     ranks.run(rank_hidden_states)
-
-
-def rank_fsdp2(rank, ranks, own_unit):
-    """The output layer as a unit of its own, as accelerate has it, or in the root."""
-    transformers = pytest.importorskip("transformers")
-    from torch.distributed.fsdp import fully_shard
-
-    from llmloss_ext.integrations.transformers import use_linear_cross_entropy
-
-    mesh = init_device_mesh("cpu", (ranks,))
-    results = []
-    for is_ours in (False, True):
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=CLASSES, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
-        )  # fmt: skip
-        model = transformers.LlamaForCausalLM(config).train()
-        if is_ours:
-            use_linear_cross_entropy(model)
-        for unit in (*model.model.layers, *([model.lm_head] if own_unit else [])):
-            fully_shard(unit, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        ids = torch.randint(3, CLASSES, (2, 7), generator=torch.Generator().manual_seed(rank))
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        results.append(
-            (loss.detach(), {n: p.grad.full_tensor() for n, p in model.named_parameters()})
-        )
-    (stock, stock_grads), (ours, our_grads) = results
-    assert_close(ours, stock, 1e-5)
-    for name, grad in our_grads.items():
-        assert_close(grad, stock_grads[name], 1e-5)
-
-
-@pytest.mark.parametrize("own_unit", [False, True])
-def test_fsdp2(two, own_unit):
-    pytest.importorskip("transformers")
-    two.run(rank_fsdp2, own_unit)
