@@ -154,8 +154,21 @@ def use_linear_cross_entropy(model: Any, *, logits: str | None = None, **options
         )
     if "loss_function" not in inspect.unwrap(kind.forward).__code__.co_names:
         raise ValueError(f"{kind.__name__} does not call its loss_function; use causal_lm_loss")
+    _check_loss(model)
     stop_linear_cross_entropy(model)
     setattr(model, _PATCH, _Patch(model, logits, _logit_options(model.config) | options))
+
+
+def _check_loss(model: Any) -> None:
+    """Raises a ValueError if the model's labels are not those of the next tokens."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    theirs = model.loss_function
+    if theirs is not ForCausalLMLoss and theirs in LOSS_MAPPING.values():
+        raise ValueError(
+            f"{type(model).__name__} computes its loss by {theirs.__name__}, not from the next "
+            "token's labels"
+        )
 
 
 def stop_linear_cross_entropy(model: Any) -> None:

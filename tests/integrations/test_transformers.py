@@ -220,6 +220,14 @@ def test_refusals():
     )
     with pytest.raises(ValueError, match="does not call its loss_function"):
         use_linear_cross_entropy(encoder)
+    masked = transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(
+            vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=4, pad_token_id=0,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="by ForMaskedLMLoss, not from the next token's labels"):
+        use_linear_cross_entropy(masked)
     own_loss = transformers.BartForCausalLM(
         transformers.BartConfig(
             vocab_size=V,
