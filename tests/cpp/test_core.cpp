@@ -7,12 +7,15 @@
 #include "check.h"
 #include "core/loss_rows.h"
 #include "core/params.h"
+#include "core/rows.h"
+#include "core/shards.h"
 
 using namespace llmloss;
 
 namespace {
 
 constexpr double inf = std::numeric_limits<double>::infinity();
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 
 // The state of one column, as a kernel would make it.
 PartialState<double> column(double x, int64_t index, double a, double target_logit,
@@ -108,6 +111,67 @@ void test_first_of_equal_maxima_wins_from_either_side() {
   const auto first = column(2.0, 3, 0, 0), second = column(2.0, 9, 0, 0);
   CHECK(merge(first, second).argmax == 3);
   CHECK(merge(second, first).argmax == 3);
+  const auto very_first = column(2.0, 0, 0, 0);
+  CHECK(merge(very_first, second).argmax == 0);
+  CHECK(merge(second, very_first).argmax == 0);
+  // Of columns that are all -inf, too; the identity has none.
+  const auto lowest = column(-inf, 4, 0, 0);
+  CHECK(merge(lowest, PartialState<double>()).argmax == 4);
+  CHECK(merge(PartialState<double>(), lowest).argmax == 4);
+}
+
+// One class has all of the probability: rounding may leave a little less than no entropy.
+void test_rounding_is_cut_off() {
+  PartialState<double> state;
+  state.max = 0;
+  state.sum_exp = 1;
+  state.sum_x_exp = 1e-17;
+  state.sum_sq_exp = 1 + 1e-15;
+  const auto stats = finalize(state, 0.0, 2).floats;
+  CHECK(stats[Stat::entropy] == 0 && stats[Stat::log_sum_sq_probs] == 0);
+}
+
+// Logits as far apart as float allows: the factor underflows, and the shift times a sum overflows.
+void test_parts_far_apart() {
+  PartialState<float> low, high;
+  low.max = -1.5e38f;
+  low.sum_exp = low.sum_sq_exp = 4;  // four equal logits
+  low.sum_x_exp = -1;
+  high.max = 1.5e38f;
+  high.sum_exp = high.sum_sq_exp = 1;
+  for (const auto& whole : {merge(low, high), merge(high, low)}) {
+    CHECK(whole.sum_exp == 1 && whole.sum_x_exp == 0 && whole.sum_sq_exp == 1);
+    CHECK(finalize(whole, 1.5e38f, 5).floats[Stat::entropy] == 0);
+  }
+}
+
+// What a call wants, and that a sum which nobody wants is 0 after it is joined.
+void test_wanted_statistics() {
+  double number = 0;
+  RowOutputs<double> out;
+  const auto nothing = Wanted::by(out);
+  CHECK(!nothing.order() && !nothing.more_sums());
+  for (const int stat : {int(Stat::argmax), int(Stat::rank)}) {
+    Wanted wanted;
+    wanted.integers[stat] = true;
+    CHECK(wanted.order() && !wanted.more_sums());
+  }
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    RowOutputs<double> one;
+    one.floats[stat] = &number;
+    const auto wanted = Wanted::by(one);
+    const bool more = stat == Stat::entropy || stat == Stat::log_sum_sq_probs;
+    CHECK(wanted.more_sums() == more && !wanted.order());
+    PartialState<double> state;
+    state.sum_exp = state.sum_x_exp = state.sum_sq_exp = 2;
+    state.sum_weighted = state.sum_weights = 2;
+    state.join_sums(wanted, [](double sum) { return sum + 1; });
+    CHECK(state.sum_exp == 3);
+    CHECK(state.sum_x_exp == (stat == Stat::entropy ? 3 : 0));
+    CHECK(state.sum_sq_exp == (stat == Stat::log_sum_sq_probs ? 3 : 0));
+    CHECK(state.sum_weighted == (stat == Stat::mean_log_prob ? 3 : 0));
+    CHECK(state.sum_weights == (stat == Stat::mean_log_prob ? 3 : 0));
+  }
 }
 
 void test_rows_without_statistics() {
@@ -206,6 +270,14 @@ void test_loss_and_its_upstream() {
   options.label_smoothing = 1.0;
   options.z_loss = 0;
   CHECK(row_loss(options, loss_stats(-inf, 3.0, -5.0), 1.0) == 5.0);
+  // So do options that are not asked for: 0 times lse^2, or (1 - p)^0 where p = 1, is no number.
+  CHECK(row_loss(LossOptions<double>{}, loss_stats(-2.0, inf, -5.0), 1.0) == 2.0);
+  CHECK(loss_upstream(LossOptions<double>{}, 1.0, loss_stats(-2.0, inf, -5.0), 1.0)[Stat::lse] ==
+        0);
+  CHECK(row_loss(options, loss_stats(0.0, 3.0, -5.0), 1.0) == 5.0);
+  options.z_loss = 1.0;
+  CHECK(row_loss(options, loss_stats(-2.0, 3.0, -5.0), 1.0) == 5.0 + 9.0);
+  CHECK(loss_upstream(options, 1.0, loss_stats(-2.0, 3.0, -5.0), 1.0)[Stat::lse] == 6.0);
 }
 
 // (1 - p)^gamma times the smoothed and weighted part alone; derivatives by central differences.
@@ -299,16 +371,29 @@ void test_finalized_states_merge_as_states_do() {
   check_same(merged, merge_all(states));
 }
 
+// A shard whose logits are all -inf, with and without weights in the mean.
+void test_a_shard_of_minus_infinity() {
+  for (const double weight : {0.0, 0.5, 1.0}) {
+    const auto part = column(-inf, 3, weight, 0.0);
+    const auto stats = finalize(part, -inf, 6);
+    check_same(state_of(stats), part);
+    CHECK(target_logit_of(stats) == -inf);
+  }
+}
+
 void test_transform() {
-  for (const double z : {-50.0, -1.0, 0.0, 0.3, 40.0}) {
-    const LogitTransform<double> cap{1.7, 30.0};
-    const auto t = cap.with_derivatives(z);
-    CHECK_CLOSE(t.x, 30.0 * std::tanh(1.7 * z / 30.0), 1e-15);
-    CHECK_CLOSE(t.x, cap.apply(z), 0);
-    const double h = 1e-6;
-    CHECK_CLOSE(t.dx_dz, (cap.apply(z + h) - cap.apply(z - h)) / (2 * h), 1e-8);
-    const LogitTransform<double> up{1.7 + h, 30.0}, down{1.7 - h, 30.0};
-    CHECK_CLOSE(t.dx_dscale, (up.apply(z) - down.apply(z)) / (2 * h), 1e-8);
+  for (const double at : {30.0, 0.5}) {
+    for (const double z : {-50.0, -1.0, 0.0, 0.3, 40.0}) {
+      const LogitTransform<double> cap{1.7, at};
+      const auto t = cap.with_derivatives(z);
+      CHECK_CLOSE(t.x, at * std::tanh(1.7 * z / at), 1e-15);
+      CHECK_CLOSE(t.x, cap.apply(z), 0);
+      const double h = 1e-6;
+      CHECK_CLOSE(t.dx_dz, (cap.apply(z + h) - cap.apply(z - h)) / (2 * h), 1e-8);
+      const LogitTransform<double> up{1.7 + h, at}, down{1.7 - h, at};
+      CHECK_CLOSE(t.dx_dscale, (up.apply(z) - down.apply(z)) / (2 * h), 1e-8);
+    }
+    CHECK((LogitTransform<double>{1.0, at}.kind() == TransformKind::softcap));
   }
   CHECK(LogitTransform<double>().kind() == TransformKind::identity);
   const auto flat = LogitTransform<double>{1.0, 30.0}.with_derivatives(-inf);
@@ -342,7 +427,11 @@ void test_half_types() {
     BFloat16 brain_back;
     from_real(brain_value, brain_back);
     CHECK(std::isnan(brain_value) || brain_back.bits == bits);
-    // Half-way between this and the next larger magnitude: to the even one.
+    if (std::isfinite(brain_value)) {
+      from_real(bit_cast<float>(bits << 16 | 0x8000u), brain_back);
+      CHECK(brain_back.bits == ((bits & 1) ? bits + 1 : bits));
+    }
+    // Half-way between this and the next larger magnitude: to the even one, in both types.
     if (exponent < 30) {
       const float next = to_real(Half{uint16_t(bits + 1)});
       from_real((value + next) / 2, back);
@@ -359,24 +448,215 @@ void test_half_types() {
   BFloat16 brain;
   from_real(std::numeric_limits<float>::quiet_NaN(), brain);
   CHECK(std::isnan(to_real(brain)));
-  from_real(1.00390625f, brain);  // half-way between 1 and 1.0078125
-  CHECK(brain.bits == 0x3f80);
 }
 
 void test_layouts_targets_and_weights() {
-  const RowLayout rows{3, 100, 10};
-  CHECK(rows.offset(0) == 0 && rows.offset(2) == 20 && rows.offset(3) == 100);
-  const int32_t ids[] = {4, -100, 9};
+  const RowLayout layout{3, 100, 10};
+  CHECK(layout.offset(0) == 0 && layout.offset(2) == 20 && layout.offset(3) == 100);
+  CHECK(layout.offset(4) == 110 && layout.offset(8) == 220);
+  CHECK(RowLayout{}.offset(5) == 0);  // one row for all
+
+  const int32_t ids[] = {0, -100, 9, -1};
   const Targets targets{ids, false, -100};
-  CHECK(targets[0] == 4 && targets.ignored(1) && !targets.in_range(2, 9));
+  CHECK(targets[2] == 9 && targets.are_indices());
+  CHECK(targets.in_range(0, 9) && !targets.in_range(2, 9) && targets.in_range(2, 10));
+  CHECK(!targets.in_range(3, 9));
+  CHECK(targets.active(0, 9) && !targets.active(1, 9) && !targets.active(2, 9));
+  CHECK(targets.ignored(1) && !targets.ignored(0));
+  CHECK(!targets.is_elsewhere(3) && !targets.active(3, 9));
+  const Targets of_shard{ids, false, -100, true};
+  CHECK(of_shard.is_elsewhere(3) && of_shard.active(3, 9) && !of_shard.is_elsewhere(0));
+  CHECK(!of_shard.active(2, 9) && !of_shard.active(1, 9));
+  const Targets ignores_a_class{ids, false, 9};
+  CHECK(!ignores_a_class.active(2, 10));
+  const Targets probabilities{};
+  CHECK(!probabilities.are_indices() && !probabilities.ignored(0) && probabilities.active(0, 1));
+
   const float q[] = {0.25f, 0.75f}, w[] = {2.0f, 4.0f};
   ColumnWeights<float> weights;
+  weights.beta = 0.1f;
+  CHECK(weights.is_constant() && weights.of_class(1) == 1 && weights.at(0, 1) == 0.1f);
   weights.class_weight = w;
+  CHECK(!weights.is_constant() && weights.of_class(1) == 4 && weights.at(0, 1) == 4 * 0.1f);
   weights.probabilities = q;
   weights.rows = {1, 0, 2};
   weights.alpha = 0.5f;
-  weights.beta = 0.1f;
   CHECK_CLOSE(weights.at(0, 1), 4.0 * (0.5 * 0.75 + 0.1), 1e-6);
+  weights.class_weight = nullptr;
+  CHECK(!weights.is_constant());
+}
+
+// The upstream gradient of a row's loss, and the statistics that a row of arrays holds.
+void test_sources_of_gradients() {
+  const double grads[] = {2.0, 3.0}, weights[] = {5.0, 7.0}, denominator[] = {4.0, 1e9};
+  GradSource<double> source;
+  CHECK(source.of_loss(1) == 1);
+  source.grad_loss = grads;
+  CHECK(source.of_loss(1) == 2);  // one number for all rows
+  source.grad_loss_stride = 1;
+  CHECK(source.of_loss(0) == 2 && source.of_loss(1) == 3);
+  source.token_weight = weights;
+  source.denominator = denominator;
+  CHECK(source.of_loss(1) == 3.0 * 7.0 / 4.0);
+
+  source.grads[Stat::entropy] = grads;
+  CHECK(source.has(Stat::entropy) && !source.has(Stat::lse));
+  const auto of_stats = source.upstream(1, loss_stats(-2.0, 3.0, -5.0), 1.0);
+  CHECK(of_stats[Stat::entropy] == 3 && of_stats[Stat::log_prob] == 0);
+  source.from_loss = true;
+  CHECK(!source.has(Stat::entropy) && source.has(Stat::lse) && source.has(Stat::log_prob));
+  CHECK(!source.has(Stat::mean_log_prob));
+  const auto of_loss = source.upstream(1, loss_stats(-2.0, 3.0, -5.0), 1.5);
+  CHECK(of_loss[Stat::log_prob] == -3.0 * 7.0 / 4.0 * 1.5 && of_loss[Stat::entropy] == 0);
+
+  SavedStats<double> saved;
+  saved.floats[Stat::entropy] = weights;
+  for (auto& field : saved.state.at) field = grads;
+  saved.state[StateField::sum_weights] = denominator;
+  const auto row = saved.of_row(1);
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    CHECK(row.floats[stat] == (stat == Stat::entropy ? 7 : 0));
+  }
+  CHECK(row.state[StateField::reference] == 3 && row.state[StateField::sum_exp] == 3);
+  CHECK(row.state[StateField::sum_weights] == 1e9);
+}
+
+// The arrays of some rows, of which each statistic can be asked for.
+struct Arrays {
+  explicit Arrays(size_t rows) {
+    for (auto& v : floats.at) v.assign(rows, -7);
+    for (auto& v : integers.at) v.assign(rows, -7);
+    for (auto& v : state.at) v.assign(rows, -7);
+  }
+
+  RowOutputs<double> outputs() {
+    RowOutputs<double> out;
+    for (int i = 0; i < floats.size; ++i) out.floats.at[i] = floats.at[i].data();
+    for (int i = 0; i < integers.size; ++i) out.integers.at[i] = integers.at[i].data();
+    for (int i = 0; i < state.size; ++i) out.state.at[i] = state.at[i].data();
+    return out;
+  }
+
+  FloatStats<std::vector<double>> floats;
+  IntegerStats<std::vector<int64_t>> integers;
+  StateFields<std::vector<double>> state;
+};
+
+// What is written for a row that is not active, and that nothing is where nobody asked.
+void test_rows_that_are_not_active() {
+  const int64_t ids[] = {2, -100, 5, -1};
+  RowInputs<double> in;
+  in.rows = 4;
+  in.vocab_size = in.columns = 5;
+  in.targets.data = ids;
+  CHECK(is_active(in, 0) && !is_active(in, 1) && !is_active(in, 2) && !is_active(in, 3));
+  CHECK(target_is_here(in, 0));
+  in.targets.of_shard = true;
+  CHECK(is_active(in, 3) && !target_is_here(in, 3));
+  CHECK(!target_is_here(RowInputs<double>{}, 0));  // probability targets
+
+  Arrays arrays(3);
+  RowOutputs<double> out = arrays.outputs();
+  out.floats[Stat::lse] = nullptr;
+  for (const int64_t row : {1, 2}) write_statistics(out, row, absent_statistics<double>(in, row));
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    const auto& values = arrays.floats[stat];
+    CHECK(values[0] == -7);
+    CHECK(stat == Stat::lse ? values[1] == -7 : values[1] == 0);
+    CHECK(stat == Stat::lse ? values[2] == -7 : std::isnan(values[2]));
+  }
+  for (const size_t row : {1, 2}) {
+    CHECK(arrays.integers[Stat::argmax][row] == -1 && arrays.integers[Stat::rank][row] == 5);
+    for (const auto& values : arrays.state.at) CHECK(values[0] == -7 && values[row] == 0);
+  }
+}
+
+// The coefficients of a row whose target's class has a weight, from the gradient of its loss.
+void test_gradient_of_a_row() {
+  RowInputs<double> in;
+  in.weights.beta = 0.25;
+  RowStats<double> stats;
+  stats.state[StateField::reference] = 2.0;
+  stats.state[StateField::sum_exp] = 4.0;
+  stats.state[StateField::sum_weights] = 1.0;
+  GradSource<double> source;
+  source.from_loss = true;
+  source.options.z_loss = 0.5;
+  auto row = grad_row(in, source, 0, stats, 3.0);
+  CHECK(row.reference == 2 && row.log_sum == std::log(4.0) && row.inverse_sum == 0.25);
+  CHECK(row.c.target == -3 && row.c.weight == 0 && row.constant == 0);
+  CHECK_CLOSE(row.c.p, 3.0 + 2 * 0.5 * (2.0 + std::log(4.0)), 1e-15);
+  source.options.label_smoothing = 0.5;
+  row = grad_row(in, source, 0, stats, 3.0);
+  CHECK(row.c.target == -1.5 && row.c.weight == -0.5 && row.constant == -0.5 * 0.25);
+}
+
+void test_losses_of_rows() {
+  const int32_t ids[] = {1, -100, 7};
+  const double class_weight[] = {1.0, 3.0}, token_weight[] = {5.0, 6.0, 7.0};
+  const double log_prob[] = {-2.0, -9.0, nan};
+  CHECK(int(Reduction::none) == 0 && int(Reduction::mean) == 1);  // as Python numbers them
+  LossRows<double> rows;
+  rows.targets = {ids, false, -100};
+  rows.vocab_size = 2;
+  rows.stats[Stat::log_prob] = rows.stats[Stat::lse] = log_prob;
+  CHECK(rows.loss(0) == 2 && rows.denominator(0) == 1);
+  rows.class_weight = class_weight;
+  CHECK(rows.loss(0) == 6 && rows.denominator(0) == 3);
+  rows.token_weight = token_weight;
+  CHECK(rows.loss(0) == 30 && rows.denominator(0) == 15);
+  CHECK(rows.loss(1) == 0 && rows.denominator(1) == 0);
+  CHECK(std::isnan(rows.loss(2)) && rows.denominator(2) == 7);
+  rows.targets = {};  // probability targets, whose weights mean_log_prob contains
+  CHECK(rows.target_weight(0) == 1 && rows.denominator(0) == 5);
+}
+
+// What two ranks send for their columns becomes what one rank has for all of them.
+void test_shards() {
+  enum { good, ignored, without_owner, with_two, without_a_column, rows };
+  const std::vector<double> x{0.3, -1.2, 2.5, 0.9, -0.4};
+  const int64_t first_of_rank[] = {0, 2, 5};
+  const auto states = columns(x, x[3]);
+  std::vector<double> sent(size_t(2 * ShardField::count * rows));
+  for (int rank = 0; rank < 2; ++rank) {
+    PartialState<double> part;
+    for (int64_t i = first_of_rank[rank]; i < first_of_rank[rank + 1]; ++i) {
+      part = merge(part, states[size_t(i)]);
+    }
+    const bool owns = rank == 1;
+    const auto stats = finalize(part, owns ? x[3] : 0.0, 5);
+    for (int row = 0; row < rows; ++row) {
+      const auto send = [&](int field, double value) {
+        sent[size_t((rank * ShardField::count + field) * rows + row)] = value;
+      };
+      for (int i = 0; i < Stat::float_count; ++i) send(i, stats.floats[i]);
+      for (int i = 0; i < StateField::count; ++i) send(ShardField::state + i, stats.state[i]);
+      send(ShardField::has_target, row == with_two || (owns && row != without_owner));
+      send(ShardField::argmax, double(stats.integers[Stat::argmax]));
+      const int64_t own = first_of_rank[rank + 1] - first_of_rank[rank];
+      send(ShardField::columns, double(row == without_a_column ? own - rank : own));
+    }
+  }
+  const int64_t targets[] = {3, -100, 3, 3, 3};
+  Arrays arrays(rows);
+  std::vector<double> owners(rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    merge_shards(ShardRows<double>{sent.data(), 2, rows, {targets}, 5}, arrays.outputs(),
+                 owners.data(), row);
+  }
+  CHECK((owners == std::vector<double>{1, 1, 0, 2, -1}));
+  const auto expected = finalize(merge_all(states), x[3], 5);
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    const auto& values = arrays.floats[stat];
+    CHECK_CLOSE(values[good], expected.floats[stat], 1e-14);
+    CHECK(values[ignored] == 0);
+    for (const int row : {without_owner, with_two, without_a_column})
+      CHECK(std::isnan(values[row]));
+  }
+  for (int field = 0; field < StateField::count; ++field) {
+    CHECK_CLOSE(arrays.state[field][good], expected.state[field], 1e-14);
+  }
+  CHECK((arrays.integers[Stat::argmax] == std::vector<int64_t>{2, -1, -1, -1, -1}));
 }
 
 }  // namespace
@@ -385,6 +665,9 @@ int main() {
   test_statistics_of_a_row();
   test_identity_associativity_commutativity();
   test_first_of_equal_maxima_wins_from_either_side();
+  test_rounding_is_cut_off();
+  test_parts_far_apart();
+  test_wanted_statistics();
   test_rows_without_statistics();
   test_gradient();
   test_target_gradient_near_one();
@@ -392,7 +675,13 @@ int main() {
   test_focal_loss();
   test_values_that_a_gradient_needs();
   test_finalized_states_merge_as_states_do();
+  test_a_shard_of_minus_infinity();
   test_transform();
   test_half_types();
   test_layouts_targets_and_weights();
+  test_sources_of_gradients();
+  test_rows_that_are_not_active();
+  test_gradient_of_a_row();
+  test_losses_of_rows();
+  test_shards();
 }

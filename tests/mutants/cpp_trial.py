@@ -20,7 +20,8 @@ from .sandbox import Sandbox
 from .trial import Outcome, Trial, TrialError
 
 _OPTIONS = ("-std=c++20", "-O1", "-w", "-MMD", "-Icsrc")
-_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# bounds-strict, which g++ alone has: the last member of a struct is an array of its length, too.
+_SANITIZE = ("-fsanitize=address,undefined,bounds-strict", "-fno-sanitize-recover=all")
 # Of these, the first that includes a mutant is compiled with it; the others would tell the same.
 _KERNELS = ("portable", "avx2", "avx512", "avx512_bf16")
 _LIMIT = 120  # seconds for a compilation, or for a program that takes two
@@ -48,7 +49,7 @@ class CppTrial(Trial):
             TrialError: They do not pass.
         """
         self._sandbox, self._tests = sandbox, tests
-        self._compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+        self._compiler = shutil.which("g++") or "c++"
         self._objects = sandbox.root / "objects"
         self._objects.mkdir(exist_ok=True)
         for test in tests:
@@ -111,10 +112,11 @@ class CppTrial(Trial):
     def _run(self, test: CppTest, compiled: dict[tuple[str, bool], Path]) -> Outcome:
         """Links a program, with the objects of a mutant where there are any, and runs it."""
         program = str(self._objects / "program")
-        objects = [
-            str(compiled.get((source, test.sanitized), self._object(source, test)))
-            for source in self._sources(test)
-        ]
+        sources = self._sources(test)
+        mutated = [compiled[s, test.sanitized] for s in sources if (s, test.sanitized) in compiled]
+        others = [self._object(s, test) for s in sources if (s, test.sanitized) not in compiled]
+        # The linker takes the first copy of a function that the kernels share: the mutant's.
+        objects = list(map(str, mutated + others))
         if self._call([self._compiler, *test.options, *objects, "-o", program]) != 0:
             return "invalid"
         status = self._call([program])
