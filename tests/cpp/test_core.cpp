@@ -191,8 +191,8 @@ void test_rows_without_statistics() {
   }
 }
 
-// The gradient by coefficients against central differences, for every statistic.
-void test_gradient() {
+// The gradient by coefficients against central differences.
+void check_gradient(const FloatStats<double>& upstream) {
   const std::vector<double> x{0.3, -1.2, 2.5, 0.9}, a{0.1, 0.0, 0.4, 0.2};
   const int64_t target = 2;
   const auto statistics = [&](const std::vector<double>& at) {
@@ -203,12 +203,6 @@ void test_gradient() {
     }
     return finalize(total, at[size_t(target)], 4);
   };
-  FloatStats<double> upstream;
-  upstream[Stat::log_prob] = 0.7;
-  upstream[Stat::lse] = -0.3;
-  upstream[Stat::mean_log_prob] = 1.9;
-  upstream[Stat::entropy] = 0.45;
-  upstream[Stat::log_sum_sq_probs] = -1.1;
   const auto value = [&](const std::vector<double>& at) {
     const auto s = statistics(at);
     double sum = 0;
@@ -229,6 +223,31 @@ void test_gradient() {
                                                  : column_gradient(c, p, log_prob, a[i]);
     CHECK_CLOSE(gradient, expected, 1e-9);
   }
+}
+
+void test_gradient() {
+  for (int stat = 0; stat < Stat::float_count; ++stat) {
+    FloatStats<double> alone;
+    alone[stat] = 1.0;
+    check_gradient(alone);
+  }
+  FloatStats<double> all;
+  all[Stat::log_prob] = 0.7;
+  all[Stat::lse] = -0.3;
+  all[Stat::mean_log_prob] = 1.9;
+  all[Stat::entropy] = 0.45;
+  all[Stat::log_sum_sq_probs] = -1.1;
+  check_gradient(all);
+  // Nothing is read that has no gradient, and a class that p leaves at 0 takes no part.
+  FloatStats<double> upstream, values;
+  upstream[Stat::log_prob] = 0.5;
+  for (double& value : values.at) value = nan;
+  const auto c = collapse(upstream, values, nan);
+  CHECK(column_gradient(c, 0.25, std::log(0.25), 1.0) == -0.125);
+  upstream[Stat::entropy] = 1.0;
+  values[Stat::entropy] = 0.1;
+  CHECK(column_gradient(collapse(upstream, values, 0.0), 0.0, -inf, 0.0) == 0);
+  CHECK(target_gradient(collapse(upstream, values, 0.0), -inf, 0.0) == 0.5);
 }
 
 // p -> 1: float keeps the relative precision of p - 1.
