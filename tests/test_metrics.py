@@ -65,7 +65,7 @@ def test_ties_and_nothing_to_count(device):
     assert metrics.accuracy(logits, target * 0 - 100).isnan()
     with pytest.raises(ValueError, match="k must be"):
         metrics.top_k_accuracy(logits, target, 0)
-    with pytest.raises(ValueError, match="expected logits"):
+    with pytest.raises(ValueError, match="to match target batch_size"):
         metrics.accuracy(logits, target[:1])
 
 
