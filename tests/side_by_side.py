@@ -19,6 +19,7 @@ TESTS = Path(__file__).parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 EMULATED = sorted(TESTS.glob("test_simt_*.py"))
 DOCUMENTED = [TESTS / "test_docs.py"]
+OF_THE_CORE = [TESTS / "test_core.py"]
 
 
 class Check(NamedTuple):
@@ -30,16 +31,18 @@ class Check(NamedTuple):
 
 def checks(make: str) -> list[Check]:
     """Every check; the longest first, so that none is left over at the end."""
-    apart = [str(path) for path in (*EMULATED, *DOCUMENTED)]
+    apart = [str(path) for path in (*EMULATED, *DOCUMENTED, *OF_THE_CORE)]
     make_quietly = [make, "--no-print-directory", "-s"]
     # The sanitizers build what the other tests of the emulator build, too: not at the same time.
     emulated = [[*make_quietly, "sanitize"], [*PYTEST, *map(str, EMULATED)]]
+    # Which builds what the tests in numpy load.
+    core = [[*make_quietly, "cpp-test"], [*PYTEST, *map(str, OF_THE_CORE)]]
     return [
         Check("emulated CUDA kernels", emulated),
         Check("Python tests", [[*PYTEST, *(f"--ignore={path}" for path in apart)]]),
         Check("documentation and examples", [[*PYTEST, *map(str, DOCUMENTED)]]),
         Check("style and types", [[*make_quietly, "check"]]),
-        Check("C++ tests", [[*make_quietly, "cpp-test"]]),
+        Check("C++ core", core),
     ]
 
 
