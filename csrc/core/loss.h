@@ -36,8 +36,8 @@ struct LossOptions {
   LLMLOSS_HD bool gradient_reads_values() const { return focal_gamma != Real(0); }
 };
 
-// The denominator of the mean, in memory of the device. Class weights belong to the cross entropy and
-// count in its mean; z_factor takes them out of the z-loss's, which is a plain mean of lse^2.
+// The denominator of the mean, in memory of the device. Class weights belong to the cross entropy
+// and count in its mean; z_factor takes them out of the z-loss's, which is a plain mean of lse^2.
 template <typename Real>
 struct MeanDenominator {
   enum Field { value_field, z_factor_field, count };

@@ -17,11 +17,11 @@ struct LossRows {
   int64_t vocab_size = 0;
   const Real* class_weight = nullptr;
   const Real* token_weight = nullptr;
-  FloatStats<const Real*> stats;  // those that the loss reads
+  FloatStats<const Real*> stats;      // those that the loss reads
   MeanDenominator<Real> denominator;  // read by loss()
 
-  // What the caller says of the denominator: a number of items, or a whole MeanDenominator. Null: it
-  // is counted.
+  // What the caller says of the denominator: a number of items, or a whole MeanDenominator. Null:
+  // it is counted.
   const Real* num_items = nullptr;
   const Real* z_factor = nullptr;
 
@@ -70,7 +70,8 @@ struct LossRows {
   LLMLOSS_HD Real loss(int64_t row) const {
     const Real w = weight(row);
     if (w == Real(0)) return Real(0);
-    return w * row_loss(denominator.options(options), values_of_row(stats, row), target_weight(row));
+    return w *
+           row_loss(denominator.options(options), values_of_row(stats, row), target_weight(row));
   }
 };
 

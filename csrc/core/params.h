@@ -181,7 +181,8 @@ struct SavedStats {
 };
 
 // The outputs of the gradient kernels. They write every column: zeros from vocab_size on, in rows
-// without a valid target and in rows whose upstream gradient is 0. The gradient may overwrite the logits.
+// without a valid target and in rows whose upstream gradient is 0. The gradient may overwrite the
+// logits.
 template <typename T>
 struct GradOutputs {
   T* grad = nullptr;

@@ -254,7 +254,7 @@ struct LogitArguments {
 
 struct LossArguments {
   MaybeTensor token_weight;  // one per row
-  MaybeTensor num_items;     // replaces the mean's denominator; a second number: the z-loss's factor
+  MaybeTensor num_items;  // replaces the mean's denominator; a second number: the z-loss's factor
   CrossEntropyOptions options;
 
   Reduction reduction() const { return Reduction(options.reduction); }

@@ -31,8 +31,7 @@ struct RowKernels {
 
 template <typename Real>
 struct LossKernels {
-  static int reduce_loss(const LossRows<Real>& rows, Reduction reduction, Real* loss,
-                         void* stream);
+  static int reduce_loss(const LossRows<Real>& rows, Reduction reduction, Real* loss, void* stream);
   static int denominator(const LossRows<Real>& rows, Real* denominator, void* stream);
   static int sum(const Real* values, int64_t count, Real* sum, void* stream);
   static int merge_shards(const ShardRows<Real>& in, const RowOutputs<Real>& out, Real* owners,
