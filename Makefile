@@ -14,10 +14,14 @@ ifdef PYTHON
   PY := $(shell command -v $(PYTHON) || echo $(PYTHON))
   SETUP := build/.setup-external
   INSTALL :=
+  FRAMEWORKS_PY := $(PY)
+  FRAMEWORKS :=
 else
   PY := $(CURDIR)/.venv/bin/python
   SETUP := .venv/.setup
   INSTALL := .venv/.installed
+  FRAMEWORKS_PY := $(CURDIR)/.venv-frameworks/bin/python
+  FRAMEWORKS := .venv-frameworks/.setup
 endif
 
 # ninja, cmake, ctest and clang-format come as Python packages, beside the interpreter.
@@ -41,10 +45,10 @@ QUIET := 2>&1 | { grep -v '^WARNING: Location' || true; }
 needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
-.PHONY: help setup build quick debug demo test check format lint types style cpp-test sanitize mutants bench bench-readme clean
+.PHONY: help setup build quick debug demo test test-frameworks check format lint types style cpp-test sanitize mutants bench bench-readme clean
 
 help:  ## What can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 # torch first: the rest must not choose its version. Versions of the rest: pyproject.toml.
 .venv/.setup: pyproject.toml
@@ -55,9 +59,22 @@ help:  ## What can be made
 	@$(PIP) install -q torch==2.13.0 $(QUIET)
 	@.venv/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
 	  extras = p['project']['optional-dependencies']; \
-	  print(*p['build-system']['requires'], *sum((v for k, v in extras.items() if k != 'peers'), []), sep='\n')" \
+	  print(*p['build-system']['requires'], *sum((v for k, v in extras.items() if k not in ('frameworks', 'peers')), []), sep='\n')" \
 	  > .venv/requirements.txt
 	@$(PIP) install -q -r .venv/requirements.txt $(QUIET)
+	@touch $@
+
+# A second environment, since trainers bring much, on top of the first.
+.venv-frameworks/.setup: pyproject.toml .venv/.setup
+	@echo "Setting up .venv-frameworks: the trainers (once; a minute or two)"
+	@python3 -m venv .venv-frameworks
+	@.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$(.venv-frameworks/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+	@.venv/bin/python -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['frameworks'], sep='\n')" \
+	  > .venv-frameworks/requirements.txt
+	@.venv-frameworks/bin/python -m pip --disable-pip-version-check install -q --no-deps \
+	  -r .venv-frameworks/requirements.txt $(QUIET)
 	@touch $@
 
 build/.setup-external: build/.built-for
@@ -91,6 +108,9 @@ demo: build  ## Trains a small GPT on real text with a vocabulary of 131,072 (un
 test: build  ## Every check: style, types, C++ tests, Python tests
 	@$(PY) -c "import pytest" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no pytest"; exit 1; }
 	@$(PY) tests/side_by_side.py "$(MAKE)"
+
+test-frameworks: build $(FRAMEWORKS)  ## The losses inside the trainers that people use (under 8 minutes)
+	@OMP_NUM_THREADS=1 $(FRAMEWORKS_PY) -m pytest -q -p no:cacheprovider tests/frameworks
 
 # The tests that catch most for their time: definitions, values and gradients of every function.
 QUICK := tests/test_definitions.py tests/test_cross_entropy.py tests/test_token_stats.py tests/test_inplace.py \
