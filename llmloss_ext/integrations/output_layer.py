@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Weights", "layer_of", "replaced_forward", "weights_of"]
+__all__ = ["Weights", "columns_of", "layer_of", "replaced_forward", "weights_of"]
 
 
 class Weights(NamedTuple):
@@ -64,6 +64,13 @@ def weights_of(layer: Any) -> Weights:
             added = (scale * b.bias).to(weight.dtype)
             bias = added if bias is None else bias + added
     return Weights(weight, bias)
+
+
+def columns_of(layer: Any) -> int:
+    """The number of its logits, also where a wrapper has taken the weight away."""
+    plain = layer.base_layer if _is_lora(layer) else layer
+    columns: int = plain.out_features
+    return columns
 
 
 def _is_lora(layer: Any) -> bool:

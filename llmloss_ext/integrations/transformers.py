@@ -14,6 +14,7 @@ Both use the ``num_items_in_batch`` that `transformers.Trainer` passes with each
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Collection
@@ -26,7 +27,8 @@ from torch import Tensor
 from ..functional import cross_entropy
 from ..linear import linear_cross_entropy
 from ..sequences import Sequences, moved
-from .output_layer import layer_of, replaced_forward, weights_of
+from .examination import AroundTheLayer, examined
+from .output_layer import columns_of, layer_of, replaced_forward, weights_of
 
 __all__ = ["causal_lm_loss", "stop_linear_cross_entropy", "use_linear_cross_entropy"]
 
@@ -42,6 +44,7 @@ _PER_LABEL = {*Sequences._fields, "token_weight"}
 _FROM_LOGITS = inspect.signature(cross_entropy).parameters.keys() - _DETERMINED - _PER_LABEL
 _FROM_HIDDEN = inspect.signature(linear_cross_entropy).parameters.keys() - _DETERMINED - _PER_LABEL
 _FROM_HIDDEN -= {"linear_weight", "linear_bias", "shift", "options", "reduction", "shard"}
+_OF_LOSSES = {"label_smoothing", "z_loss", "focal_gamma"}
 _OF_MODELS = {"input_ids", "inputs_embeds", "token_type_ids", "decoder_attention_mask"}
 """What has the shape of the labels in a model's call, and is no business of the loss."""
 
@@ -143,32 +146,20 @@ def use_linear_cross_entropy(model: Any, *, logits: str | None = None, **options
     kind = type(model)
     if logits not in (None, "none", "last", "all"):
         raise ValueError(f'logits must be "none", "last" or "all", got {logits!r}')
-    layer_of(model.get_output_embeddings())
-    if getattr(model.config, "z_loss_coefficient", 0):
-        raise ValueError(f"{kind.__name__} computes a z-loss of its logits; use causal_lm_loss")
+    head = model.get_output_embeddings()
+    layer = layer_of(head)
     unknown = options.keys() - _FROM_HIDDEN
     if unknown:
         raise ValueError(
             f"use_linear_cross_entropy has no option {', '.join(sorted(unknown))}; labels, "
             "ignore_index and the number of items come from the model's calls"
         )
-    if "loss_function" not in inspect.unwrap(kind.forward).__code__.co_names:
-        raise ValueError(f"{kind.__name__} does not call its loss_function; use causal_lm_loss")
-    _check_loss(model)
     stop_linear_cross_entropy(model)
-    setattr(model, _PATCH, _Patch(model, logits, _logit_options(model.config) | options))
-
-
-def _check_loss(model: Any) -> None:
-    """Raises a ValueError if the model's labels are not those of the next tokens."""
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-
-    theirs = model.loss_function
-    if theirs is not ForCausalLMLoss and theirs in LOSS_MAPPING.values():
-        raise ValueError(
-            f"{type(model).__name__} computes its loss by {theirs.__name__}, not from the next "
-            "token's labels"
-        )
+    plain = functools.partial(cross_entropy, class_dim=-1)
+    asked = {name: options[name] for name in _OF_LOSSES & options.keys()}
+    losses = [plain, functools.partial(plain, **asked)]  # theirs may have the same options
+    around = examined(model, head, columns_of(layer), losses)
+    setattr(model, _PATCH, _Patch(model, logits, around, options))
 
 
 def stop_linear_cross_entropy(model: Any) -> None:
@@ -228,8 +219,12 @@ class _Patch:
     that a copy of the model works with its own.
     """
 
-    def __init__(self, model: Any, logits: str | None, options: dict[str, Any]) -> None:
-        self._logits, self._options = logits, options
+    def __init__(
+        self, model: Any, logits: str | None, around: AroundTheLayer, options: dict[str, Any]
+    ) -> None:
+        self._logits, self._shift = logits, around.shift
+        self._options = {"logit_scale": around.logit_scale, "softcap": around.softcap or None}
+        self._options |= options
         self._is_checked = False
         self._steps: list[_Step] | None = None
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -292,8 +287,13 @@ class _Patch:
         sequences = Sequences(
             given.get("attention_mask"), given.get("position_ids"), None, given.get("cu_seq_lens_q")
         )
-        labels = (given.get("labels"), given.get("shift_labels"), given.get("token_weight"))
-        target, token_weight = _Shifted.of(*labels, ignore_index, sequences).on(hidden.device)
+        labels, shift_labels = given.get("labels"), given.get("shift_labels")
+        if not self._shift:
+            labels, shift_labels = None, labels
+        shifted = _Shifted.of(
+            labels, shift_labels, given.get("token_weight"), ignore_index, sequences
+        )
+        target, token_weight = shifted.on(hidden.device)
         loss = linear_cross_entropy(
             hidden,
             weight,
@@ -379,17 +379,6 @@ def _refuse_replicas(model: Any, _args: Any) -> None:
             "use_linear_cross_entropy does not work under torch.nn.DataParallel, whose threads "
             "share the model's attributes; use DistributedDataParallel"
         )
-
-
-def _logit_options(config: Any) -> dict[str, float]:
-    """The logits' transform in a config: Gemma's softcap, Cohere's and Granite's scale."""
-    text = config.get_text_config()
-    options = {}
-    if getattr(text, "final_logit_softcapping", None):
-        options["softcap"] = float(text.final_logit_softcapping)
-    scale = getattr(text, "logit_scale", None) or 1.0
-    options["logit_scale"] = float(scale) / float(getattr(text, "logits_scaling", None) or 1.0)
-    return options
 
 
 class _Shifted(NamedTuple):

@@ -37,6 +37,12 @@ CONFIGS = {
         "MixtralConfig",
         SMALL | {"num_local_experts": 4, "output_router_logits": True},
     ),
+    "other names": (
+        "FalconH1Config",
+        SMALL | {"lm_head_multiplier": 0.4, "mamba_d_ssm": 32, "mamba_n_heads": 4,
+                 "mamba_d_head": 8, "mamba_d_state": 8},
+    ),
+    "always a softcap": ("RecurrentGemmaConfig", SMALL | {"lru_width": 32, "num_hidden_layers": 3}),
     "gpt2": (
         "GPT2Config",
         {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
@@ -45,10 +51,22 @@ CONFIGS = {
 }  # fmt: skip
 
 
+OF_OTHERS = {  # whose labels stand where they are
+    "masked": ("ModernBertConfig", SMALL, "AutoModelForMaskedLM"),
+    "encoder and decoder": (
+        "T5GemmaConfig",
+        {"encoder": SMALL, "decoder": SMALL | {"final_logit_softcapping": 3.0}, "vocab_size": V},
+        "AutoModelForSeq2SeqLM",
+    ),
+}
+
+
 def model_of(name: str):
-    kind, options = CONFIGS[name]
+    kind, options, auto = (CONFIGS | OF_OTHERS)[name][:2] + ("AutoModelForCausalLM",)
+    if name in OF_OTHERS:
+        auto = OF_OTHERS[name][2]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options))
+    model = getattr(transformers, auto).from_config(getattr(transformers, kind)(**options))
     for parameter in model.parameters():  # logits of a size at which a softcap matters
         if parameter.dim() > 1:
             parameter.data.mul_(4)
@@ -95,6 +113,17 @@ def test_linear(name, items):
     stop_linear_cross_entropy(model)
     check_same(run(model, **inputs), expected)
     assert run(model)[0].logits.shape == (B, S, V)
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_labels_that_stand_where_they_are(name):
+    model = model_of(name)
+    inputs = {"num_items_in_batch": 5}
+    expected = run(model, **inputs)
+    use_linear_cross_entropy(model)
+    found = run(model, **inputs)
+    check_same(found, expected)
+    assert found[0].logits.shape == (B, 1, V)
 
 
 @pytest.mark.parametrize("name", ["llama", "softcap"])
@@ -220,14 +249,6 @@ def test_refusals():
     )
     with pytest.raises(ValueError, match="does not call its loss_function"):
         use_linear_cross_entropy(encoder)
-    masked = transformers.ModernBertForMaskedLM(
-        transformers.ModernBertConfig(
-            vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-            num_attention_heads=4, pad_token_id=0,
-        )
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="by ForMaskedLMLoss, not from the next token's labels"):
-        use_linear_cross_entropy(masked)
     own_loss = transformers.BartForCausalLM(
         transformers.BartConfig(
             vocab_size=V,
