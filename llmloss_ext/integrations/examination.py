@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional import cross_entropy
-
 __all__ = ["AroundTheLayer", "examined"]
 
 _TOKENS = 3
@@ -139,7 +137,10 @@ def _shift_of(
     logits = torch.randn(1, 5, 7, generator=generator)
     labels = torch.tensor([[1, 2, _IGNORED, 4, 5]])
     try:
-        theirs = [loss_function(logits, labels, 7), loss_function(logits, labels, 7, num_items_in_batch=2)]
+        theirs = [
+            loss_function(logits, labels, 7),
+            loss_function(logits, labels, 7, num_items_in_batch=2),
+        ]
     except Exception:  # of another kind of model, which takes other arguments
         theirs = []
     for shift in (1, 0) if theirs else ():
@@ -155,7 +156,7 @@ def _shift_of(
 
 
 class _Before(nn.Module):
-    """Stands where a module stood that is not the output layer: passes on, or makes up, an output."""
+    """Stands where another module stood: passes on what it is given, or makes up an output."""
 
     def __init__(self, original: Any, hidden_size: int) -> None:
         super().__init__()

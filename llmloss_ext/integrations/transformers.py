@@ -24,9 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import composite
+from ..checks import items_tensor
 from ..functional import cross_entropy
-from ..linear import linear_cross_entropy
+from ..linear import linear_cross_entropy, linear_token_stats
+from ..options import LossOptions
 from ..sequences import Sequences, moved
+from ..statistics import FloatStats
 from .examination import AroundTheLayer, examined
 from .output_layer import columns_of, layer_of, replaced_forward, weights_of
 
@@ -124,28 +128,35 @@ def use_linear_cross_entropy(model: Any, *, logits: str | None = None, **options
     tokens are real and of one document: no padding predicts a token, and none the first of the
     next document. A ``token_weight`` (B, S) of a call weighs its labels.
 
-    A final softcap or scale of the logits is read from the model's config. The first call compares
-    the last token's logits that result with those of the model.
+    A final softcap or scale of the logits, and whether a position predicts the next label or its
+    own, is found by calling the model's own code with chosen logits, without its layers. The first
+    call also compares the last token's logits that result with those of the model.
 
     Args:
-        model: A ``...ForCausalLM`` that calls its ``loss_function``, and whose output layer is a
-            `torch.nn.Linear`, with or without a LoRA adapter, or saved by PEFT. Call this before
-            the model is wrapped (PEFT, DistributedDataParallel, torch.compile).
-            `torch.nn.DataParallel` is not supported.
+        model: A model that calls its ``loss_function``, and whose output layer is a
+            `torch.nn.Linear`, with or without a LoRA adapter, or saved by PEFT; before or after it
+            is wrapped (PEFT, DistributedDataParallel, FSDP). `torch.nn.DataParallel` is not
+            supported. Or a `transformers.Trainer`: its model, with the trainer's
+            ``label_smoothing_factor``, which otherwise takes the labels away from the model.
         logits: What a call with labels returns when the model is not training: ``"none"``;
-            ``"last"``: those of each sequence's last token, as in training; or ``"all"``: as the
-            model does by itself, with whole logits in memory, which a ``compute_metrics`` of
-            `transformers.Trainer` needs. By default ``"last"``, with a warning.
+            ``"last"``: those of each sequence's last token, as in training; ``"argmax"``: in their
+            place the predicted classes (B, S) of the tokens that have a label, else -1, from the
+            pass that computes the loss: enough for the accuracy in a ``compute_metrics`` of
+            `transformers.Trainer`; or ``"all"``: as the model does by itself, with whole logits in
+            memory. By default ``"last"``, with a warning. A call's ``skip_logits`` (True: none,
+            False: all) goes first.
         options: Options of `llmloss_ext.linear_cross_entropy`, such as label_smoothing, z_loss or
             max_chunk_bytes.
 
     Raises:
         ValueError: The model does not meet these requirements, or an option does not exist. Raised
-            by the first call if the model computes its logits in another way.
+            by the first call if a hook has changed the layer's logits.
     """
-    kind = type(model)
-    if logits not in (None, "none", "last", "all"):
-        raise ValueError(f'logits must be "none", "last" or "all", got {logits!r}')
+    if logits not in (None, "none", "last", "argmax", "all"):
+        raise ValueError(f'logits must be "none", "last", "argmax" or "all", got {logits!r}')
+    if hasattr(model, "label_smoother"):
+        options = _with_smoothing_of(model, options)
+    trainer, model = model, _unwrapped(model)
     head = model.get_output_embeddings()
     layer = layer_of(head)
     unknown = options.keys() - _FROM_HIDDEN
@@ -160,14 +171,54 @@ def use_linear_cross_entropy(model: Any, *, logits: str | None = None, **options
     losses = [plain, functools.partial(plain, **asked)]  # theirs may have the same options
     around = examined(model, head, columns_of(layer), losses)
     setattr(model, _PATCH, _Patch(model, logits, around, options))
+    if hasattr(trainer, "label_smoother"):
+        trainer.label_smoother = None
+
+
+def _with_smoothing_of(trainer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with what a Trainer does to the loss."""
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            "the Trainer's compute_loss_func takes the labels away from the model and reads its "
+            "logits: give the Trainer no such function, and its loss as options"
+        )
+    smoother = trainer.label_smoother
+    theirs = smoother.epsilon if smoother is not None else 0.0
+    if theirs and options.get("label_smoothing", theirs) != theirs:
+        raise ValueError(
+            f"label_smoothing={options['label_smoothing']}, but the Trainer's "
+            f"label_smoothing_factor is {theirs}"
+        )
+    return options | {"label_smoothing": theirs} if theirs else options
 
 
 def stop_linear_cross_entropy(model: Any) -> None:
     """Undoes `use_linear_cross_entropy`; does nothing where it is not in use."""
+    given, model = model, _unwrapped(model)
     patch = getattr(model, _PATCH, None)
-    if patch is not None:
-        patch.remove(model)
-        delattr(model, _PATCH)
+    if patch is None:
+        return
+    patch.remove(model)
+    delattr(model, _PATCH)
+    if hasattr(given, "label_smoother") and given.args.label_smoothing_factor:
+        from transformers.trainer_pt_utils import LabelSmoother
+
+        given.label_smoother = LabelSmoother(epsilon=given.args.label_smoothing_factor)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model in a Trainer and in wrappers: compiled, of PEFT, of data parallelism."""
+    inner = model.model if hasattr(model, "label_smoother") else model
+    while True:
+        kind = type(inner).__name__
+        if kind == "OptimizedModule":
+            inner = inner._orig_mod
+        elif kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+            inner = inner.get_base_model()
+        else:
+            return inner
 
 
 class _Step(NamedTuple):
@@ -176,6 +227,8 @@ class _Step(NamedTuple):
     loss: Tensor
     last: Tensor
     """(B, 1, V): the logits of the last tokens, before the model does more to them."""
+    predicted: Tensor | None
+    """(B, S): the argmax of the tokens with a label, where it is asked for."""
 
 
 class _KeepsHooks(torch.autograd.Function):
@@ -223,7 +276,8 @@ class _Patch:
         self, model: Any, logits: str | None, around: AroundTheLayer, options: dict[str, Any]
     ) -> None:
         self._logits, self._shift = logits, around.shift
-        self._options = {"logit_scale": around.logit_scale, "softcap": around.softcap or None}
+        self._options: dict[str, Any] = {"logit_scale": around.logit_scale}
+        self._options["softcap"] = around.softcap or None
         self._options |= options
         self._is_checked = False
         self._steps: list[_Step] | None = None
@@ -253,16 +307,21 @@ class _Patch:
         """Runs the model's forward, in a call with labels with another output layer."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
         returned = "last" if model.training else self._logits
+        if (skips := given.get("skip_logits")) is not None:
+            returned = "none" if skips else "all"
         has_labels = given.get("labels") is not None or given.get("shift_labels") is not None
+        if not has_labels and model.training:
+            _warn_of_missing_labels()
         if not has_labels or returned == "all":
             return self._inner(model, args, kwargs)
+        given.pop("skip_logits", None)
         if returned is None:
             _warn_of_the_last()
         layer = layer_of(model.get_output_embeddings())
         steps: list[_Step] = []
 
         def forward(hidden: Tensor) -> Tensor:
-            steps.append(self._step(layer, hidden, given))
+            steps.append(self._step(layer, hidden, given, returned == "argmax"))
             return steps[-1].last
 
         self._steps = steps
@@ -271,7 +330,9 @@ class _Patch:
                 output = self._inner(model, (), given)
         finally:
             self._steps = None
-        return _without_logits(output) if returned == "none" else output
+        if returned == "argmax":
+            return _with_logits(output, steps[-1].predicted)
+        return _with_logits(output, None) if returned == "none" else output
 
     def _inner(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         own = self._replaced.get("forward")
@@ -279,7 +340,7 @@ class _Patch:
             return own(*args, **kwargs)
         return type(model).forward(model, *args, **kwargs)
 
-    def _step(self, layer: Any, hidden: Tensor, given: dict[str, Any]) -> _Step:
+    def _step(self, layer: Any, hidden: Tensor, given: dict[str, Any], with_argmax: bool) -> _Step:
         """The loss of the hidden states that the model hands its output layer."""
         weight, bias = weights_of(layer)
         hidden = hidden.to(weight.device)
@@ -294,7 +355,8 @@ class _Patch:
             labels, shift_labels, given.get("token_weight"), ignore_index, sequences
         )
         target, token_weight = shifted.on(hidden.device)
-        loss = linear_cross_entropy(
+        compute: Any = _loss_and_argmax if with_argmax else linear_cross_entropy
+        result = compute(
             hidden,
             weight,
             target,
@@ -304,8 +366,9 @@ class _Patch:
             ignore_index=ignore_index,
             **self._options,
         )
+        loss, predicted = result if with_argmax else (result, None)
         bias = None if bias is None else bias.detach()
-        return _Step(loss, F.linear(hidden[..., -1:, :], weight.detach(), bias))
+        return _Step(loss, F.linear(hidden[..., -1:, :], weight.detach(), bias), predicted)
 
     def loss(
         self,
@@ -366,11 +429,49 @@ def _warn_of_the_last() -> None:
         )
 
 
-def _without_logits(output: Any) -> Any:
-    """A model's output without its logits."""
+def _warn_of_missing_labels() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        warnings.warn(
+            "use_linear_cross_entropy: a call without labels, in training, makes the whole logits. "
+            "A transformers.Trainer takes the labels away for its label_smoothing_factor and "
+            "compute_loss_func: call use_linear_cross_entropy(trainer) instead.",
+            stacklevel=2,
+        )
+
+
+def _with_logits(output: Any, logits: Tensor | None) -> Any:
+    """A model's output with other logits, or none."""
     if isinstance(output, tuple):
-        return output[:1] + output[2:]
-    return type(output)(**{name: x for name, x in output.items() if name != "logits"})
+        return output[:1] + (() if logits is None else (logits,)) + output[2:]
+    others = {name: x for name, x in output.items() if name != "logits"}
+    return type(output)(**others | ({} if logits is None else {"logits": logits}))
+
+
+def _loss_and_argmax(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    token_weight: Tensor | None,
+    num_items: int | Tensor | None,
+    ignore_index: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """What `linear_cross_entropy` returns, and the argmax of each token, from one pass."""
+    loss = LossOptions.of(**{name: options.pop(name) for name in _OF_LOSSES & options.keys()})
+    options.pop("weight_grad_accumulator", None)  # nothing is trained here
+    if token_weight is not None:
+        target = torch.where(token_weight == 0, ignore_index, target)
+    stats = linear_token_stats(
+        hidden, linear_weight, target, ignore_index=ignore_index, extra=("argmax",), **options
+    )
+    real = stats.log_prob.dtype
+    w_y = composite.target_weights(target, options.get("weight"), ignore_index, real)
+    weights = composite.row_weights(token_weight, target, ignore_index, real)
+    items = items_tensor(num_items, "mean", hidden)
+    assert stats.argmax is not None  # an extra
+    floats = FloatStats(stats.log_prob, stats.lse, stats.entropy, stats.mean_log_prob)
+    return composite.loss_of(floats, w_y, weights, items, loss), stats.argmax
 
 
 def _refuse_replicas(model: Any, _args: Any) -> None:

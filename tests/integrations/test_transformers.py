@@ -62,9 +62,8 @@ OF_OTHERS = {  # whose labels stand where they are
 
 
 def model_of(name: str):
-    kind, options, auto = (CONFIGS | OF_OTHERS)[name][:2] + ("AutoModelForCausalLM",)
-    if name in OF_OTHERS:
-        auto = OF_OTHERS[name][2]
+    kind, options, *others = (CONFIGS | OF_OTHERS)[name]
+    auto = others[0] if others else "AutoModelForCausalLM"
     torch.manual_seed(0)
     model = getattr(transformers, auto).from_config(getattr(transformers, kind)(**options))
     for parameter in model.parameters():  # logits of a size at which a softcap matters
@@ -160,12 +159,12 @@ def test_options_and_shifted_labels():
     check_same(run(model, labels=torch.zeros_like(shifted), shift_labels=shifted), expected)
 
 
-@pytest.mark.parametrize("logits", [None, "none", "last", "all"])
+@pytest.mark.parametrize("logits", [None, "none", "last", "argmax", "all"])
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_evaluation(logits, return_dict):
     """With labels: the loss from hidden states, and as many logits as asked for."""
-    model = model_of("llama").eval()
-    inputs = batch() | {"return_dict": return_dict}
+    model = model_of("softcap").eval()
+    inputs = batch() | {"return_dict": return_dict, "num_items_in_batch": 3}
     expected = model(**inputs)
     use_linear_cross_entropy(model, logits=logits)
     if logits is None:
@@ -179,19 +178,42 @@ def test_evaluation(logits, return_dict):
     if logits == "none":
         assert len(found) == len(expected) - 1
         assert return_dict is False or found.logits is None
+    elif logits == "argmax":
+        predicts = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100) != -100
+        assert torch.equal(found[1], torch.where(predicts, whole.argmax(-1), -1))
     else:
         assert_close(found[1], whole[:, parts], 1e-6)
     without = {k: v for k, v in inputs.items() if k != "labels"}
     assert torch.equal(model(**without)[0], whole)
-    with pytest.raises(ValueError, match='logits must be "none", "last" or "all"'):
+    for skips in (True, False):
+        found = model(**inputs, skip_logits=skips)
+        assert_close(found[0], expected_loss, 1e-6)
+        assert len(found) == len(expected) - skips
+        assert skips or torch.equal(found[1], whole)
+    with pytest.raises(ValueError, match='logits must be "none", "last", "argmax" or "all"'):
         use_linear_cross_entropy(model, logits="some")
+
+
+def test_the_loss_beside_the_argmax_has_every_option():
+    model = model_of("llama").eval()
+    options = {"label_smoothing": 0.1, "z_loss": 1e-2, "focal_gamma": 0.0, "weight": torch.rand(V)}
+    weights = torch.rand(B, S)
+    weights[1, 2] = 0
+    found = []
+    for logits in ("last", "argmax"):
+        use_linear_cross_entropy(model, logits=logits, **options)
+        found.append(model(**batch(), token_weight=weights).loss)
+    assert_close(found[1], found[0], 1e-6)
 
 
 def test_calls_of_other_kinds():
     model = model_of("llama")
     use_linear_cross_entropy(model)
     without = {k: v for k, v in batch().items() if k != "labels"}
-    assert model(**without).logits.shape == (B, S, V)
+    with torch.no_grad():
+        assert model(**without).logits.shape == (B, S, V)
+    with pytest.warns(UserWarning, match="label_smoothing_factor"):
+        assert model(**without).logits.shape == (B, S, V)
     loss, logits = model(**batch(), return_dict=False)[:2]
     assert loss.dim() == 0
     assert logits.shape == (B, 1, V)
@@ -451,7 +473,7 @@ def test_adapters(name, patched_first):
         config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **ADAPTERS[name])
         adapted = peft.get_peft_model(model, config).train()
         if is_ours and not patched_first:
-            use_linear_cross_entropy(model)
+            use_linear_cross_entropy(adapted)
         found = [gradients_of(adapted)]
         if is_ours:
             assert adapted(**batch()).logits.shape == (B, 1, V)
@@ -482,8 +504,10 @@ def test_adapters_that_no_weight_expresses(options, message):
         adapted(**batch())
 
 
-@pytest.mark.parametrize("nothing_in_a_step", [False, True])
-def test_the_trainer(tmp_path, nothing_in_a_step):
+@pytest.mark.parametrize(
+    ("nothing_in_a_step", "smoothing"), [(False, 0.0), (True, 0.0), (False, 0.2)]
+)
+def test_the_trainer(tmp_path, nothing_in_a_step, smoothing):
     """Two steps of accumulated micro-batches; in one case a step of masked examples alone."""
     pytest.importorskip("accelerate")
 
@@ -505,20 +529,24 @@ def test_the_trainer(tmp_path, nothing_in_a_step):
 
     def trained(is_ours):
         model = model_of("llama")
-        if is_ours:
-            use_linear_cross_entropy(model, logits="none")
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path / str(is_ours)), per_device_train_batch_size=2,
             gradient_accumulation_steps=2, max_steps=2, learning_rate=1e-2, optim="sgd",
             lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no",
-            use_cpu=True, disable_tqdm=True, max_grad_norm=0.0,
+            use_cpu=True, disable_tqdm=True, max_grad_norm=0.0, label_smoothing_factor=smoothing,
         )  # fmt: skip
         trainer = InOrder(
             model=model, args=arguments, train_dataset=Examples(), eval_dataset=Examples()
         )
+        if is_ours:
+            use_linear_cross_entropy(trainer if smoothing else model, logits="none")
+            assert trainer.label_smoother is None
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return losses, trainer.evaluate()["eval_loss"], model.state_dict()
+        loss = trainer.evaluate()["eval_loss"]
+        stop_linear_cross_entropy(trainer)
+        assert (trainer.label_smoother is not None) == bool(smoothing)
+        return losses, loss, model.state_dict()
 
     stock, ours = trained(False), trained(True)
     assert ours[0] == pytest.approx(stock[0], abs=2e-4)
