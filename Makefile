@@ -29,6 +29,7 @@ export PATH := $(dir $(PY)):$(PATH)
 
 SOURCES := setup.py $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' \))
 EXTENSION := build/.extension
+KERNEL_REPO := build/.kernel-repo
 CXX_FILES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 # The content of build/.built-for, which changes only when the interpreter or these options do.
@@ -45,7 +46,7 @@ QUIET := 2>&1 | { grep -v '^WARNING: Location' || true; }
 needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
-.PHONY: help setup build quick debug demo test test-frameworks check format lint types style cpp-test sanitize mutants bench bench-readme clean
+.PHONY: help setup build quick debug demo test test-frameworks kernel-repo check format lint types style cpp-test sanitize mutants bench bench-readme clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -109,8 +110,15 @@ test: build  ## Every check: style, types, C++ tests, Python tests
 	@$(PY) -c "import pytest" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no pytest"; exit 1; }
 	@$(PY) tests/side_by_side.py "$(MAKE)"
 
-test-frameworks: build $(FRAMEWORKS)  ## The losses inside the trainers that people use (under 8 minutes)
+test-frameworks: build kernel-repo $(FRAMEWORKS)  ## The losses inside the trainers that people use (under 8 minutes)
 	@OMP_NUM_THREADS=1 $(FRAMEWORKS_PY) -m pytest -q -p no:cacheprovider tests/frameworks
+
+# Links what was built under another name, which takes seconds.
+$(KERNEL_REPO): $(EXTENSION) tools/kernel_repo.py $(shell find llmloss_ext -name '*.py')
+	@$(PY) -m tools.kernel_repo --out build/kernel-repo
+	@touch $@
+
+kernel-repo: build $(KERNEL_REPO)  ## Lays out build/kernel-repo, for Hugging Face's kernel hub
 
 # The tests that catch most for their time: definitions, values and gradients of every function.
 QUICK := tests/test_definitions.py tests/test_cross_entropy.py tests/test_token_stats.py tests/test_inplace.py \

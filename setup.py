@@ -3,6 +3,8 @@
 LLMLOSS_CUDA=0 leaves CUDA out. MAX_JOBS limits the compilers that run at once.
 LLMLOSS_DEBUG=1 builds for gdb: not optimised, with symbols and assertions. It leaves CUDA out, for
 which nvcc takes minutes, unless LLMLOSS_CUDA=1 asks for it.
+LLMLOSS_NAMESPACE=name links what was built once more, as operators torch.ops.name.*: the first step
+of tools/kernel_repo.py.
 """
 
 import importlib.util
@@ -20,6 +22,7 @@ DEBUG = os.environ.get("LLMLOSS_DEBUG", "0") not in ("", "0")
 # Separate folders, so that switching between the two builds only has to link.
 OBJECTS = "build/debug/objects" if DEBUG else "build/objects"
 CUDA_OBJECTS = ROOT / ("build/debug/cuda" if DEBUG else "build/cuda")
+NAMESPACE = os.environ.get("LLMLOSS_NAMESPACE")
 
 try:
     import torch
@@ -43,6 +46,14 @@ def require_cxx20() -> None:
         sys.exit(f"llmloss_ext needs a C++20 compiler (g++ 11 or later); {compiler}: {detail}")
 
 
+def load(script: Path):
+    """A module of the sources, which are no package."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_cuda_build():
     """csrc/cuda/build.py, or None with a line that says why CUDA is left out."""
     script = Path("csrc/cuda/build.py")
@@ -53,9 +64,7 @@ def load_cuda_build():
     elif not script.exists():
         reason = "no CUDA sources"
     else:
-        spec = importlib.util.spec_from_file_location("cuda_build", script)
-        cuda = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(cuda)
+        cuda = load(script)
         if cuda.find_nvcc() is not None:
             if DEBUG:
                 # Line numbers for cuda-gdb and compute-sanitizer. Not -G, which changes registers
@@ -68,11 +77,18 @@ def load_cuda_build():
     return None
 
 
+def left_by_build(source: Path) -> str:
+    """The object that a build has made of a source."""
+    found = Path(OBJECTS, source).with_suffix(".o")
+    if not found.exists():
+        sys.exit(f"LLMLOSS_NAMESPACE links what make build leaves: {found} is not there")
+    return str(found)
+
+
 def extension() -> CppExtension:
     """The one extension module; it has no Python in it, so one build serves every version."""
     sources = [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/ops").glob("*.cpp")]
-    # The oldest torch whose stable ABI the sources need: 2.13's where it is there, else 2.11's.
-    minor = 13 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13) else 11
+    _, minor = load(Path("csrc/ops/abi.py")).stable_abi(torch.__version__)
     flags = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # Python's own flags, which come first, have -DNDEBUG.
     flags += ["-O0", "-g", "-UNDEBUG", "-D_GLIBCXX_ASSERTIONS"] if DEBUG else ["-O3", "-g0"]
@@ -89,6 +105,11 @@ def extension() -> CppExtension:
         if minor < 13 and torch.version.cuda:
             # For the current stream alone, which is not enough for the linker to keep it.
             libraries += ["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"]
+    if NAMESPACE:
+        flags.append(f"-DLLMLOSS_NAMESPACE={NAMESPACE}")
+        named = Path("csrc/ops/library.cpp")  # the only source that reads it
+        objects += [left_by_build(path) for path in sources if path != named]
+        sources = [named]
     return CppExtension(
         "llmloss_ext._C",
         sorted(map(str, sources)),

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from llmloss_ext.cli.info import ISAS
+from llmloss_ext.ops import kernels
 
 IDENTITY = ("cpu", "threads", "gpu")
 """Runs that agree in these are comparable in absolute times."""
@@ -26,7 +27,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
-        "isa": ISAS[torch.ops.llmloss.cpu_isa()],
+        "isa": ISAS[kernels.cpu_isa()],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -41,6 +41,16 @@ def toolkit() -> Path:
     return Path(found.group(1).strip() if found else Path(nvcc).parents[1]).resolve()
 
 
+def toolkit_version() -> str:
+    """Such as "13.0"."""
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"release (\d+\.\d+)", done.stdout)
+    assert found is not None, done.stdout
+    return found.group(1)
+
+
 def include_flags() -> list[str]:
     """None: only .cu files see CUDA's headers."""
     return []

@@ -1,7 +1,6 @@
 // The operators on the CPU.
-#include <torch/csrc/stable/library.h>
-
 #include "../cpu/kernels.h"
+#include "library.h"
 #include "operators.h"
 #include "target_check.h"
 
@@ -152,13 +151,11 @@ int64_t cpu_isa() { return int64_t(cpu::active_isa()); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(llmloss, CPU, m) {
+void register_cpu(Library& m) {
   register_operators<CpuBackend>(m);
   m.impl("prefer_huge_pages_", TORCH_BOX(&prefer_huge_pages));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llmloss, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-}
+void register_cpu_isa(Library& m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 }  // namespace llmloss::ops

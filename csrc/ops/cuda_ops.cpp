@@ -1,6 +1,5 @@
 // The operators on CUDA devices. Nothing here waits for the device, unless LLMLOSS_CHECK_TARGETS=1.
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
 #include <map>
@@ -8,6 +7,7 @@
 #include <string_view>
 
 #include "../cuda/launch/launch.h"
+#include "library.h"
 #include "operators.h"
 #include "target_check.h"
 
@@ -123,6 +123,6 @@ class CudaBackend {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(llmloss, CUDA, m) { register_operators<CudaBackend>(m); }
+void register_cuda(Library& m) { register_operators<CudaBackend>(m); }
 
 }  // namespace llmloss::ops

@@ -1,8 +1,7 @@
 // The names of what operators take and return in lists, for Python to read sizes from.
-#include <torch/csrc/stable/library.h>
-
 #include "../core/shards.h"
 #include "arguments.h"
+#include "library.h"
 
 namespace llmloss::ops {
 namespace {
@@ -34,8 +33,6 @@ std::string fields(std::string of) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(llmloss, CompositeExplicitAutograd, m) {
-  m.impl("fields", TORCH_BOX(&fields));
-}
+void register_fields(Library& m) { m.impl("fields", TORCH_BOX(&fields)); }
 
 }  // namespace llmloss::ops

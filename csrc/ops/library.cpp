@@ -1,11 +1,18 @@
-// The schemas of the operators, for all devices. operators.h documents each operator.
+// The schemas of the operators, for all devices, and who implements them. operators.h documents
+// each operator.
 //
 // `floats` and `ints` hold the options: first those of the logits, then those of the loss
 // (arguments.h). Lists of statistics are in the order of Stat (csrc/core/statistics.h). `fields`
 // returns the names of all of these.
-#include <torch/csrc/stable/library.h>
+#include "library.h"
 
-STABLE_TORCH_LIBRARY(llmloss, m) {
+// The operators are torch.ops.<this>. Two libraries in one process need two names: a kernel
+// repository (tools/kernel_repo.py) defines one of its own.
+#ifndef LLMLOSS_NAMESPACE
+#define LLMLOSS_NAMESPACE llmloss
+#endif
+
+STABLE_TORCH_LIBRARY(LLMLOSS_NAMESPACE, m) {
   m.def(
       "token_stats(Tensor input, Tensor target, Tensor? weight, Tensor? logit_scale, "
       "float[] floats, SymInt[] ints, int wanted) -> Tensor[]");
@@ -43,4 +50,16 @@ STABLE_TORCH_LIBRARY(llmloss, m) {
   m.def(
       "launch_plan(int rows, int vocab_size, int element_bytes, int multiprocessors, "
       "int shared_per_block, int shared_per_multiprocessor, int max_cluster) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(LLMLOSS_NAMESPACE, CPU, m) { llmloss::ops::register_cpu(m); }
+
+#if LLMLOSS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(LLMLOSS_NAMESPACE, CUDA, m) { llmloss::ops::register_cuda(m); }
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(LLMLOSS_NAMESPACE, CompositeExplicitAutograd, m) {
+  llmloss::ops::register_cpu_isa(m);
+  llmloss::ops::register_fields(m);
+  llmloss::ops::register_launch_plan(m);
 }

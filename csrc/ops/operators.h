@@ -7,14 +7,13 @@
 //   new_gradient, check_targets
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
 #include <array>
 #include <tuple>
 #include <utility>
 
 #include "../core/shards.h"
 #include "arguments.h"
+#include "library.h"
 
 namespace llmloss::ops {
 
@@ -423,7 +422,7 @@ struct Operators {
 };
 
 // The kernels of every schema of library.cpp that takes tensors.
-template <typename Backend, typename Library>
+template <typename Backend>
 void register_operators(Library& m) {
   using Device = Operators<Backend>;
   m.impl("token_stats", TORCH_BOX(&Device::token_stats));

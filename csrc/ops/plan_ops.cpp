@@ -1,11 +1,10 @@
 // Describes the launches for a problem on a device of given limits, as text. Needs no device.
-#include <torch/csrc/stable/library.h>
-
 #include <sstream>
 
 #include "../core/row_stats.h"
 #include "../cuda/launch/plan.h"
 #include "arguments.h"
+#include "library.h"
 
 namespace llmloss::ops {
 namespace {
@@ -60,8 +59,6 @@ std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(llmloss, CompositeExplicitAutograd, m) {
-  m.impl("launch_plan", TORCH_BOX(&launch_plan));
-}
+void register_launch_plan(Library& m) { m.impl("launch_plan", TORCH_BOX(&launch_plan)); }
 
 }  // namespace llmloss::ops

@@ -54,7 +54,7 @@ def plan(rows: str, vocab_size: str, dtype: str) -> str:
     Raises:
         UserError: An argument is not a number, is out of range, or names no dtype.
     """
-    import torch
+    from .. import ops
 
     if dtype not in ELEMENT_BYTES:
         raise UserError(f"--plan: dtype must be one of {', '.join(ELEMENT_BYTES)}, got {dtype}")
@@ -66,7 +66,7 @@ def plan(rows: str, vocab_size: str, dtype: str) -> str:
         raise UserError("--plan: N and V must be below 2^63")
     name, limits = _limits()
     try:
-        text = torch.ops.llmloss.launch_plan(n, v, ELEMENT_BYTES[dtype], *limits)
+        text = ops.kernels.launch_plan(n, v, ELEMENT_BYTES[dtype], *limits)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--plan: {first_line(error)}") from None
     return f"{n:,} x {v:,} {dtype} on {name}\n{text}"
@@ -86,8 +86,10 @@ def _limits() -> tuple[str, tuple[int, int, int, int]]:
 
 def kernels() -> list[str]:
     """Lists the CUDA kernels of this build, with registers and spills for each architecture."""
+    from .. import ops
+
     report = Path(__file__).parents[1] / "cuda_kernels.json"
-    if not _has_cuda() or not report.exists():
+    if not ops.has_cuda() or not report.exists():
         return []
     table: dict[str, dict[str, str]] = {}
     for kernel in json.loads(report.read_text()):
@@ -132,24 +134,20 @@ def version() -> str:
 
 
 def _isa() -> str:
-    import torch
+    from .. import ops
 
     try:
-        active = ISAS[torch.ops.llmloss.cpu_isa()]
+        active = ISAS[ops.kernels.cpu_isa()]
     except ValueError as error:  # LLMLOSS_CPU_ISA names none
         raise UserError(first_line(error)) from error
     forced = os.environ.get("LLMLOSS_CPU_ISA")
     return active if forced is None else f"{active} (LLMLOSS_CPU_ISA={forced})"
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch._C._dispatch_has_kernel_for_dispatch_key("llmloss::cross_entropy", "CUDA")
-
-
 def _cuda() -> str:
-    return "built" if _has_cuda() else "not in this build"
+    from .. import ops
+
+    return "built" if ops.has_cuda() else "not in this build"
 
 
 def _train() -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import cross_entropy, linear_cross_entropy, token_stats
+from ..ops import kernels
 from ..tolerances import GRADIENT, VALUE
 from .devices import open_device
 from .info import ISAS
@@ -101,7 +102,7 @@ def checks(device: torch.device) -> Iterator[Check]:
         return
     before = os.environ.get("LLMLOSS_CPU_ISA")
     try:
-        for isa in ISAS[: torch.ops.llmloss.cpu_isa() + 1]:
+        for isa in ISAS[: kernels.cpu_isa() + 1]:
             os.environ["LLMLOSS_CPU_ISA"] = isa
             for dtype in DTYPES:
                 check = _check_loss("plain", dtype, device, {"label_smoothing": 0.1})

@@ -22,6 +22,7 @@ from ..divergence import (
 )
 from ..entry import entry_point
 from ..ops import in_transform
+from ..ops.namespace import qualified
 from ..ops.rows import take
 from ..options import documented
 from .operators import needs_gradients
@@ -96,7 +97,7 @@ class _Others(NamedTuple):
     needs: Any = None
 
 
-@torch.library.custom_op("llmloss::linear_divergence", mutates_args=())
+@torch.library.custom_op(qualified("linear_divergence"), mutates_args=())
 def linear_divergence(
     student: Tensor,
     student_weight: Tensor,

@@ -5,16 +5,13 @@ Where tokens are dropped, those that are left count, unless their number cannot 
 tensors). Everything else in a loss is additions beside the products.
 """
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..ops import can_read
+from ..ops import can_read, kernels
 from ..options import unpack
 from . import divergence, operators  # noqa: F401  (define the operators)
 from .walk import Inputs, Targets, takes_part, with_gradient
-
-ops = torch.ops.llmloss
 
 
 def _product(input: Tensor, classes: int, counts: Tensor | None, drop: bool) -> int:
@@ -25,7 +22,7 @@ def _product(input: Tensor, classes: int, counts: Tensor | None, drop: bool) -> 
     return 2 * tokens * input.shape[1] * classes
 
 
-@register_flop_formula(ops.linear_loss, get_raw=True)
+@register_flop_formula(kernels.linear_loss, get_raw=True)
 def _loss(
     input, linear_weight, linear_bias, logit_scale, target, weight, token_weight, num_items, floats,
     ints, chunk_tokens, drop_ignored, weight_grad_dtype, needs, *, out_val=None,
@@ -37,7 +34,7 @@ def _loss(
     return products * _product(input, logits.vocab_size, counts, drop_ignored)
 
 
-@register_flop_formula(ops.linear_stats, get_raw=True)
+@register_flop_formula(kernels.linear_stats, get_raw=True)
 def _stats(
     input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, wanted,
     chunk_tokens, drop_ignored, *, out_val=None,
@@ -47,7 +44,7 @@ def _stats(
     return _product(input, logits.vocab_size, counts, drop_ignored)
 
 
-@register_flop_formula(ops.linear_stats_backward, get_raw=True)
+@register_flop_formula(kernels.linear_stats_backward, get_raw=True)
 def _stats_backward(
     grads, input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, stats,
     state, chunk_tokens, drop_ignored, weight_grad_dtype, needs, *, out_val=None,
@@ -59,7 +56,7 @@ def _stats_backward(
     return products * _product(input, logits.vocab_size, counts, drop_ignored)
 
 
-@register_flop_formula(ops.linear_divergence, get_raw=True)
+@register_flop_formula(kernels.linear_divergence, get_raw=True)
 def _divergence(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
     beta, temperature, mean, num_items, vocab_size, chunk_tokens, drop_ignored, needs, *,

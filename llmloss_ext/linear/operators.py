@@ -4,7 +4,7 @@
 again in backward: four, for any function of the statistics. What asks for more than first-order
 gradients gets torch arithmetic over whole logits: slower, never wrong.
 
-The walks themselves are the operators ``llmloss::linear_*``, which compilers do not look into.
+The walks themselves are operators of their own, ``linear_*``, which compilers do not look into.
 Where nothing looks on, they are called directly, which saves a small call 40 us.
 """
 
@@ -27,6 +27,7 @@ from ..ops.derivatives import (
 )
 from ..ops.fake import statistics_like
 from ..ops.library import STATE, kernels
+from ..ops.namespace import qualified
 from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions, pack, unpack
 from ..shard import refuse_second_order
 from ..statistics import FloatStats, RowStats
@@ -80,7 +81,7 @@ def logits_of(
 # ---------------------------------------------------------------------------------- the loss
 
 
-@torch.library.custom_op("llmloss::linear_loss", mutates_args=())
+@torch.library.custom_op(qualified("linear_loss"), mutates_args=())
 def _linear_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -246,7 +247,7 @@ def loss(
 # ---------------------------------------------------------------------------- the statistics
 
 
-@torch.library.custom_op("llmloss::linear_stats", mutates_args=())
+@torch.library.custom_op(qualified("linear_stats"), mutates_args=())
 def _linear_stats(
     input: Tensor,
     linear_weight: Tensor,
@@ -277,7 +278,7 @@ def _(  # type: ignore[no-untyped-def]
     return [state, *statistics_like(input, (tokens,), wanted)]
 
 
-@torch.library.custom_op("llmloss::linear_stats_backward", mutates_args=())
+@torch.library.custom_op(qualified("linear_stats_backward"), mutates_args=())
 def _linear_stats_backward(
     grads: Sequence[Tensor | None],
     input: Tensor,

@@ -3,7 +3,7 @@
 from . import fake  # noqa: F401  (registers itself)
 from .cross_entropy import LossInputs, cross_entropy
 from .derivatives import can_read, in_transform
-from .library import LIBRARY, kernels
+from .library import LIBRARY, has_cuda, kernels
 from .token_stats import StatsInputs, token_stats
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "StatsInputs",
     "can_read",
     "cross_entropy",
+    "has_cuda",
     "in_transform",
     "kernels",
     "token_stats",

@@ -11,6 +11,7 @@ from ..composite import real_of
 from ..options import MEAN, NONE, unpack
 from ..statistics import STATISTICS, FloatStats, is_asked
 from .library import MEAN_DENOMINATOR, STATE
+from .namespace import qualified
 
 
 def _state(input: Tensor, rows_of_state: int) -> Tensor:
@@ -34,26 +35,26 @@ def statistics_like(input: Tensor, shape, wanted: int) -> list[Tensor]:
     return [one(name) for name in STATISTICS]
 
 
-@torch.library.register_fake("llmloss::token_stats")
+@torch.library.register_fake(qualified("token_stats"))
 def _token_stats(input, target, weight, logit_scale, floats, ints, wanted):
     return [_state(input, len(STATE)), *statistics_like(input, input.shape[:-1], wanted)]
 
 
-@torch.library.register_fake("llmloss::token_stats_backward")
+@torch.library.register_fake(qualified("token_stats_backward"))
 def _token_stats_backward(
     grads, input, target, weight, logit_scale, floats, ints, stats, state, with_grad_scale
 ):
     return input.new_empty(input.shape), _scalar(input, with_grad_scale)
 
 
-@torch.library.register_fake("llmloss::token_stats_backward_")
+@torch.library.register_fake(qualified("token_stats_backward_"))
 def _token_stats_backward_inplace(
     grads, input, target, weight, logit_scale, floats, ints, stats, state, with_grad_scale
 ):
     return _scalar(input, with_grad_scale)
 
 
-@torch.library.register_fake("llmloss::cross_entropy")
+@torch.library.register_fake(qualified("cross_entropy"))
 def _cross_entropy(input, target, weight, token_weight, num_items, logit_scale, floats, ints):
     _, loss = unpack(floats, ints)
     value = _scalar(input)
@@ -65,7 +66,7 @@ def _cross_entropy(input, target, weight, token_weight, num_items, logit_scale, 
     return value, state, input.new_empty((numbers,), dtype=real_of(input))
 
 
-@torch.library.register_fake("llmloss::cross_entropy_backward")
+@torch.library.register_fake(qualified("cross_entropy_backward"))
 def _cross_entropy_backward(
     grad_loss, input, target, weight, token_weight, logit_scale, floats, ints, state, denominator,
     with_grad_scale,
@@ -73,7 +74,7 @@ def _cross_entropy_backward(
     return input.new_empty(input.shape), _scalar(input, with_grad_scale)
 
 
-@torch.library.register_fake("llmloss::cross_entropy_backward_")
+@torch.library.register_fake(qualified("cross_entropy_backward_"))
 def _cross_entropy_backward_inplace(
     grad_loss, input, target, weight, token_weight, logit_scale, floats, ints, state, denominator,
     with_grad_scale,
@@ -81,14 +82,14 @@ def _cross_entropy_backward_inplace(
     return _scalar(input, with_grad_scale)
 
 
-@torch.library.register_fake("llmloss::cross_entropy_fused_")
+@torch.library.register_fake(qualified("cross_entropy_fused_"))
 def _cross_entropy_fused(
     input, target, weight, token_weight, num_items, logit_scale, floats, ints, with_grad_scale
 ):
     return _scalar(input), _scalar(input, with_grad_scale)
 
 
-@torch.library.register_fake("llmloss::merge_shards")
+@torch.library.register_fake(qualified("merge_shards"))
 def _merge_shards(shard_stats, target, ignore_index, vocab_size):
     rows = shard_stats.shape[2]
     column = [shard_stats.new_empty(rows) for _ in range(len(FloatStats._fields) + 1)]
@@ -97,6 +98,6 @@ def _merge_shards(shard_stats, target, ignore_index, vocab_size):
     return [shard_stats.new_empty(len(STATE), rows), *floats, argmax, rank, owners]
 
 
-@torch.library.register_fake("llmloss::scale_")
+@torch.library.register_fake(qualified("scale_"))
 def _scale(x, factor):
     return None

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from .namespace import NAMESPACE, qualified
+
 
 def load() -> Path:
-    """Registers the operators ``torch.ops.llmloss.*`` and returns the shared object's path."""
+    """Registers the operators and returns the shared object's path."""
     folder = Path(__file__).parent.parent
     found = sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd"))
     if not found:
@@ -21,7 +23,12 @@ def load() -> Path:
 
 
 LIBRARY = load()
-kernels = torch.ops.llmloss
+kernels = getattr(torch.ops, NAMESPACE)
+
+
+def has_cuda() -> bool:
+    """Whether the CUDA kernels are in this build."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(qualified("cross_entropy"), "CUDA")
 
 
 def fields(of: str) -> tuple[str, ...]:
