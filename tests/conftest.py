@@ -46,8 +46,8 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(scope="session")
 def groups() -> Iterator[dict[int, Ranks]]:
-    """Two processes of one group, and three; they start when a test first sends them something."""
-    every = {size: Ranks(size) for size in (2, 3)}
+    """Two processes of a group, or more; they start when a test first sends them something."""
+    every = {size: Ranks(size) for size in (2, 3, 4)}
     yield every
     for group in every.values():
         group.stop()
@@ -57,6 +57,12 @@ def groups() -> Iterator[dict[int, Ranks]]:
 def ranks(request: pytest.FixtureRequest, groups: dict[int, Ranks]) -> Ranks:
     """Two ranks, then three."""
     return groups[request.param]
+
+
+@pytest.fixture
+def four(groups: dict[int, Ranks]) -> Ranks:
+    """Four ranks: for a mesh of two dimensions."""
+    return groups[4]
 
 
 @pytest.fixture

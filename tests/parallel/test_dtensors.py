@@ -73,8 +73,8 @@ def rank_hidden_states(rank, ranks):
     # What is not known to be tensor parallelism is refused, and said how it can be.
     for arguments, words in (
         ((hidden, w), "full_tensor"),
-        ((leaf(hidden, mesh, Shard(0)), w), "only the classes may be sharded"),
-        ((h, leaf(weight, mesh, Shard(1))), "only the classes may be sharded"),
+        ((leaf(hidden, mesh, Shard(1)), w), "only the classes and the tokens may be sharded"),
+        ((h, leaf(weight, mesh, Shard(1))), "only the classes and the tokens may be sharded"),
     ):
         with pytest.raises(ValueError, match=words):
             linear_cross_entropy(*arguments, target)
@@ -84,3 +84,121 @@ def rank_hidden_states(rank, ranks):
 
 def test_hidden_states(ranks):
     ranks.run(rank_hidden_states)
+
+
+B, S = 5, 6  # ranks with different numbers of sequences
+ON_A_MESH = {
+    "tokens": ((2,), [Shard(0)], [Replicate()]),
+    "sequences": ((2,), [Shard(1)], [Replicate()]),
+    "tensor and sequence parallelism": ((2,), [Shard(1)], [Shard(0)]),
+    "data and tensor parallelism": ((2, 2), [Shard(0), Replicate()], [Replicate(), Shard(0)]),
+    "all of it": ((2, 2), [Shard(0), Shard(1)], [Replicate(), Shard(0)]),
+    "both dimensions of tokens": ((2, 2), [Shard(0), Shard(1)], [Replicate(), Replicate()]),
+}
+
+
+def problem():
+    torch.manual_seed(1)
+    hidden, weight, bias = torch.randn(B, S, D), torch.randn(CLASSES, D), torch.randn(CLASSES)
+    target = torch.randint(0, CLASSES, (B, S))
+    target[0] = -100
+    target[1:, ::2] = -100
+    return hidden, weight, bias, target, torch.rand(B, S)
+
+
+def placed(tensor, mesh, placements, needs_gradient=True):
+    return distribute_tensor(tensor, mesh, placements).detach().requires_grad_(needs_gradient)
+
+
+def rank_mesh(rank, ranks, name, options):
+    shape, of_hidden, of_weight = ON_A_MESH[name]
+    mesh = init_device_mesh("cpu", shape)
+    hidden, weight, bias, target, token_weight = problem()
+    options = dict(options)
+    weighs = options.pop("weighs")
+    of_tokens = [p if p.is_shard() and not w.is_shard() else Replicate()
+                 for p, w in zip(of_hidden, of_weight, strict=True)]  # fmt: skip
+    if options.get("shift") and Shard(1) in of_tokens:
+        return
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    plain = options | ({"token_weight": token_weight} if weighs else {})
+    expected = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], **plain)
+    h, w, b = (
+        placed(x, mesh, p)
+        for x, p in zip((hidden, weight, bias), (of_hidden, of_weight, of_weight), strict=True)
+    )
+    y, c = (placed(x, mesh, of_tokens, False) for x in (target, token_weight))
+    given = options | ({"token_weight": c} if weighs else {})
+    loss = linear_cross_entropy(h, w, y, linear_bias=b, **given)
+    assert_close(loss.full_tensor().detach(), expected.detach(), 1e-5)
+    assert loss.shape == expected.shape
+    expected.sum().backward()
+    loss.sum().backward()
+    assert h.grad.placements == h.placements
+    for x, leaf_ in zip((h, w, b), leaves, strict=True):  # of the weight partial, as torch's are
+        assert_close(x.grad.full_tensor(), leaf_.grad, 1e-5)
+    # From logits, with the classes over what the weight's rows were over.
+    logits = (leaves[0] @ leaves[1].t()).detach()
+    exact = logits.clone().requires_grad_()
+    of_logits = [Shard(2) if w.is_shard() else p for p, w in zip(of_hidden, of_weight, strict=True)]
+    x = placed(logits, mesh, of_logits)
+    if "shift" in options:
+        return
+    expected = cross_entropy(exact, target, class_dim=-1, **plain)
+    loss = cross_entropy(x, y, class_dim=-1, **given)
+    assert_close(loss.full_tensor().detach(), expected.detach(), 1e-5)
+    expected.sum().backward()
+    loss.sum().backward()
+    assert x.grad.placements == x.placements
+    assert_close(x.grad.full_tensor(), exact.grad, 1e-5)
+    if weighs:
+        return
+    stats, of_all = token_stats(x, y), token_stats(logits, target)
+    assert stats.entropy.placements == tuple(of_tokens)
+    assert_close(stats.entropy.full_tensor().detach(), of_all.entropy, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighs": False},
+        {"weighs": True, "z_loss": 1e-2},
+        {"weighs": True, "reduction": "none"},
+        {"weighs": False, "reduction": "sum", "label_smoothing": 0.1},
+        {"weighs": True, "num_items": 7},
+        {"weighs": True, "shift": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ON_A_MESH)
+def test_tokens(groups, name, options):
+    shape = ON_A_MESH[name][0]
+    groups[2 ** len(shape)].run(rank_mesh, name, options)
+
+
+def rank_refusals(rank, ranks):
+    mesh = init_device_mesh("cpu", (ranks,))
+    hidden, weight, _, target, _ = problem()
+    h, w, y = (
+        placed(x, mesh, [p], False)
+        for x, p in ((hidden, Shard(1)), (weight, Replicate()), (target, Shard(1)))
+    )
+    for arguments, options, words in (
+        ((h, w, target), {}, "target must be a DTensor of the same mesh"),
+        ((h, weight, y), {}, "linear_weight must be a DTensor"),
+        ((h, w, y), {"shift": 1}, "have to be shifted before"),
+        (
+            (h, w, y),
+            {"weight": placed(torch.ones(CLASSES), mesh, [Replicate()], False)},
+            "num_items",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear_cross_entropy(*arguments, **options)
+    # A mean over no token is one over none, on any number of ranks.
+    none = torch.full_like(target, -100)
+    assert linear_cross_entropy(h, w, placed(none, mesh, [Shard(1)], False)).full_tensor().isnan()
+
+
+def test_refusals(two):
+    two.run(rank_refusals)
