@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .linear.planning import ChunkLimit
     from .shard import ShardedColumns
 
 
@@ -357,7 +358,7 @@ class ChunkOptions(NamedTuple):
     ``shard`` None: it has the weight of all classes.
     """
 
-    chunk_tokens: int
+    limit: ChunkLimit
     drop_ignored: bool
     weight_grad_dtype: torch.dtype
     shard: ShardedColumns | None = None

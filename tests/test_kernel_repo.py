@@ -56,7 +56,8 @@ def test_identities():
     """A name that may follow torch.ops., and another for other contents."""
     assert re.fullmatch(r"_llmloss_ext_cpu_[0-9a-f]{12}", kernel_repo.identity(CPU))
     assert kernel_repo.identity(CPU) == kernel_repo.identity(CPU)
-    assert len({kernel_repo.identity(b) for b in (CPU, CUDA, cuda_backend("12.8", {90}))}) == 3
+    others = (cuda_backend("12.8", {80, 90, 100}), cuda_backend("13.0", {90}))
+    assert len({kernel_repo.identity(backend) for backend in (CPU, CUDA, *others)}) == 4
 
 
 @pytest.mark.parametrize(

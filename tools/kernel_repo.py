@@ -99,7 +99,7 @@ def python_files() -> list[Path]:
 def identity(backend: Backend) -> str:
     """The name of a variant's module and of its operators, which other contents do not have."""
     sources = [path for path in sorted((ROOT / "csrc").rglob("*.*")) if path.suffix != ".pyc"]
-    digest = hashlib.sha256(f"{variant_name(backend)} {torch.__version__}".encode())
+    digest = hashlib.sha256(repr((variant_name(backend), backend, torch.__version__)).encode())
     for path in (*python_files(), *sources, ROOT / "setup.py"):
         digest.update(path.read_bytes())
     return f"_{NAME.replace('-', '_')}_{backend.kind}_{digest.hexdigest()[:12]}"
@@ -111,9 +111,8 @@ def link(namespace: str, backend: Backend, folder: Path) -> Path:
     Raises:
         SystemExit: There is no build to link, or the compiler says no.
     """
-    environment = {**os.environ, "LLMLOSS_NAMESPACE": namespace}
-    if backend == CPU:
-        environment["LLMLOSS_CUDA"] = "0"
+    with_cuda = str(int(backend != CPU))
+    environment = {**os.environ, "LLMLOSS_NAMESPACE": namespace, "LLMLOSS_CUDA": with_cuda}
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     command += ["--build-temp", str(folder / "objects"), "--build-lib", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

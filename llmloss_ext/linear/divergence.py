@@ -26,7 +26,7 @@ from ..ops.namespace import qualified
 from ..ops.rows import take
 from ..options import documented
 from .operators import needs_gradients
-from .planning import plan
+from .planning import ChunkLimit, chunk_limit
 from .projection import (
     Gradients,
     Projection,
@@ -93,6 +93,7 @@ class _Others(NamedTuple):
     vocab_size: Any = None
     """The classes that are compared."""
     chunk_tokens: Any = None
+    even_chunks: Any = None
     drop_ignored: Any = None
     needs: Any = None
 
@@ -113,6 +114,7 @@ def linear_divergence(
     num_items: Tensor | None,
     vocab_size: int,
     chunk_tokens: int,
+    even_chunks: bool,
     drop_ignored: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -135,7 +137,8 @@ def linear_divergence(
     factor = gradient_factor(student, divisor)
     options = (direction, beta, temperature)
     total = torch.zeros((), dtype=torch.float64, device=student.device)
-    for chunk in projection.chunks(chunk_tokens, valid, drop=drop_ignored):
+    limit = ChunkLimit(chunk_tokens, even_chunks)
+    for chunk in projection.chunks(limit, valid, drop=drop_ignored):
         hidden = take(teacher, chunk.rows)
         teacher_logits = hidden.new_empty(hidden.shape[0], vocab_size)
         other.project(hidden, teacher_logits)
@@ -159,7 +162,7 @@ def linear_divergence(
 @linear_divergence.register_fake
 def _(  # type: ignore[no-untyped-def]
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
-    beta, temperature, mean, num_items, vocab_size, chunk_tokens, drop_ignored, needs,
+    beta, temperature, mean, num_items, vocab_size, chunk_tokens, even_chunks, drop_ignored, needs,
 ):  # fmt: skip
     real, asked = real_of(student), _Student(*needs)
     scalar = student.new_empty((), dtype=real)
@@ -288,11 +291,9 @@ def linear_kl_div(
     if in_transform():
         raise RuntimeError("linear_kl_div does not work under torch.func transforms")
     hidden = as_rows(to_dtype_of_products(student_hidden))
-    tokens, features = hidden.shape
-    planned = plan(
-        tokens, features, student_weight.shape[0], hidden.dtype, hidden.device,
-        chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
-    )  # fmt: skip
+    limit = chunk_limit(
+        student_weight.shape[0], hidden.dtype, hidden.device.type, chunk_tokens, max_chunk_bytes
+    )
     valid = None if target is None else (target != ignore_index).reshape(-1)
     if drop_ignored is None:
         drop_ignored = hidden.device.type == "cpu"
@@ -308,7 +309,8 @@ def linear_kl_div(
         mean=reduction == "mean",
         num_items=items_tensor(num_items, reduction, student_hidden),
         vocab_size=vocab_size,
-        chunk_tokens=planned.chunk_tokens,
+        chunk_tokens=limit.tokens,
+        even_chunks=limit.is_even,
         drop_ignored=drop_ignored and valid is not None,
         needs=needs_gradients(student),
     )

@@ -25,7 +25,7 @@ def _product(input: Tensor, classes: int, counts: Tensor | None, drop: bool) -> 
 @register_flop_formula(kernels.linear_loss, get_raw=True)
 def _loss(
     input, linear_weight, linear_bias, logit_scale, target, weight, token_weight, num_items, floats,
-    ints, chunk_tokens, drop_ignored, weight_grad_dtype, needs, *, out_val=None,
+    ints, chunk_tokens, even_chunks, drop_ignored, weight_grad_dtype, needs, *, out_val=None,
 ) -> int:  # fmt: skip
     logits, _ = unpack(floats, ints)
     counts = takes_part(Targets(target, token_weight=token_weight), logits.ignore_index)
@@ -37,7 +37,7 @@ def _loss(
 @register_flop_formula(kernels.linear_stats, get_raw=True)
 def _stats(
     input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, wanted,
-    chunk_tokens, drop_ignored, *, out_val=None,
+    chunk_tokens, even_chunks, drop_ignored, *, out_val=None,
 ) -> int:  # fmt: skip
     logits, _ = unpack(floats, ints)
     counts = takes_part(Targets(target), logits.ignore_index)
@@ -47,7 +47,7 @@ def _stats(
 @register_flop_formula(kernels.linear_stats_backward, get_raw=True)
 def _stats_backward(
     grads, input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, stats,
-    state, chunk_tokens, drop_ignored, weight_grad_dtype, needs, *, out_val=None,
+    state, chunk_tokens, even_chunks, drop_ignored, weight_grad_dtype, needs, *, out_val=None,
 ) -> int:  # fmt: skip
     logits, _ = unpack(floats, ints)
     counts = with_gradient(grads, Targets(target), logits.ignore_index)
@@ -59,8 +59,8 @@ def _stats_backward(
 @register_flop_formula(kernels.linear_divergence, get_raw=True)
 def _divergence(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
-    beta, temperature, mean, num_items, vocab_size, chunk_tokens, drop_ignored, needs, *,
-    out_val=None,
+    beta, temperature, mean, num_items, vocab_size, chunk_tokens, even_chunks, drop_ignored, needs,
+    *, out_val=None,
 ) -> int:  # fmt: skip
     with_hidden, with_weight, _ = needs
     products = 1 + bool(with_hidden) + bool(with_weight)

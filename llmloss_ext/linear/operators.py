@@ -31,6 +31,7 @@ from ..ops.namespace import qualified
 from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions, pack, unpack
 from ..shard import refuse_second_order
 from ..statistics import FloatStats, RowStats
+from .planning import ChunkLimit
 from .walk import (
     Inputs,
     LossResults,
@@ -94,6 +95,7 @@ def _linear_loss(
     floats: Sequence[float],
     ints: Sequence[int],
     chunk_tokens: int,
+    even_chunks: bool,
     drop_ignored: bool,
     weight_grad_dtype: torch.dtype,
     needs: Sequence[bool],
@@ -103,7 +105,7 @@ def _linear_loss(
         Inputs(input, linear_weight, linear_bias, logit_scale),
         Targets(target, weight, token_weight, num_items),
         *unpack(floats, ints),
-        ChunkOptions(chunk_tokens, drop_ignored, weight_grad_dtype),
+        ChunkOptions(ChunkLimit(chunk_tokens, even_chunks), drop_ignored, weight_grad_dtype),
         Inputs(*needs),
     )
 
@@ -111,7 +113,7 @@ def _linear_loss(
 @_linear_loss.register_fake
 def _(  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, logit_scale, target, weight, token_weight, num_items,
-    floats, ints, chunk_tokens, drop_ignored, weight_grad_dtype, needs,
+    floats, ints, chunk_tokens, even_chunks, drop_ignored, weight_grad_dtype, needs,
 ):  # fmt: skip
     def gradient(parameter: Any, asked: bool, dtype: Callable[[Tensor], torch.dtype]) -> Tensor:
         if not asked or parameter is None:
@@ -138,7 +140,7 @@ def _loss_and_gradients(
     if chunks.shard is not None or not _must_be_opaque(inputs.input):
         return loss_by_chunks(inputs, targets, options.logits, options.loss, chunks, needs)
     packed = pack(options.logits, options.loss)
-    how = (chunks.chunk_tokens, chunks.drop_ignored, chunks.weight_grad_dtype)
+    how = (*chunks.limit, chunks.drop_ignored, chunks.weight_grad_dtype)
     return LossResults(*_linear_loss(*inputs, *targets, *packed, *how, needs))
 
 
@@ -259,19 +261,20 @@ def _linear_stats(
     ints: Sequence[int],
     wanted: int,
     chunk_tokens: int,
+    even_chunks: bool,
     drop_ignored: bool,
 ) -> list[Tensor]:
     """`stats_by_chunks`."""
     inputs = Inputs(input, linear_weight, linear_bias, logit_scale)
     logits, _ = unpack(floats, ints)
-    chunks = ChunkOptions(chunk_tokens, drop_ignored, real_of(input))
+    chunks = ChunkOptions(ChunkLimit(chunk_tokens, even_chunks), drop_ignored, real_of(input))
     return list(stats_by_chunks(inputs, Targets(target, weight), logits, wanted, chunks).results())
 
 
 @_linear_stats.register_fake
 def _(  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, wanted,
-    chunk_tokens, drop_ignored,
+    chunk_tokens, even_chunks, drop_ignored,
 ):  # fmt: skip
     tokens = input.shape[0]
     state = input.new_empty((tokens, len(STATE)), dtype=real_of(input))
@@ -292,6 +295,7 @@ def _linear_stats_backward(
     stats: Sequence[Tensor],
     state: Tensor,
     chunk_tokens: int,
+    even_chunks: bool,
     drop_ignored: bool,
     weight_grad_dtype: torch.dtype,
     needs: Sequence[bool],
@@ -299,7 +303,7 @@ def _linear_stats_backward(
     """`gradients_by_chunks` without an accumulator."""
     inputs = Inputs(input, linear_weight, linear_bias, logit_scale)
     logits, _ = unpack(floats, ints)
-    chunks = ChunkOptions(chunk_tokens, drop_ignored, weight_grad_dtype)
+    chunks = ChunkOptions(ChunkLimit(chunk_tokens, even_chunks), drop_ignored, weight_grad_dtype)
     return gradients_by_chunks(
         FloatStats(*grads), inputs, Targets(target, weight), logits, list(stats), state, chunks,
         Inputs(*needs),
@@ -309,7 +313,7 @@ def _linear_stats_backward(
 @_linear_stats_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
     grads, input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, stats,
-    state, chunk_tokens, drop_ignored, weight_grad_dtype, needs,
+    state, chunk_tokens, even_chunks, drop_ignored, weight_grad_dtype, needs,
 ):  # fmt: skip
     parameters = (input, linear_weight, linear_bias, logit_scale)
     return tuple(
@@ -340,7 +344,7 @@ class LinearTokenStats(Function):
         if chunks.shard is not None or not _must_be_opaque(inputs.input):
             output = stats_by_chunks(inputs, targets, call.logits, call.wanted, chunks)
         else:
-            packed, how = pack(call.logits), (chunks.chunk_tokens, chunks.drop_ignored)
+            packed, how = pack(call.logits), (*chunks.limit, chunks.drop_ignored)
             where = (*inputs, targets.target, targets.weight)
             output = RowStats.of(_linear_stats(*where, *packed, call.wanted, *how))
         ctx.mark_non_differentiable(output.state, output.argmax, output.rank)
@@ -381,7 +385,7 @@ class LinearTokenStats(Function):
                 call.accumulator,
             )  # fmt: skip
         else:
-            how = (chunks.chunk_tokens, chunks.drop_ignored, chunks.weight_grad_dtype)
+            how = (*chunks.limit, chunks.drop_ignored, chunks.weight_grad_dtype)
             where = (*inputs, target, weight, *pack(call.logits), stats, state)
             results = Inputs(*_linear_stats_backward(grads, *where, *how, needs))
         if call.accumulator is not None:

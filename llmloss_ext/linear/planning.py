@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -129,7 +130,7 @@ def plan(
         raise ValueError(f"expected N >= 0, D >= 1 and V >= 1, got {tokens, features, vocab_size}")
     kind = torch.device(device).type
     row_bytes = row_stride(vocab_size, dtype) * dtype.itemsize
-    chunk = tokens_of_a_chunk(tokens, vocab_size, dtype, kind, chunk_tokens, max_chunk_bytes)
+    chunk = chunk_limit(vocab_size, dtype, kind, chunk_tokens, max_chunk_bytes).of(tokens)
     with_input, with_weight = needs_grad
     products = 1 + with_input + with_weight
     if recompute and (with_input or with_weight):
@@ -195,14 +196,25 @@ def _block_bytes(
     return rows * features * (dtype.itemsize + is_added * accumulated.itemsize)
 
 
-def tokens_of_a_chunk(
-    tokens: int,
-    vocab_size: int,
-    dtype: torch.dtype,
-    kind: str,
-    asked: int | None,
-    budget: int | None,
-) -> int:
+class ChunkLimit(NamedTuple):
+    """How large chunks may be, whatever the number of tokens.
+
+    That number is a symbol where a call is traced, and a comparison would bind the graph to its
+    outcome: so a call hands on the limit, and the walk, which knows the number, cuts the chunks.
+    """
+
+    tokens: int
+    is_even: bool
+    """Whether all chunks are to be of one size, and so smaller than they may be."""
+
+    def of(self, tokens: int) -> int:
+        """Tokens of a chunk of so many."""
+        return even_chunk(tokens, self.tokens) if self.is_even else min(self.tokens, max(tokens, 1))
+
+
+def chunk_limit(
+    vocab_size: int, dtype: torch.dtype, kind: str, asked: int | None, budget: int | None
+) -> ChunkLimit:
     """The part of `plan` that a call needs.
 
     ``asked`` is its ``chunk_tokens``, ``budget`` its ``max_chunk_bytes``, ``kind`` the device's.
@@ -218,16 +230,13 @@ def tokens_of_a_chunk(
         raise ValueError(
             f"max_chunk_bytes must be at least {row_bytes}, the logits of one token, got {budget}"
         )
-    most = max(tokens, 1)
     if asked is not None:
-        chunk = asked if budget is None else min(asked, budget // row_bytes)
-        return min(chunk, most)
-    if budget is None:
-        default = _DEFAULT_BYTES.get(kind, _DEFAULT_BYTES["cuda"])
-        chunk = max(default // row_bytes, _LEAST_TOKENS.get(kind, _LEAST_TOKENS["cuda"]))
-    else:
-        chunk = budget // row_bytes
-    return even_chunk(most, chunk)
+        return ChunkLimit(asked if budget is None else min(asked, budget // row_bytes), False)
+    if budget is not None:
+        return ChunkLimit(budget // row_bytes, True)
+    default = _DEFAULT_BYTES.get(kind, _DEFAULT_BYTES["cuda"])
+    least = _LEAST_TOKENS.get(kind, _LEAST_TOKENS["cuda"])
+    return ChunkLimit(max(default // row_bytes, least), True)
 
 
 def even_chunk(tokens: int, most: int) -> int:

@@ -15,7 +15,7 @@ from ..checks import FLOATS, is_autocast
 from ..composite import only, real_of
 from ..ops.library import kernels
 from ..ops.rows import Rows, put, take
-from .planning import block_rows, even_chunk, first_part_rows, row_stride
+from .planning import ChunkLimit, block_rows, even_chunk, first_part_rows, row_stride
 
 _HUGE_PAGE = 2 << 20
 
@@ -118,12 +118,13 @@ class Projection:
         self.weight = weight[:used].to(hidden.dtype)
         self.bias = None if bias is None else bias[:used].to(hidden.dtype)
 
-    def chunks(self, chunk_tokens: int, counts: Tensor | None, *, drop: bool) -> Iterator[Chunk]:
+    def chunks(self, limit: ChunkLimit, counts: Tensor | None, *, drop: bool) -> Iterator[Chunk]:
         """Each chunk's logits, all in one buffer: a chunk ends where the next one begins.
 
         ``counts`` (N) bool: which tokens take part; None: all. ``drop``: the others are left out.
         """
         tokens, dtype = self.hidden.shape[0], self.hidden.dtype
+        chunk_tokens = limit.of(tokens)
         shape = (min(chunk_tokens, tokens), row_stride(self.columns, dtype))
         buffer = new_buffer(self.hidden, shape, dtype)
         # oneDNN's products read a column too many and multiply it by 0: no nan may stand there.

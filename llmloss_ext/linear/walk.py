@@ -129,7 +129,7 @@ def loss_by_chunks(
         gradient_dtype(input, inputs.linear_weight),
     )  # fmt: skip
     counts = takes_part(targets, logits.ignore_index)
-    for chunk in projection.chunks(chunks.chunk_tokens, counts, drop=chunks.drop_ignored):
+    for chunk in projection.chunks(chunks.limit, counts, drop=chunks.drop_ignored):
         part = labels.take(chunk.rows)
         if any(needs):
             of_part, scale = rows.losses_and_gradient_(
@@ -178,7 +178,7 @@ def stats_by_chunks(
     wholes = [column(name) for name in STATISTICS]
     projection = _projection(inputs, logits, chunks)
     counts = takes_part(targets, logits.ignore_index)
-    for chunk in projection.chunks(chunks.chunk_tokens, counts, drop=chunks.drop_ignored):
+    for chunk in projection.chunks(chunks.limit, counts, drop=chunks.drop_ignored):
         stats = rows.statistics(chunk.logits, take(targets.target, chunk.rows), wanted)
         state_of_chunk, *parts = stats.results()
         put(state, chunk.rows, state_of_chunk.t())
@@ -215,7 +215,7 @@ def gradients_by_chunks(
     if needs.logit_scale:
         grad_scale = torch.zeros((), dtype=torch.float64, device=input.device)
     counts = with_gradient(grads, targets, logits.ignore_index)
-    for chunk in projection.chunks(chunks.chunk_tokens, counts, drop=chunks.drop_ignored):
+    for chunk in projection.chunks(chunks.limit, counts, drop=chunks.drop_ignored):
         at = chunk.rows
         _, scale = rows.gradient(
             FloatStats(*(None if grad is None else take(grad, at) for grad in grads)),

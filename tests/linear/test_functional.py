@@ -119,7 +119,7 @@ def test_torchs_options(device, monkeypatch):
     )
     arguments = (problem.hidden, problem.weight, problem.target)
     linear_cross_entropy(*arguments, options=Options())
-    assert (seen[0].chunk_tokens, seen[0].weight_grad_dtype) == (8, torch.bfloat16)
+    assert (seen[0].limit.tokens, seen[0].weight_grad_dtype) == (8, torch.bfloat16)
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         linear_cross_entropy(*arguments, options=torch.nn.LinearCrossEntropyOptions())
         linear_cross_entropy(*arguments)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import FLOATS, assert_close
 
-from llmloss_ext import linear_cross_entropy, linear_token_stats
+from llmloss_ext import linear_cross_entropy, linear_kl_div, linear_token_stats
+from llmloss_ext.linear import plan
 from llmloss_ext.options import MEAN, LogitOptions, LossOptions, pack
 from llmloss_ext.statistics import STATISTICS, FloatStats, asked
 
@@ -163,16 +166,71 @@ def test_opcheck(dtype):
     ops = torch.ops.llmloss
     torch.library.opcheck(
         ops.linear_loss.default,
-        (*where, None, None, *pack(logits, loss), 8, True, torch.float32, needs),
+        (*where, None, None, *pack(logits, loss), 8, False, True, torch.float32, needs),
         test_utils=tests,
     )
-    stats = (*where, *pack(logits), asked(STATISTICS), 8, True)
+    stats = (*where, *pack(logits), asked(STATISTICS), 8, False, True)
     torch.library.opcheck(ops.linear_stats.default, stats, test_utils=tests)
     state, *floats, _argmax, _rank = ops.linear_stats(*stats)
     upstream = torch.ones(N, dtype=state.dtype)
     grads = FloatStats(log_prob=upstream, entropy=upstream)
     torch.library.opcheck(
         ops.linear_stats_backward.default,
-        (grads, *where, *pack(logits), floats, state, 8, True, torch.float32, needs),
+        (grads, *where, *pack(logits), floats, state, 8, False, True, torch.float32, needs),
         test_utils=tests,
     )
+
+
+TRACED = {
+    "mean": linear_cross_entropy,
+    "none": partial(linear_cross_entropy, reduction="none", max_chunk_bytes=1 << 20),
+    "log-probability": lambda *args: linear_token_stats(*args).log_prob,
+    "divergence": lambda hidden, weight, target: linear_kl_div(
+        hidden, weight, 2 * hidden.detach(), weight.detach(), target=target
+    ),
+}
+
+
+class Traced(torch.nn.Module):
+    """Traced at a chunk's tokens, and then given those of several."""
+
+    few, many = 20, 17_000
+
+    def __init__(self, name):
+        super().__init__()
+        assert plan(self.few, D, 1000).chunks == 1 < plan(self.many, D, 1000).chunks
+        self.weight = torch.nn.Parameter(torch.randn(1000, D))
+        self.function = TRACED[name]
+
+    def forward(self, hidden, target):
+        return self.function(hidden, self.weight, target)
+
+    @staticmethod
+    def batch(tokens):
+        target = torch.randint(1000, (tokens,))
+        target[::5] = -100
+        return torch.randn(tokens, D), target
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_exported_for_any_number_of_tokens(name):
+    model, tokens = Traced(name), torch.export.Dim("tokens")
+    few, many = model.batch(model.few), model.batch(model.many)
+    exported = torch.export.export(model, few, dynamic_shapes=({0: tokens}, {0: tokens})).module()
+    for batch in (few, many):
+        assert torch.equal(exported(*batch), model(*batch))
+
+
+@pytest.mark.parametrize("name", ["mean", "none"])
+def test_compiled_for_any_number_of_tokens(name):
+    torch.compiler.reset()
+    model = Traced(name)
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
+    compiled(*model.batch(model.few)).sum().backward()
+    many = model.batch(model.many)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        ours = compiled(*many)
+    theirs = model(*many)
+    assert torch.equal(ours, theirs)
+    gradients = [torch.autograd.grad(loss.sum(), model.weight) for loss in (ours, theirs)]
+    assert torch.equal(*(of_weight for (of_weight,) in gradients))
