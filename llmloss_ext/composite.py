@@ -264,7 +264,9 @@ def losses_and_gradients(
 ) -> tuple[Tensor, FloatStats]:
     """`losses_of`, and the gradients of their sum times ``upstream``; None: no such gradient."""
     names = loss.statistics()
-    with torch.enable_grad():
+    # Inside an operator, which a compiled graph calls, autograd is switched off.
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False):
         leaves = {name: getattr(stats, name).detach().requires_grad_() for name in names}
         rows = losses_of(FloatStats(**leaves), w_y, weights, loss, z_factor)
         gradients = torch.autograd.grad(

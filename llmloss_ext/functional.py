@@ -358,7 +358,10 @@ def _only_last(class_dim: int | None) -> int:
 def _sharded_stats(inputs: StatsInputs, call: DenseCall, wanted: int, inplace: bool) -> RowStats:
     from .ops import sharded  # needs torch's compiler, which takes a second to import
 
-    return sharded.eagerly(sharded.token_stats, inputs, call.options, wanted, call.shard, inplace)
+    assert call.shard is not None
+    if not inplace:
+        return sharded.token_stats(inputs, call.options, wanted, call.shard)
+    return sharded.eagerly(sharded.token_stats, inputs, call.options, wanted, call.shard, True)
 
 
 def _sharded_loss(inputs: LossInputs, call: DenseCall, loss: LossOptions, inplace: bool) -> Tensor:

@@ -11,8 +11,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-
 from . import functional, linear
 from .shard import Shard
 
@@ -39,7 +37,6 @@ _SHARD = {
 def _over_ranks(function: Callable[..., T]) -> Callable[..., T]:
     """The function with the parts of its ``shard`` as options."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @functools.wraps(function)
     def run(
         *args: Any,

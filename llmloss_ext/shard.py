@@ -10,12 +10,14 @@ their gradient none.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from . import composite
 from .composite import real_of
@@ -25,7 +27,7 @@ from .ops.rows import Labels
 from .options import LogitOptions, LossOptions, as_integer, pack
 from .statistics import FloatStats, RowStats, asked, is_asked
 
-__all__ = ["Shard", "ShardedColumns", "ShardedRows", "refuse_second_order"]
+__all__ = ["Shard", "ShardedColumns", "ShardedRows", "process_group", "refuse_second_order"]
 
 _ELSEWHERE = -1
 """The kernels' target of a token whose class is a column of another rank."""
@@ -50,10 +52,10 @@ class Shard:
 
     All ranks must make the same calls; one that raises leaves the others waiting for the group's
     timeout. At most 2^24 classes, class indices as targets, first-order gradients only (no
-    ``create_graph``, no `torch.func`). Under torch.compile the calls are left out of the graph.
+    ``create_graph``, no `torch.func`). A compiled graph holds the calls whole, but for ``inplace``.
 
     Attributes:
-        group: The process group; None: the default one.
+        group: The process group, or a `DeviceMesh` of one dimension; None: the default one.
         vocab_start: The class of this rank's first column. By default all ranks have equally many
             columns, and rank r holds the classes from r * columns on; ``vocab_size`` then tells of
             padding at the end, and finds logits that were gathered already. Other divisions need
@@ -87,7 +89,8 @@ class Shard:
             )
         if count < 1:
             raise ValueError("each rank needs at least one column, if only of padding")
-        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        group = process_group(self.group)
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:
             raise RuntimeError("this process is not in the group")
         if self.vocab_start is None:
@@ -106,7 +109,7 @@ class Shard:
                 raise ValueError(
                     f"expected vocab_start >= 0 and vocab_size >= 1, got {start} and {size}"
                 )
-        return ShardedColumns(self.group, ranks, start, count, size, self.sum_input_grad)
+        return ShardedColumns(group, ranks, start, count, size, self.sum_input_grad)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,19 @@ class ShardedColumns:
     count: int
     vocab_size: int
     sum_input_grad: bool = True
+
+    def pack(self) -> tuple[tuple[int, ...], str]:
+        """As operators take it: integers, and the name of the group."""
+        group: Any = dist.group.WORLD if self.group is None else self.group
+        numbers = (self.ranks, self.start, self.count, self.vocab_size, int(self.sum_input_grad))
+        return numbers, group.group_name
+
+    @classmethod
+    def unpack(cls, numbers: Sequence[int], group: str) -> ShardedColumns:
+        """What was packed."""
+        ranks, start, count, vocab_size, sum_input_grad = numbers
+        found = distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+        return cls(found, ranks, start, count, vocab_size, bool(sum_input_grad))
 
     @property
     def used(self) -> int:
@@ -177,6 +193,8 @@ class ShardedColumns:
 
     def must_check_targets(self, target: Tensor) -> bool:
         """Whether targets are looked at: on CUDA that has to wait for the device."""
+        if torch.compiler.is_compiling():
+            return False
         return target.device.type == "cpu" or os.environ.get("LLMLOSS_CHECK_TARGETS") == "1"
 
 
@@ -231,8 +249,8 @@ class ShardedRows:
         if owners.device.type == "cpu":
             self._check_owners(classes, owners)
         whole = RowStats.of(merged)
-        empty = whole.state.new_empty(0)
-        floats = FloatStats(*(empty if x is None else x for x in whole.floats.only(wanted)))
+        every = whole.floats.only(wanted)
+        floats = FloatStats(*(whole.state.new_empty(0) if x is None else x for x in every))
         nothing, rank = whole.argmax.new_empty(0), whole.argmax.new_empty(0)
         if is_asked(wanted, "rank"):
             # A row without statistics has no rank either: it is ignored, or holds nan or inf.
@@ -361,6 +379,20 @@ class ShardedRows:
             equal = (x == y) | (sign == 0)
             counts[one] = (above | (equal & (classes < target[one].unsqueeze(-1)))).sum(-1)
         return self.shard.all_reduce_(counts).reshape(-1)
+
+
+def process_group(given: Any) -> Any:
+    """The process group of a `DeviceMesh` of one dimension; groups and None as they are.
+
+    Raises:
+        ValueError: The mesh has several dimensions.
+    """
+    if not hasattr(given, "get_group"):
+        return given
+    if given.ndim != 1:
+        names = given.mesh_dim_names or tuple(range(given.ndim))
+        raise ValueError(f"group is a DeviceMesh of several dimensions: give mesh[{names[-1]!r}]")
+    return given.get_group()
 
 
 def refuse_second_order(shard: ShardedColumns | None) -> None:

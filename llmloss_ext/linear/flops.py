@@ -5,12 +5,16 @@ Where tokens are dropped, those that are left count, unless their number cannot 
 tensors). Everything else in a loss is additions beside the products.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..ops import can_read, kernels
 from ..options import unpack
 from . import divergence, operators  # noqa: F401  (define the operators)
+from .operators import unpack_chunks
 from .walk import Inputs, Targets, takes_part, with_gradient
 
 
@@ -22,38 +26,42 @@ def _product(input: Tensor, classes: int, counts: Tensor | None, drop: bool) -> 
     return 2 * tokens * input.shape[1] * classes
 
 
+def _drops(chunks: Sequence[int]) -> bool:
+    return unpack_chunks(chunks[:3], "", torch.float32).drop_ignored
+
+
 @register_flop_formula(kernels.linear_loss, get_raw=True)
 def _loss(
     input, linear_weight, linear_bias, logit_scale, target, weight, token_weight, num_items, floats,
-    ints, chunk_tokens, even_chunks, drop_ignored, weight_grad_dtype, needs, *, out_val=None,
+    ints, chunks, group, weight_grad_dtype, needs, *, out_val=None,
 ) -> int:  # fmt: skip
     logits, _ = unpack(floats, ints)
     counts = takes_part(Targets(target, token_weight=token_weight), logits.ignore_index)
     asked = Inputs(*needs)
     products = 1 + bool(asked.input) + bool(asked.linear_weight)
-    return products * _product(input, logits.vocab_size, counts, drop_ignored)
+    return products * _product(input, logits.vocab_size, counts, _drops(chunks))
 
 
 @register_flop_formula(kernels.linear_stats, get_raw=True)
 def _stats(
     input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, wanted,
-    chunk_tokens, even_chunks, drop_ignored, *, out_val=None,
+    chunks, group, *, out_val=None,
 ) -> int:  # fmt: skip
     logits, _ = unpack(floats, ints)
     counts = takes_part(Targets(target), logits.ignore_index)
-    return _product(input, logits.vocab_size, counts, drop_ignored)
+    return _product(input, logits.vocab_size, counts, _drops(chunks))
 
 
 @register_flop_formula(kernels.linear_stats_backward, get_raw=True)
 def _stats_backward(
     grads, input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, stats,
-    state, chunk_tokens, even_chunks, drop_ignored, weight_grad_dtype, needs, *, out_val=None,
+    state, chunks, group, weight_grad_dtype, needs, *, out_val=None,
 ) -> int:  # fmt: skip
     logits, _ = unpack(floats, ints)
     counts = with_gradient(grads, Targets(target), logits.ignore_index)
     asked = Inputs(*needs)
     products = 1 + bool(asked.input) + bool(asked.linear_weight)
-    return products * _product(input, logits.vocab_size, counts, drop_ignored)
+    return products * _product(input, logits.vocab_size, counts, _drops(chunks))
 
 
 @register_flop_formula(kernels.linear_divergence, get_raw=True)

@@ -430,11 +430,9 @@ class LinearCall:
     def _run(self, run: Callable[..., T], *arguments: Any) -> T:
         """Runs; a target out of range is named by its place in what was given, not in its chunk."""
         if self.shard is not None:
-            from ..ops.sharded import eagerly  # needs torch's compiler: a second to import
-
             if self.shard.must_check_targets(self.targets):
                 self._check_range(self.shard.vocab_size)
-            return eagerly(run, *arguments)
+            return run(*arguments)
         if torch.compiler.is_compiling():
             return run(*arguments)
         try:

@@ -22,6 +22,7 @@ from .. import composite
 from ..composite import real_of
 from ..ops.derivatives import (
     Composite,
+    must_be_opaque,
     needs_differentiable_backward,
     one_gradient_at_a_time,
 )
@@ -29,7 +30,7 @@ from ..ops.fake import statistics_like
 from ..ops.library import STATE, kernels
 from ..ops.namespace import qualified
 from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions, pack, unpack
-from ..shard import refuse_second_order
+from ..shard import ShardedColumns, refuse_second_order
 from ..statistics import FloatStats, RowStats
 from .planning import ChunkLimit
 from .walk import (
@@ -52,14 +53,23 @@ class _Options(NamedTuple):
     chunks: ChunkOptions
 
 
-def _must_be_opaque(tensor: Tensor) -> bool:
-    """Whether a tracer, a fake tensor or a FLOP counter looks on: then only operators will do."""
-    return (
-        torch.compiler.is_compiling()
-        or tensor.device.type not in ("cpu", "cuda")
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+def _pack(chunks: ChunkOptions) -> tuple[list[int], str]:
+    """The options but for the dtype: integers, and the name of the shard's process group."""
+    numbers = [*chunks.limit, chunks.drop_ignored]
+    if chunks.shard is None:
+        return numbers, ""
+    of_shard, group = chunks.shard.pack()
+    return [*numbers, *of_shard], group
+
+
+def unpack_chunks(
+    chunks: Sequence[int], group: str, weight_grad_dtype: torch.dtype
+) -> ChunkOptions:
+    """What was packed for an operator."""
+    tokens, is_even, drop_ignored, *of_shard = chunks
+    shard = ShardedColumns.unpack(of_shard, group) if of_shard else None
+    limit = ChunkLimit(tokens, bool(is_even))
+    return ChunkOptions(limit, bool(drop_ignored), weight_grad_dtype, shard)
 
 
 def logits_of(
@@ -94,9 +104,8 @@ def _linear_loss(
     num_items: Tensor | None,
     floats: Sequence[float],
     ints: Sequence[int],
-    chunk_tokens: int,
-    even_chunks: bool,
-    drop_ignored: bool,
+    chunks: Sequence[int],
+    group: str,
     weight_grad_dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -105,7 +114,7 @@ def _linear_loss(
         Inputs(input, linear_weight, linear_bias, logit_scale),
         Targets(target, weight, token_weight, num_items),
         *unpack(floats, ints),
-        ChunkOptions(ChunkLimit(chunk_tokens, even_chunks), drop_ignored, weight_grad_dtype),
+        unpack_chunks(chunks, group, weight_grad_dtype),
         Inputs(*needs),
     )
 
@@ -113,7 +122,7 @@ def _linear_loss(
 @_linear_loss.register_fake
 def _(  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, logit_scale, target, weight, token_weight, num_items,
-    floats, ints, chunk_tokens, even_chunks, drop_ignored, weight_grad_dtype, needs,
+    floats, ints, chunks, group, weight_grad_dtype, needs,
 ):  # fmt: skip
     def gradient(parameter: Any, asked: bool, dtype: Callable[[Tensor], torch.dtype]) -> Tensor:
         if not asked or parameter is None:
@@ -137,10 +146,10 @@ def _loss_and_gradients(
     inputs: Inputs, targets: Targets, options: _Options, needs: Inputs
 ) -> LossResults:
     chunks = options.chunks
-    if chunks.shard is not None or not _must_be_opaque(inputs.input):
+    if not must_be_opaque(inputs.input):
         return loss_by_chunks(inputs, targets, options.logits, options.loss, chunks, needs)
     packed = pack(options.logits, options.loss)
-    how = (*chunks.limit, chunks.drop_ignored, chunks.weight_grad_dtype)
+    how = (*_pack(chunks), chunks.weight_grad_dtype)
     return LossResults(*_linear_loss(*inputs, *targets, *packed, *how, needs))
 
 
@@ -260,21 +269,20 @@ def _linear_stats(
     floats: Sequence[float],
     ints: Sequence[int],
     wanted: int,
-    chunk_tokens: int,
-    even_chunks: bool,
-    drop_ignored: bool,
+    chunks: Sequence[int],
+    group: str,
 ) -> list[Tensor]:
     """`stats_by_chunks`."""
     inputs = Inputs(input, linear_weight, linear_bias, logit_scale)
     logits, _ = unpack(floats, ints)
-    chunks = ChunkOptions(ChunkLimit(chunk_tokens, even_chunks), drop_ignored, real_of(input))
-    return list(stats_by_chunks(inputs, Targets(target, weight), logits, wanted, chunks).results())
+    how = unpack_chunks(chunks, group, real_of(input))
+    return list(stats_by_chunks(inputs, Targets(target, weight), logits, wanted, how).results())
 
 
 @_linear_stats.register_fake
 def _(  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, wanted,
-    chunk_tokens, even_chunks, drop_ignored,
+    chunks, group,
 ):  # fmt: skip
     tokens = input.shape[0]
     state = input.new_empty((tokens, len(STATE)), dtype=real_of(input))
@@ -294,26 +302,24 @@ def _linear_stats_backward(
     ints: Sequence[int],
     stats: Sequence[Tensor],
     state: Tensor,
-    chunk_tokens: int,
-    even_chunks: bool,
-    drop_ignored: bool,
+    chunks: Sequence[int],
+    group: str,
     weight_grad_dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`gradients_by_chunks` without an accumulator."""
     inputs = Inputs(input, linear_weight, linear_bias, logit_scale)
     logits, _ = unpack(floats, ints)
-    chunks = ChunkOptions(ChunkLimit(chunk_tokens, even_chunks), drop_ignored, weight_grad_dtype)
     return gradients_by_chunks(
-        FloatStats(*grads), inputs, Targets(target, weight), logits, list(stats), state, chunks,
-        Inputs(*needs),
+        FloatStats(*grads), inputs, Targets(target, weight), logits, list(stats), state,
+        unpack_chunks(chunks, group, weight_grad_dtype), Inputs(*needs),
     )  # fmt: skip
 
 
 @_linear_stats_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
     grads, input, linear_weight, linear_bias, logit_scale, target, weight, floats, ints, stats,
-    state, chunk_tokens, even_chunks, drop_ignored, weight_grad_dtype, needs,
+    state, chunks, group, weight_grad_dtype, needs,
 ):  # fmt: skip
     parameters = (input, linear_weight, linear_bias, logit_scale)
     return tuple(
@@ -341,10 +347,10 @@ class LinearTokenStats(Function):
         count = len(Inputs._fields)
         inputs, targets = Inputs(*tensors[:count]), Targets(*tensors[count:])
         chunks = call.chunks
-        if chunks.shard is not None or not _must_be_opaque(inputs.input):
+        if not must_be_opaque(inputs.input):
             output = stats_by_chunks(inputs, targets, call.logits, call.wanted, chunks)
         else:
-            packed, how = pack(call.logits), (*chunks.limit, chunks.drop_ignored)
+            packed, how = pack(call.logits), _pack(chunks)
             where = (*inputs, targets.target, targets.weight)
             output = RowStats.of(_linear_stats(*where, *packed, call.wanted, *how))
         ctx.mark_non_differentiable(output.state, output.argmax, output.rank)
@@ -378,14 +384,13 @@ class LinearTokenStats(Function):
             return (*Inputs(**by_name), *others)
         needs = Inputs(*ctx.needs_input_grad[: len(Inputs._fields)])
         chunks, results = call.chunks, Inputs()
-        is_direct = chunks.shard is not None or call.accumulator is not None
-        if is_direct or not _must_be_opaque(inputs.input):
+        if call.accumulator is not None or not must_be_opaque(inputs.input):
             results = gradients_by_chunks(
                 grads, inputs, Targets(target, weight), call.logits, stats, state, chunks, needs,
                 call.accumulator,
             )  # fmt: skip
         else:
-            how = (*chunks.limit, chunks.drop_ignored, chunks.weight_grad_dtype)
+            how = (*_pack(chunks), chunks.weight_grad_dtype)
             where = (*inputs, target, weight, *pack(call.logits), stats, state)
             results = Inputs(*_linear_stats_backward(grads, *where, *how, needs))
         if call.accumulator is not None:

@@ -33,6 +33,16 @@ def can_read(tensor: Tensor) -> bool:
     )
 
 
+def must_be_opaque(tensor: Tensor) -> bool:
+    """Whether a tracer, a fake tensor or a FLOP counter looks on: then only operators will do."""
+    return (
+        torch.compiler.is_compiling()
+        or tensor.device.type not in ("cpu", "cuda")
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def needs_differentiable_backward() -> bool:
     """Whether a backward that runs now is to be differentiable itself.
 
