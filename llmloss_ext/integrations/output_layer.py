@@ -13,7 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Weights", "columns_of", "layer_of", "replaced_forward", "weights_of"]
+from ..dtensors import is_dtensor
+
+__all__ = [
+    "Weights",
+    "beside",
+    "columns_of",
+    "layer_of",
+    "replaced_forward",
+    "weights_of",
+    "whole",
+]
+
+_TENSOR_PARALLEL = "transformers.distributed.tensor_parallel"
+"""Where the forwards come from that transformers gives a layer whose weight it shards."""
 
 
 class Weights(NamedTuple):
@@ -66,6 +79,22 @@ def weights_of(layer: Any) -> Weights:
     return Weights(weight, bias)
 
 
+def beside(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The hidden states as a DTensor where the weight is one: they are the same on every rank."""
+    hidden = hidden.to(weight.device)
+    if not is_dtensor(weight) or is_dtensor(hidden):
+        return hidden
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A plain tensor: of a DTensor, all of it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def columns_of(layer: Any) -> int:
     """The number of its logits, also where a wrapper has taken the weight away."""
     plain = layer.base_layer if _is_lora(layer) else layer
@@ -87,10 +116,11 @@ def _check(layer: Any) -> None:
             f"one with a LoRA adapter, got {kind.__module__}.{kind.__qualname__}"
         )
     for module in (layer, plain):
-        if "forward" in vars(module):
+        own = vars(module).get("forward")
+        if own is not None and getattr(own, "__module__", "") != _TENSOR_PARALLEL:
             raise ValueError(
                 "use_linear_cross_entropy: the output layer's forward was replaced (as hooks of "
-                f"accelerate do), by {vars(module)['forward']!r}"
+                f"accelerate do), by {own!r}"
             )
     if not _is_lora(layer):
         return
@@ -111,8 +141,13 @@ def _check(layer: Any) -> None:
 @contextmanager
 def replaced_forward(layer: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Within it, calls of the layer run ``forward`` between their hooks."""
+    own = vars(layer)
+    before = own.get("forward")
     layer.forward = forward
     try:
         yield
     finally:
-        layer.__dict__.pop("forward", None)
+        if before is None:
+            own.pop("forward", None)
+        else:
+            layer.forward = before

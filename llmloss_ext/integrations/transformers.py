@@ -32,7 +32,14 @@ from ..options import LossOptions
 from ..sequences import Sequences, moved
 from ..statistics import FloatStats
 from .examination import AroundTheLayer, examined
-from .output_layer import columns_of, layer_of, replaced_forward, weights_of
+from .output_layer import (
+    beside,
+    columns_of,
+    layer_of,
+    replaced_forward,
+    weights_of,
+    whole,
+)
 
 __all__ = ["causal_lm_loss", "stop_linear_cross_entropy", "use_linear_cross_entropy"]
 
@@ -343,7 +350,7 @@ class _Patch:
     def _step(self, layer: Any, hidden: Tensor, given: dict[str, Any], with_argmax: bool) -> _Step:
         """The loss of the hidden states that the model hands its output layer."""
         weight, bias = weights_of(layer)
-        hidden = hidden.to(weight.device)
+        hidden = beside(hidden, weight)
         ignore_index = given.get("ignore_index", -100)
         sequences = Sequences(
             given.get("attention_mask"), given.get("position_ids"), None, given.get("cu_seq_lens_q")
@@ -368,7 +375,8 @@ class _Patch:
         )
         loss, predicted = result if with_argmax else (result, None)
         bias = None if bias is None else bias.detach()
-        return _Step(loss, F.linear(hidden[..., -1:, :], weight.detach(), bias), predicted)
+        last = F.linear(hidden[..., -1:, :], weight.detach(), bias)
+        return _Step(whole(loss), whole(last), predicted)
 
     def loss(
         self,
@@ -465,13 +473,13 @@ def _loss_and_argmax(
     stats = linear_token_stats(
         hidden, linear_weight, target, ignore_index=ignore_index, extra=("argmax",), **options
     )
-    real = stats.log_prob.dtype
+    log_prob, lse, entropy, mean_log_prob, argmax = map(whole, stats[:5])  # type: ignore[arg-type]
+    real = log_prob.dtype
     w_y = composite.target_weights(target, options.get("weight"), ignore_index, real)
     weights = composite.row_weights(token_weight, target, ignore_index, real)
     items = items_tensor(num_items, "mean", hidden)
-    assert stats.argmax is not None  # an extra
-    floats = FloatStats(stats.log_prob, stats.lse, stats.entropy, stats.mean_log_prob)
-    return composite.loss_of(floats, w_y, weights, items, loss), stats.argmax
+    floats = FloatStats(log_prob, lse, entropy, mean_log_prob)
+    return composite.loss_of(floats, w_y, weights, items, loss), argmax
 
 
 def _refuse_replicas(model: Any, _args: Any) -> None:

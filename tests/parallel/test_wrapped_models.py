@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from helpers import assert_close
@@ -66,3 +68,46 @@ def rank_layout(rank, ranks, layout, patched_first):
 def test_layouts(two, layout, patched_first):
     pytest.importorskip("transformers")
     two.run(rank_layout, layout, patched_first)
+
+
+def rank_tensor_parallel(rank, ranks, folder):
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    from llmloss_ext.integrations.transformers import use_linear_cross_entropy
+
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group is there already
+    ids = torch.randint(3, V, (2, 7), generator=torch.Generator().manual_seed(0))
+    results = []
+    for is_ours in (False, True):
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            folder, distributed_config=DistributedConfig(tp_plan="auto")
+        ).train()
+        assert hasattr(model.lm_head.weight, "placements")
+        if is_ours:
+            use_linear_cross_entropy(model, logits="argmax")
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        assert output.logits.shape == (2, 1 if is_ours else 7, V)
+        grads = {name: whole_of(p.grad) for name, p in model.named_parameters()}
+        with torch.no_grad():
+            evaluated = model.eval()(input_ids=ids, labels=ids)
+        results.append((output.loss.detach(), grads, evaluated))
+    (stock, stock_grads, stock_evaluated), (ours, our_grads, evaluated) = results
+    assert_close(ours, stock, 1e-5)
+    for name, grad in our_grads.items():
+        assert_close(grad, stock_grads[name], 1e-5)
+    assert_close(evaluated.loss, stock_evaluated.loss, 1e-5)
+    assert torch.equal(evaluated.logits[:, :-1], stock_evaluated.logits.argmax(-1)[:, :-1])
+
+
+def test_tensor_parallelism_of_transformers(two, tmp_path):
+    """Its `tp_plan="auto"`: the layer has a DTensor for its weight, and a forward of its own."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    two.run(rank_tensor_parallel, str(tmp_path))
