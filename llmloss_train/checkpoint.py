@@ -8,6 +8,7 @@ checkpoint at each moment, and any number of processes continues from either kin
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,7 +113,8 @@ def restore(
     if "parts" in state:
         parts = folder / state["parts"]
         try:
-            with _raising_the_cause():
+            with _raising_the_cause(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that one process reads what several have written
                 how = {"checkpoint_id": parts, "no_dist": not world.is_joined}
                 dcp.load(tensors, **how)  # type: ignore[attr-defined]
         except Exception as error:

@@ -255,7 +255,7 @@ def _print_table(summary: dict[str, Any]) -> None:
             table.add_row(f"{kind} loss", f"{before:.4f} before, {after:.4f} after")
     before, after = (f"{perplexity(x):,.0f}" for x in (before, after))
     if "compared_to" in summary:
-        table.add_row(f"beside {summary['compared_to']}", _difference(summary))
+        table.add_row("difference", _difference(summary))
     table.add_row("perplexity", f"{before} before, {after} after")
     table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
     table.add_row("peak memory", f"{summary['peak_bytes'] / 2**20:,.0f} MiB")
@@ -274,10 +274,10 @@ def _print_table(summary: dict[str, Any]) -> None:
 
 
 def _difference(summary: dict[str, Any]) -> str:
-    count = summary["compared_losses"]
+    count, of = summary["compared_losses"], f"losses of {summary['compared_to']}"
     if not count:
-        return "no loss at the same step"
-    return f"{count} losses, at most {summary['largest_difference']:.1e} apart"
+        return f"no step in common with the {of}"
+    return f"at most {summary['largest_difference']:.1e} in {count} {of}"
 
 
 def _number(

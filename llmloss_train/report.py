@@ -102,20 +102,18 @@ class Reference:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot read {folder / METRICS}: {reason}") from error
-        return cls(folder, records)
+        return cls(folder, [r for r in records if isinstance(r.get("loss"), float)])
 
     def difference(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """How far losses are from those of the same steps here, for the summary."""
-        losses = {(r["kind"], r["step"]): r["loss"] for r in self.records}
-        distances = [
-            abs(r["loss"] - losses[r["kind"], r["step"]])
-            for r in records
-            if (r["kind"], r["step"]) in losses
-        ]
+        losses = {(r.get("kind"), r["step"]): r["loss"] for r in self.records}
+        pairs = [(r["loss"], losses.get((r["kind"], r["step"]))) for r in records]
+        distances = [abs(one - other) for one, other in pairs if other is not None]
         return {
             "compared_to": str(self.folder),
             "compared_losses": len(distances),
-            "largest_difference": max(distances, default=None),
+            # Where a loss is no number, the runs are not alike.
+            "largest_difference": max((math.inf if d != d else d for d in distances), default=None),
         }
 
 
@@ -139,7 +137,7 @@ def _draw(
     of_what: str,
 ) -> None:
     for kind, style in (("train", train), ("validation", validation)):
-        points = [(r["step"], r["loss"]) for r in records if r["kind"] == kind]
+        points = [(r["step"], r["loss"]) for r in records if r.get("kind") == kind]
         if points:
             axes.plot(*zip(*points, strict=True), label=kind + of_what, **style)
 
