@@ -23,6 +23,7 @@ for package in ("matplotlib", "mistral_common", "numpy", "rich"):
 from llmloss_ext.cli.main import main  # noqa: E402
 from llmloss_train import checkpoint, files, text, tokens, windows  # noqa: E402
 from llmloss_train.config import TrainConfig  # noqa: E402
+from llmloss_train.world import World  # noqa: E402
 
 # Small enough for the tests.
 SMALL = (
@@ -539,7 +540,7 @@ def test_the_monitor_and_the_lowered_rate_are_resumed(corpus, tmp_path):
     state = checkpoint.load(tmp_path)
     assert len(state["monitor"]["history"]) == 3
     state["rate_factor"] = 0.25
-    checkpoint.save(tmp_path, state)
+    checkpoint.save(tmp_path, state, {}, World())
     assert main(["train", "--resume", "--out", str(tmp_path)]) == 0
     records = [r for r in metrics(tmp_path) if r["kind"] == "train"]
     assert records[3]["lr"] < 0.3 * records[2]["lr"]
