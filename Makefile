@@ -46,7 +46,8 @@ QUIET := 2>&1 | { grep -v '^WARNING: Location' || true; }
 needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
-.PHONY: help setup build quick debug demo test test-frameworks kernel-repo check format lint types style cpp-test sanitize mutants bench bench-readme clean
+.PHONY: help setup build quick debug demo demo-distributed test test-frameworks kernel-repo check format lint types \
+  style cpp-test sanitize mutants bench bench-readme clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -105,6 +106,14 @@ debug:  ## Builds it for gdb instead (-O0 -g, assertions), until the next make b
 
 demo: build  ## Trains a small GPT on real text with a vocabulary of 131,072 (under 4 minutes)
 	@$(PY) -m llmloss_ext train --out runs/demo --overwrite
+
+# The same small job by one process, then by two in each way that they can share it.
+SHARED := -m llmloss_ext train --overwrite --steps 20 --seq-len 64 --max-tokens 40000 --eval-every 10
+demo-distributed: build  ## Trains on two processes in three ways, beside one process (under 4 minutes)
+	@$(PY) $(SHARED) --out runs/demo-one
+	@set -e; for how in ddp fsdp tp; do \
+	  OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
+	    $(SHARED) --parallel $$how --out runs/demo-$$how --compare-to runs/demo-one; done
 
 test: build  ## Every check: style, types, C++ tests, Python tests
 	@$(PY) -c "import pytest" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no pytest"; exit 1; }

@@ -13,6 +13,7 @@ from llmloss_ext.training import count_items
 
 from .config import TrainConfig
 from .model import GPT
+from .parallel import Layout, local
 
 _MASK_TOKEN = 0
 """Tekken's <unk>, which no text contains."""
@@ -25,9 +26,9 @@ class Auxiliary:
         weights: The weight of each term, by name.
     """
 
-    def __init__(self, config: TrainConfig, model: GPT, separator: int) -> None:
+    def __init__(self, config: TrainConfig, model: GPT, layout: Layout, separator: int) -> None:
         """Selects the terms whose weight is not 0."""
-        self._model = model
+        self._model, self._layout = model, layout
         self._separator = separator
         self._micro_batches = config.accumulate
         self._masked_tokens: list[tuple[Tensor, Tensor]] = []
@@ -39,17 +40,22 @@ class Auxiliary:
         """Masks tokens in each micro-batch, and counts them: the divisor of all their losses.
 
         Args:
-            inputs: Token ids (B, S) of each micro-batch.
+            inputs: Token ids (B, S) of each micro-batch on the host, of all ranks: each rank draws
+                what one process draws, and takes its part.
         """
         if "mlm" not in self.weights:
             return
         vocab_size = self._model.head.weight.shape[0]
         # Drawn on the host, because a checkpoint stores the random state of the host.
-        self._masked_tokens = [
-            mask_tokens(ids.cpu(), _MASK_TOKEN, vocab_size, special_tokens=[self._separator])
+        masked_tokens = [
+            mask_tokens(ids, _MASK_TOKEN, vocab_size, special_tokens=[self._separator])
             for ids in inputs
         ]
-        self._items = count_items(labels for _, labels in self._masked_tokens).clamp_min(1)
+        self._items = self._layout.divisor(count_items(labels for _, labels in masked_tokens))
+        self._masked_tokens = [
+            (masked[self._layout.rows(len(masked))], labels[self._layout.rows(len(labels))])
+            for masked, labels in masked_tokens
+        ]
 
     def terms(self, micro_batch: int, hidden: Tensor) -> dict[str, Callable[[], Tensor]]:
         """A function for each term. Its values for all micro-batches add up to the step's term.
@@ -66,8 +72,9 @@ class Auxiliary:
 
     def _contrastive(self, hidden: Tensor) -> Tensor:
         """The two halves of a sequence are a positive pair, all other halves are negatives."""
-        middle = hidden.shape[1] // 2
-        first, second = hidden[:, :middle].mean(1), hidden[:, middle:].mean(1)
+        middle, hidden = hidden.shape[1] // 2, local(hidden)
+        halves = (hidden[:, :middle].mean(1), hidden[:, middle:].mean(1))
+        first, second = map(self._layout.gather, halves)
         return contrastive_loss(first, second, symmetric=True) / self._micro_batches
 
     def _masked(self, micro_batch: int, device: torch.device) -> Tensor:
@@ -75,4 +82,4 @@ class Auxiliary:
         masked, labels = (t.to(device) for t in self._masked_tokens[micro_batch])
         hidden = self._model.hidden(masked, causal=False)
         weight = self._model.head.weight
-        return mlm_loss(hidden, labels, weight, num_items=self._items.to(device))
+        return local(mlm_loss(hidden, labels, weight, num_items=self._items.to(device)))

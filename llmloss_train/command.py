@@ -8,17 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmloss_ext.cli import INTERRUPTED, UserError, open_device
+from llmloss_ext.cli import INTERRUPTED, UserError
 
 from . import missing_packages
 
 if TYPE_CHECKING:
     from .loop import Run
+    from .world import World
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds the command's options. The defaults are those of the demo."""
-    from .config import DTYPES, LOSSES, SPIKES, TrainConfig
+    from .config import DTYPES, LOSSES, PARALLEL, SPIKES, TrainConfig
 
     defaults = TrainConfig()
     parser = subparsers.add_parser(
@@ -70,6 +71,13 @@ def add_parser(subparsers: Any) -> None:
         "standard deviations above the recent mean at which a spike begins",
     )
     add("device", str, "cpu or cuda")
+    add(
+        "parallel",
+        str,
+        "what the processes of torchrun share: the batches (ddp), these and the weights (fsdp), or "
+        "the vocabulary and the feed-forward layers (tp)",
+        choices=PARALLEL,
+    )
     add("threads", _threads, "CPU threads; 0: torch's default")
     add("eval-every", _positive, "steps between validations")
     add("log-every", _positive, "steps between log lines")
@@ -79,6 +87,13 @@ def add_parser(subparsers: Any) -> None:
         type=lambda text: Path(_name(text)),
         default=Path("runs/train"),
         help="output folder (default: runs/train)",
+    )
+    parser.add_argument(
+        "--compare-to",
+        type=lambda text: Path(_name(text)),
+        default=None,
+        metavar="RUN",
+        help="output folder of another run: say how far the losses are from its, and draw both",
     )
     parser.add_argument(
         "--resume", action="store_true", default=False, help="continue the run in --out"
@@ -94,24 +109,35 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         needed = ", ".join(missing)
         raise UserError(f"llmloss train needs {needed}: pip install 'llmloss_ext[train]'")
+    from .world import joined
+
+    with joined(getattr(args, "parallel", "none")) as world:
+        return _train(args, world)
+
+
+def _train(args: argparse.Namespace, world: World) -> int:
     from .comparison import summarise
     from .loop import Interrupted
-    from .report import save_curve, save_summary
+    from .report import Reference, save_curve, save_summary
 
-    training = _prepare(args)
+    reference = None if args.compare_to is None else Reference.of(args.compare_to)
+    training = _prepare(args, world)
     try:
         with _progress(training) as show:
             training.train(show)
     except Interrupted:
-        print(
-            f"stopped at step {training.step}; continue with: llmloss train --resume "
-            f"--out {args.out}"
-        )
+        how = _continuation(args, world)
+        print(f"stopped at step {training.step}; continue with: {how}", flush=True)
         return INTERRUPTED
     checkpoint = training.save()
-    curve = save_curve(args.out, training.metrics.records, training.config)
     print("timing the other losses on the same micro-batch", flush=True)
     summary = summarise(training)
+    if world.rank:
+        return 0
+    records = training.metrics.records
+    if reference is not None:
+        summary |= reference.difference(records)
+    curve = save_curve(args.out, records, training.describe(), reference)
     _print_table(summary)
     print(f"summary     {save_summary(args.out, summary)}")
     print(f"metrics     {args.out / 'metrics.jsonl'}")
@@ -120,7 +146,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(args: argparse.Namespace) -> Run:
+def _continuation(args: argparse.Namespace, world: World) -> str:
+    """The command that continues a run."""
+    if not world.is_joined:
+        return f"llmloss train --resume --out {args.out}"
+    return (
+        f"torchrun --nproc-per-node {world.local_size} -m llmloss_ext train --resume "
+        f"--parallel {args.parallel} --out {args.out}"
+    )
+
+
+def _prepare(args: argparse.Namespace, world: World) -> Run:
     """Makes the run; checks settings, text and folder before anything is written."""
     import torch
 
@@ -130,7 +166,7 @@ def _prepare(args: argparse.Namespace) -> Run:
     from .text import documents
     from .tokens import load_tokens
 
-    own = ("command", "out", "resume", "overwrite")
+    own = ("command", "out", "compare_to", "resume", "overwrite")
     given = {name: value for name, value in vars(args).items() if name not in own}
     if "text" in given:
         given["text"] = tuple(given["text"])
@@ -147,18 +183,20 @@ def _prepare(args: argparse.Namespace) -> Run:
             f"{args.out} holds an earlier run: continue it with --resume, name another --out, or "
             "discard it with --overwrite"
         )
-    open_device(config.device)
+    device = world.open_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     print("reading the text", flush=True)
-    text = load_tokens(documents(config.text), config.max_tokens)
+    with world.first_goes_ahead():
+        text = load_tokens(documents(config.text), config.max_tokens)
+    world.require_same((text.key, config), "the processes have different texts or settings")
     how = "from the cache" if text.cached else "tokenised"
     print(f"{len(text.ids):,} tokens {how}, vocabulary of {text.vocab_size:,}", flush=True)
     if state is not None and state.get("text_key") != text.key:
         raise UserError("the text differs from the one that the checkpoint was trained on")
-    training = Run(config, text, args.out, state)
+    training = Run(config, text, args.out, state, device, world)
     parameters = sum(p.numel() for p in training.model.parameters())
-    print(f"{parameters / 1e6:.1f} M parameters; {config.describe()}", flush=True)
+    print(f"{parameters / 1e6:.1f} M parameters; {training.describe()}", flush=True)
     return training
 
 
@@ -216,6 +254,8 @@ def _print_table(summary: dict[str, Any]) -> None:
             before, after = summary[f"{kind}_loss"]
             table.add_row(f"{kind} loss", f"{before:.4f} before, {after:.4f} after")
     before, after = (f"{perplexity(x):,.0f}" for x in (before, after))
+    if "compared_to" in summary:
+        table.add_row("difference", _difference(summary))
     table.add_row("perplexity", f"{before} before, {after} after")
     table.add_row("tokens/s", f"{summary['tokens_per_second']:,.0f}")
     table.add_row("peak memory", f"{summary['peak_bytes'] / 2**20:,.0f} MiB")
@@ -231,6 +271,13 @@ def _print_table(summary: dict[str, Any]) -> None:
         time = f"{one['seconds'] * 1e3:,.0f} ms"
         beside.add_row(one["kind"], f"{one['loss']:.5f}", time, peak)
     console.print(beside)
+
+
+def _difference(summary: dict[str, Any]) -> str:
+    count, of = summary["compared_losses"], f"losses of {summary['compared_to']}"
+    if not count:
+        return f"no step in common with the {of}"
+    return f"at most {summary['largest_difference']:.1e} in {count} {of}"
 
 
 def _number(

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from llmloss_ext.training import count_items
+
 from .config import LOSSES
-from .losses import create_loss
+from .losses import TokenLoss, create_loss
 from .memory import PeakMeter, peak_memory
 from .windows import IGNORED
 
@@ -27,6 +32,8 @@ class Measurement:
         seconds: The median time in projection and loss, forward and backward.
         peak_bytes: The peak memory of the whole model's forward and backward, beyond the model and
             the optimiser; None if the system does not report it.
+
+    Of several processes, time and memory are the first one's.
     """
 
     kind: str
@@ -36,36 +43,47 @@ class Measurement:
 
 
 def compare(run: Run) -> list[Measurement]:
-    """Runs the first micro-batch forward and backward with each loss; updates nothing."""
+    """Runs the first micro-batch forward and backward with each loss; updates nothing.
+
+    Every process calls it.
+    """
     size = min(run.config.batch_size, len(run.training))
     inputs, targets = run.batch(run.training, list(range(size)))
-    items = max(int((targets != IGNORED).sum()), 1)
+    num_items = run.layout.divisor(count_items([targets], IGNORED, group=run.layout.group))
     measured = []
     for kind in LOSSES:
         loss = create_loss(kind, run.device, run.loss.objective)
+        use = partial(_loss_of, loss, targets, num_items)
         seconds = []
         peak: int | None = None
         for _ in range(1 + ROUNDS):
             run.optimiser.zero_grad(set_to_none=True)
             meter = PeakMeter(run.device)
             with run.autocast():
-                hidden = run.model.hidden(inputs)
-                value, _ = loss.train(hidden, run.model.head.weight, targets, items, False)
-            value.backward()  # type: ignore[no-untyped-call]
+                value = run.layout.forward(inputs, use)
+            value.backward()
             seconds.append(loss.clock.take())
             peak = meter.peak()
         run.optimiser.zero_grad(set_to_none=True)
+        (mean,) = run.world.mean([float(value.detach())])
         # The first round warms up.
-        measured.append(
-            Measurement(kind, float(value.detach()), statistics.median(seconds[1:]), peak)
-        )
+        measured.append(Measurement(kind, mean, statistics.median(seconds[1:]), peak))
     return measured
 
 
+def _loss_of(
+    loss: TokenLoss, targets: Tensor, num_items: Tensor, hidden: Tensor, weight: Tensor
+) -> Tensor:
+    return loss.train(hidden, weight, targets, num_items, False)[0]
+
+
 def summarise(run: Run) -> dict[str, Any]:
-    """The figures of the run: losses before and after, speed, memory, and the comparison."""
+    """The figures of the run: losses before and after, speed, memory, and the comparison.
+
+    Every process calls it; the records are the first one's.
+    """
     totals = run.totals
-    summary: dict[str, Any] = {"run": run.config.describe(), "steps": run.step}
+    summary: dict[str, Any] = {"run": run.describe(), "steps": run.step}
     for kind in ("train", "validation"):
         losses = [r["loss"] for r in run.metrics.records if r["kind"] == kind]
         if losses:

@@ -9,6 +9,7 @@ from llmloss_ext.cli import UserError
 
 DTYPES = ("float32", "bfloat16")
 LOSSES = ("linear", "logits", "torch")
+PARALLEL = ("none", "ddp", "fsdp", "tp")
 SPIKES = ("mark", "skip", "lower", "off")
 
 # The weights and the data order depend on these, so a resumed run cannot change them.
@@ -45,6 +46,7 @@ class TrainConfig:
     on_spike: str = "mark"
     spike_threshold: float = 4.0
     device: str = "cpu"
+    parallel: str = "none"
     threads: int = 0
     eval_every: int = 45
     log_every: int = 5
@@ -81,6 +83,8 @@ class TrainConfig:
 def resumed(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
     """The settings of a resumed run: those of the checkpoint, overridden by the given options.
 
+    How the processes share the work is not inherited: there may be another number of them now.
+
     Args:
         saved: The result of `TrainConfig.to_dict`.
         given: The options on the command line, by field name.
@@ -95,6 +99,6 @@ def resumed(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
                 f"{option} {given[name]} differs from the checkpoint's {saved[name]}: "
                 "leave it out, or train into another --out"
             )
-    known = {field.name for field in fields(TrainConfig)}
+    known = {field.name for field in fields(TrainConfig)} - {"parallel"}
     config = TrainConfig(**{k: v for k, v in saved.items() if k in known})
     return replace(config, **({"text": tuple(saved["text"])} | given))

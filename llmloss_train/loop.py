@@ -8,24 +8,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmloss_ext.losses import combined_loss
+from llmloss_ext.losses import CombinedLoss, combined_loss
 from llmloss_ext.metrics import perplexity
-from llmloss_ext.training import LossMonitor
+from llmloss_ext.training import LossMonitor, count_items
 
 from . import checkpoint, memory
 from .auxiliary import Auxiliary
 from .config import TrainConfig
 from .losses import Objective, TokenScores, create_loss
 from .model import GPT, parameter_count
+from .parallel import clip_gradients, divide, of_one_kind
 from .report import Metrics
 from .tokens import TokenText
-from .windows import IGNORED, Order, split
+from .windows import IGNORED, Order, Windows, split
+from .world import World
 
 _WEIGHT_DECAY = 0.1
 _BETAS = (0.9, 0.95)
@@ -49,7 +52,7 @@ class Totals:
 
 
 class Run:
-    """One training run, new or resumed."""
+    """One training run, new or resumed: this process's part of it."""
 
     def __init__(
         self,
@@ -57,6 +60,8 @@ class Run:
         text: TokenText,
         folder: Path,
         state: dict[str, Any] | None,
+        device: torch.device,
+        world: World,
     ) -> None:
         """Prepares the model and, if ``state`` is given, restores it.
 
@@ -65,34 +70,48 @@ class Run:
             text: The tokens.
             folder: Where checkpoints and metrics go; it is made last, once all else is right.
             state: The result of `checkpoint.load`, to resume a run.
+            device: That of this process.
+            world: The processes of the run.
 
         Raises:
-            UserError: The text is too short, the memory too small, the checkpoint damaged, or the
-                folder not to be written.
+            UserError: The text is too short, the memory too small, the checkpoint damaged, the
+                folder not to be written, or the processes too many.
         """
         self.config, self.folder = config, folder
-        self.device = torch.device(config.device)
+        self.device, self.world = device, world
         self.key = text.key
         self.training, self.validation = split(text.ids, config.seq_len, text.separator)
         self.order = Order(len(self.training), config.seed)
         torch.manual_seed(config.seed)
         shape = (text.vocab_size, config.seq_len, config.dim, config.layers, config.heads)
-        memory.require(self.device, _least_bytes(config, parameter_count(*shape[:4])))
+        least = _least_bytes(config, parameter_count(*shape[:4]))
+        memory.require(self.device, least // world.size, world.local_size)
         self.model = GPT(*shape).to(self.device)
+        self.layout = divide(self.model, config, world, self.device)
         objective = Objective(config.label_smoothing, config.z_loss, config.confidence_penalty)
         self.loss = create_loss(config.loss, self.device, objective)
-        self.auxiliary = Auxiliary(config, self.model, text.separator)
+        self.auxiliary = Auxiliary(config, self.model, self.layout, text.separator)
         self.monitor = LossMonitor(config.spike_threshold)
         self.rate_factor = 1.0  # lowered at spikes
         self.optimiser = torch.optim.AdamW(
-            self.model.parameter_groups(_WEIGHT_DECAY), lr=config.lr, betas=_BETAS, fused=True
+            of_one_kind(self.model.parameter_groups(_WEIGHT_DECAY)),
+            lr=config.lr,
+            betas=_BETAS,
+            fused=True,
         )
         self.step = self.position = 0
         self.totals = Totals()
         if state is not None:
             with checkpoint.reading(folder):
                 self._restore(state)
-        self.metrics = Metrics(folder, None if state is None else self.step)
+        resume_at = None if state is None else self.step
+        self.metrics = Metrics(None if world.rank else folder, resume_at)
+
+    def describe(self) -> str:
+        """Describes the model, its training and the processes in one line."""
+        return self.config.describe() + (
+            f", {self.world.size} processes ({self.config.parallel})" if self.world.size > 1 else ""
+        )
 
     def train(self, show: Callable[[dict[str, Any]], None]) -> None:
         """Trains until ``config.steps``; each metrics record is also passed to ``show``.
@@ -101,12 +120,12 @@ class Run:
             Interrupted: After Ctrl-C or SIGTERM; the checkpoint is written first.
         """
         try:
-            if not self.metrics.records:
+            if self.world.of_first(not self.metrics.records):
                 self._record(self._validate(), show)
             with _stop_requests() as stopped:
                 while self.step < self.config.steps:
                     self._advance(show)
-                    if stopped():
+                    if self.world.any(stopped()):
                         self.save()
                         raise Interrupted
         finally:
@@ -123,7 +142,7 @@ class Run:
             self.save()
 
     def save(self) -> Path:
-        """Writes a checkpoint."""
+        """Writes a checkpoint; every process calls it."""
         return checkpoint.save(
             self.folder,
             {
@@ -131,18 +150,18 @@ class Run:
                 "text_key": self.key,
                 "step": self.step,
                 "position": self.position,
-                "model": self.model.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
                 "random": torch.get_rng_state(),
                 "totals": vars(self.totals),
                 "monitor": self.monitor.state_dict(),
                 "rate_factor": self.rate_factor,
             },
+            checkpoint.tensors_of(self.model, self.optimiser),
+            self.world,
         )
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        tensors = checkpoint.tensors_of(self.model, self.optimiser)
+        checkpoint.restore(self.folder, state, tensors, self.world)
         torch.set_rng_state(state["random"])
         self.step, self.position = state["step"], state["position"]
         self.totals = Totals(**state["totals"])
@@ -172,45 +191,42 @@ class Run:
             return nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.config.dtype))
 
-    def batch(self, windows: Any, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Token ids and targets (B, S) of some windows, on the device."""
-        inputs, targets = windows.batch(indices)
-        return inputs.to(self.device), targets.to(self.device)
+    def batch(self, windows: Windows, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """This process's part of some windows, on its device: token ids and targets (B, S)."""
+        return self._part(*windows.batch(indices))
+
+    def _part(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.layout.rows(len(inputs))
+        return inputs[rows].to(self.device), targets[rows].to(self.device)
 
     def _train_step(self) -> dict[str, Any] | None:
         """Runs one optimiser step over all micro-batches; returns a record if one is due."""
         config, started = self.config, time.perf_counter()
-        batches = []
+        step = []
         for _ in range(config.accumulate):
-            batches.append(
-                self.batch(self.training, self.order.take(self.position, config.batch_size))
-            )
+            step.append(self.training.batch(self.order.take(self.position, config.batch_size)))
             self.position += config.batch_size
-        items = sum(int((targets != IGNORED).sum()) for _, targets in batches)
-        items = max(items, 1)  # without valid tokens the gradient is 0, not 0 / 0
+        batches = [self._part(*micro_batch) for micro_batch in step]
+        items = count_items((t for _, t in batches), IGNORED, group=self.layout.group)
+        num_items = self.layout.divisor(items)
         last = self.step + 1
         logs = last % config.log_every == 0 or last == config.steps
-        total, watched = torch.zeros(2, device=self.device)
-        terms: dict[str, Tensor] = {}
+        losses = torch.zeros(2 + len(self.auxiliary.weights), device=self.device)
         scores = []
-        self.auxiliary.begin_step([inputs for inputs, _ in batches])
+        self.auxiliary.begin_step([inputs for inputs, _ in step])
         for number, (inputs, targets) in enumerate(batches):
-            with self.autocast():
-                hidden = self.model.hidden(inputs)
-                loss, score = self.loss.train(hidden, self.model.head.weight, targets, items, logs)
-                combined = combined_loss(
-                    {"lm": loss, **self.auxiliary.terms(number, hidden)},
-                    {"lm": 1.0, **self.auxiliary.weights},
-                )
-            combined.total.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-            watched += combined.total.detach()
-            for name in self.auxiliary.weights:
-                terms[name] = terms.get(name, 0) + combined.terms[name]
+            use = partial(self._losses, number, targets, num_items, logs)
+            with self.layout.micro_batch(number + 1 == len(batches)):
+                with self.autocast():
+                    combined, score = self.layout.forward(inputs, use)
+                combined.total.backward()
+            losses += torch.stack([combined.total.detach(), *combined.terms.values()])
             if score is not None:
                 scores.append((score, targets))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        spike, skipped = self._react(float(watched), float(norm))
+        norm = clip_gradients(self.model.parameters(), config.clip)
+        means = self.world.mean([*losses.tolist(), *_hits(scores)])
+        watched, loss, *terms = means[: len(losses)]
+        spike, skipped = self._react(watched, float(norm))
         rate = self._rate() * self.rate_factor
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -220,8 +236,9 @@ class Run:
         self.step += 1
         loss_seconds = self.loss.clock.take()
         seconds = time.perf_counter() - started
+        tokens = max(int(items), 1)
         self.totals.steps += 1
-        self.totals.tokens += items
+        self.totals.tokens += tokens
         self.totals.seconds += seconds
         self.totals.loss_seconds += loss_seconds
         if not (logs or spike or skipped):
@@ -229,17 +246,34 @@ class Run:
         return {
             "kind": "train",
             "step": self.step,
-            "loss": float(total),
-            "perplexity": perplexity(float(total)),
-            **_accuracies(scores),
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            **_accuracies(*means[len(losses) :]),
             "lr": rate,
             "grad_norm": float(norm),
-            "tokens_per_second": items / seconds,
+            "tokens_per_second": tokens / seconds,
             "loss_seconds": loss_seconds,
             **({"spike": config.on_spike} if spike else {}),
             **({"skipped": True} if skipped else {}),
-            **{name: float(term) for name, term in terms.items()},
+            **dict(zip(self.auxiliary.weights, terms, strict=True)),
         }
+
+    def _losses(
+        self,
+        micro_batch: int,
+        targets: Tensor,
+        num_items: Tensor,
+        with_scores: bool,
+        hidden: Tensor,
+        weight: Tensor,
+    ) -> tuple[CombinedLoss, TokenScores | None]:
+        """The loss of a micro-batch and its terms, the language model's first; and the scores."""
+        loss, scores = self.loss.train(hidden, weight, targets, num_items, with_scores)
+        combined = combined_loss(
+            {"lm": loss, **self.auxiliary.terms(micro_batch, hidden)},
+            {"lm": 1.0, **self.auxiliary.weights},
+        )
+        return combined, scores
 
     def _react(self, loss: float, norm: float) -> tuple[bool, bool]:
         """Decides whether the step is a spike and whether to skip it; may lower the rate.
@@ -265,20 +299,23 @@ class Run:
             indices = list(range(start, min(start + size, len(self.validation))))
             inputs, targets = self.batch(self.validation, indices)
             with self.autocast():
-                hidden = self.model.hidden(inputs)
-                score = self.loss.score(hidden, self.model.head.weight, targets)
+                score = self.layout.forward(inputs, partial(self._scores, targets))
             scores.append((score, targets))
         self.loss.clock.take()
-        count = sum(int((targets != IGNORED).sum()) for _, targets in scores)
         log_prob = sum(float(s.log_prob[t != IGNORED].double().sum()) for s, t in scores)
+        log_prob, *hits = self.world.mean([log_prob, *_hits(scores)])
+        count = hits[-1]
         loss = -log_prob / count if count else math.nan
         return {
             "kind": "validation",
             "step": self.step,
             "loss": loss,
             "perplexity": perplexity(loss),
-            **_accuracies(scores),
+            **_accuracies(*hits),
         }
+
+    def _scores(self, targets: Tensor, hidden: Tensor, weight: Tensor) -> TokenScores:
+        return self.loss.score(hidden, weight, targets)
 
 
 def _least_bytes(config: TrainConfig, parameters: int) -> int:
@@ -292,15 +329,18 @@ def _least_bytes(config: TrainConfig, parameters: int) -> int:
     )
 
 
-def _accuracies(scores: list[tuple[TokenScores, Tensor]]) -> dict[str, float]:
-    """The fractions of valid tokens whose target ranks first, and among the first five."""
+def _hits(scores: list[tuple[TokenScores, Tensor]]) -> tuple[int, int, int]:
+    """How many valid tokens have a target that ranks first, or among the first five; how many."""
     parts = [score.rank[targets != IGNORED] for score, targets in scores]
     ranks = torch.cat(parts) if parts else torch.empty(0)
-    if not len(ranks):
-        return {"accuracy": math.nan, "top5_accuracy": math.nan}
+    return int((ranks == 0).sum()), int((ranks < 5).sum()), len(ranks)
+
+
+def _accuracies(first: float, first_five: float, count: float) -> dict[str, float]:
+    """The results of `_hits` as fractions; nan without a token."""
     return {
-        "accuracy": float((ranks == 0).double().mean()),
-        "top5_accuracy": float((ranks < 5).double().mean()),
+        "accuracy": first / count if count else math.nan,
+        "top5_accuracy": first_five / count if count else math.nan,
     }
 
 

@@ -1,6 +1,7 @@
 """The losses behind one interface: hidden states and the projection's weight in, a scalar out.
 
-For each, projection and loss are timed together, forward and backward.
+For each, projection and loss are timed together, forward and backward. Given DTensors, they return
+what this process has of the result.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 import llmloss_ext
 from llmloss_ext.cli import UserError
 
+from .parallel import local, whole
 from .windows import IGNORED
 
 
@@ -61,7 +63,7 @@ class TokenLoss(Protocol):
     objective: Objective
 
     def train(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: Tensor, with_scores: bool
     ) -> tuple[Tensor, TokenScores | None]:
         """Computes the loss, and on request the scores.
 
@@ -69,8 +71,8 @@ class TokenLoss(Protocol):
             hidden: (B, S, D).
             weight: The head's (V, D).
             targets: (B, S), IGNORED where a token has no target.
-            num_items: The divisor of the sum over tokens: the number of valid tokens in all
-                micro-batches of the step, so that accumulation is exact.
+            num_items: The divisor of the sum over tokens, 0-d on their device: the number of valid
+                tokens in all micro-batches of the step, so that accumulation is exact.
             with_scores: Whether to return the scores as well.
         """
         ...
@@ -134,26 +136,29 @@ class _LossOfLogits(TokenLoss):
         self.objective = objective
 
     def train(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: Tensor, with_scores: bool
     ) -> tuple[Tensor, TokenScores | None]:
         self.clock.start()
-        logits = F.linear(hidden, weight)
+        logits = self._project(hidden, weight)
         self.clock.stop()
         scores = None
         if with_scores:  # before the loss, which may overwrite the logits
             with torch.no_grad():
                 scores = self._scores(logits, targets)
         self.clock.start()
-        loss = self._loss(logits, targets, num_items)
+        loss = local(self._loss(logits, targets, num_items))
         self.clock.stop()
         self.clock.watch_backward(hidden, loss)
         return loss, scores
 
     def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
-        return self._scores(F.linear(hidden, weight), targets)
+        return self._scores(self._project(hidden, weight), targets)
+
+    def _project(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
 
     @abstractmethod
-    def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor: ...
+    def _loss(self, logits: Tensor, targets: Tensor, num_items: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _scores(self, logits: Tensor, targets: Tensor) -> TokenScores: ...
@@ -175,7 +180,7 @@ class LinearLoss(TokenLoss):
         self._token_stats = llmloss_ext.linear_token_stats
 
     def train(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int, with_scores: bool
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: Tensor, with_scores: bool
     ) -> tuple[Tensor, TokenScores | None]:
         """Computes the gradients too; backward only scales and returns them."""
         scores = None
@@ -196,6 +201,7 @@ class LinearLoss(TokenLoss):
                 label_smoothing=self.objective.label_smoothing,
                 z_loss=self.objective.z_loss,
             )
+        loss = local(loss)
         self.clock.stop()
         self.clock.watch_backward(hidden, loss)
         return loss, scores
@@ -204,7 +210,7 @@ class LinearLoss(TokenLoss):
         """Takes the scores from the token statistics."""
         stats = self._token_stats(hidden, weight, targets, ignore_index=IGNORED, with_rank=True)
         assert stats.rank is not None  # with_rank
-        return TokenScores(stats.log_prob, stats.rank)
+        return TokenScores(local(stats.log_prob), local(stats.rank))
 
 
 def _require_kernels(device: torch.device) -> None:
@@ -232,7 +238,7 @@ class LogitsLoss(_LossOfLogits):
         self._cross_entropy = llmloss_ext.cross_entropy
         self._token_stats = llmloss_ext.token_stats
 
-    def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor, num_items: Tensor) -> Tensor:
         if self.objective.confidence_penalty:
             stats = self._token_stats(logits, targets, ignore_index=IGNORED)
             return self.objective.rows(stats).sum() / num_items
@@ -249,13 +255,16 @@ class LogitsLoss(_LossOfLogits):
     def _scores(self, logits: Tensor, targets: Tensor) -> TokenScores:
         stats = self._token_stats(logits, targets, ignore_index=IGNORED, with_rank=True)
         assert stats.rank is not None  # with_rank
-        return TokenScores(stats.log_prob, stats.rank)
+        return TokenScores(local(stats.log_prob), local(stats.rank))
 
 
 class TorchLoss(_LossOfLogits):
-    """torch's own loss, for comparison."""
+    """torch's own loss, for comparison. It takes whole rows, so a sharded weight is gathered."""
 
-    def _loss(self, logits: Tensor, targets: Tensor, num_items: int) -> Tensor:
+    def _project(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(local(hidden), whole(weight))
+
+    def _loss(self, logits: Tensor, targets: Tensor, num_items: Tensor) -> Tensor:
         rows, labels = logits.flatten(0, 1), targets.flatten()
         smoothing, z_loss, penalty = self.objective
         total = F.cross_entropy(

@@ -20,15 +20,21 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def require(device: torch.device, size: int) -> None:
+def require(device: torch.device, size: int, local_size: int) -> None:
     """Refuses what the device cannot hold: rather than the system's killing the process.
 
+    Args:
+        device: That of this process.
+        size: What the process takes, in bytes.
+        local_size: The processes of this machine, which share its memory.
+
     Raises:
-        UserError: ``size`` bytes are more than there are, used and free together.
+        UserError: That is more than there is, used and free together.
     """
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
+        size *= local_size
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > there:
         raise UserError(

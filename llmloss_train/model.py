@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, arange, nn
+
+T = TypeVar("T")
 
 
 class Attention(nn.Module):
@@ -51,8 +56,8 @@ def parameter_count(vocab_size: int, seq_len: int, dim: int, layers: int) -> int
 class GPT(nn.Module):
     """Predicts the next token.
 
-    The model returns hidden states. `llmloss_train.losses` computes the projection by
-    ``head.weight`` and the loss together.
+    There are no logits: `llmloss_train.losses` computes the projection by ``head.weight`` and the
+    loss together.
 
     The embedding is tied to the head. With 131,072 tokens, the two hold nearly all parameters:
     tying them halves the memory and the optimiser's time. It also trains the vectors of rare tokens
@@ -77,6 +82,14 @@ class GPT(nn.Module):
                 continue
             joins_residual = name.endswith(("out.weight", "down.weight"))
             nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if joins_residual else 0.02)
+
+    def forward(self, ids: Tensor, use: Callable[[Tensor, Tensor], T]) -> T:
+        """What ``use`` makes of the hidden states (B, S, D) of ids (B, S) and the head's (V, D).
+
+        A loss is computed in here: where processes share the weights (`llmloss_train.parallel`),
+        the head's may be whole during the forward pass only.
+        """
+        return use(self.hidden(ids), self.head.weight)
 
     def hidden(self, ids: Tensor, causal: bool = True) -> Tensor:
         """Normalised hidden states (B, S, D) of token ids (B, S)."""

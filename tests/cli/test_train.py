@@ -23,6 +23,7 @@ for package in ("matplotlib", "mistral_common", "numpy", "rich"):
 from llmloss_ext.cli.main import main  # noqa: E402
 from llmloss_train import checkpoint, files, text, tokens, windows  # noqa: E402
 from llmloss_train.config import TrainConfig  # noqa: E402
+from llmloss_train.world import World  # noqa: E402
 
 # Small enough for the tests.
 SMALL = (
@@ -156,6 +157,39 @@ def test_an_earlier_run_is_not_overwritten(corpus, tmp_path, capsys):
     assert train(corpus, out, "--steps", "1", "--overwrite") == 0
 
 
+def test_a_run_beside_another(corpus, tmp_path, capsys):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert train(corpus, other, "--compare-to", str(one)) == 1
+    assert "cannot read" in one_line(capsys)
+    assert not other.exists()
+    assert train(corpus, one, "--steps", "6") == 0
+    # The other run ends earlier, with a record that is no loss.
+    lines = (one / "metrics.jsonl").read_text().splitlines()[:3]
+    (one / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3}']) + "\n")
+    assert train(corpus, other, "--steps", "6", "--compare-to", str(one)) == 0
+    summary = json.loads((other / "summary.json").read_text())
+    assert summary["compared_losses"] == 3
+    assert summary["largest_difference"] == 0
+    assert "at most 0.0e+00 in 3 losses of" in capsys.readouterr().out
+    options = ("--steps", "6", "--seed", "1", "--overwrite", "--compare-to", str(one))
+    assert train(corpus, other, *options) == 0
+    assert json.loads((other / "summary.json").read_text())["largest_difference"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("theirs", "difference"),
+    [([1.5, 2.0], 0.5), ([float("nan"), 2.0], float("inf")), ([], None)],
+)
+def test_how_far_losses_are_apart(theirs, difference):
+    from llmloss_train.report import Reference
+
+    records = [[{"kind": "train", "step": i, "loss": x} for i, x in enumerate(losses)]
+               for losses in (theirs, [1.0, 2.0, 3.0])]  # fmt: skip
+    found = Reference(Path("other"), records[0]).difference(records[1])
+    assert found["largest_difference"] == difference
+    assert found["compared_losses"] == len(theirs)
+
+
 def test_resume_errors(corpus, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", "--resume", "--out", str(out)]) == 1
@@ -174,7 +208,8 @@ def test_resume_errors(corpus, tmp_path, capsys):
     [
         ({"format": 1}, "not a checkpoint of this version"),
         ({"config": {"text": 3}}, "is damaged: TypeError"),
-        ({"model": {}}, "is damaged: RuntimeError: Error(s) in loading state_dict"),
+        ({"model": {}}, "model embedding.weight: expected (509, 8), found nothing"),
+        ({"optimiser": {"embedding.weight.step": torch.ones(3)}}, "expected (), found (3,)"),
         ({"totals": {"nothing": 1}}, "is damaged: TypeError"),
         ({"text_key": "another"}, "the text differs"),
     ],
@@ -379,7 +414,7 @@ def test_every_setting_is_an_option():
     options = vars(parser.parse_args(["train", *SMALL]))
     assert {"dim", "seq_len", "save_every"} <= set(options)
     assert set(options) <= {*TrainConfig.__dataclass_fields__, "command", "out", "resume",
-                            "overwrite"}  # fmt: skip
+                            "overwrite", "compare_to"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -478,6 +513,7 @@ def test_masked_micro_batches_equal_the_large_batch(monkeypatch):
     """Unequal numbers of hidden tokens: each micro-batch's sum is divided by that of the step."""
     from llmloss_train import auxiliary
     from llmloss_train.model import GPT
+    from llmloss_train.parallel import Layout
 
     def every_third(ids, mask_token, vocab_size, special_tokens):
         chosen = ids % 3 == 0
@@ -490,7 +526,7 @@ def test_masked_micro_batches_equal_the_large_batch(monkeypatch):
         torch.manual_seed(0)
         model = GPT(20, 5, 8, 1, 2).double()
         config = TrainConfig(mlm=1.0, accumulate=len(micro_batches))
-        terms = auxiliary.Auxiliary(config, model, separator=0)
+        terms = auxiliary.Auxiliary(config, model, Layout(model), separator=0)
         terms.begin_step(micro_batches)
         for number, part in enumerate(micro_batches):
             terms.terms(number, model.hidden(part))["mlm"]().backward()
@@ -504,7 +540,7 @@ def test_the_monitor_and_the_lowered_rate_are_resumed(corpus, tmp_path):
     state = checkpoint.load(tmp_path)
     assert len(state["monitor"]["history"]) == 3
     state["rate_factor"] = 0.25
-    checkpoint.save(tmp_path, state)
+    checkpoint.save(tmp_path, state, {}, World())
     assert main(["train", "--resume", "--out", str(tmp_path)]) == 0
     records = [r for r in metrics(tmp_path) if r["kind"] == "train"]
     assert records[3]["lr"] < 0.3 * records[2]["lr"]
