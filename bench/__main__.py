@@ -1,4 +1,4 @@
-"""``python -m bench run | report | compare | readme``."""
+"""``python -m bench run | report | compare | trainer | readme``."""
 
 from __future__ import annotations
 
@@ -72,6 +72,17 @@ def _parser() -> BenchParser:
     )
     compare.set_defaults(command=_compare)
 
+    trainer = commands.add_parser(
+        "trainer",
+        help="time a step of transformers.Trainer: stock, from logits, from hidden states",
+    )
+    for name, default in (("vocab", 131072), ("hidden", 256), ("layers", 2), ("tokens", 512),
+                          ("steps", 4), ("rounds", 3)):  # fmt: skip
+        trainer.add_argument(f"--{name}", type=_at_least(2), default=default,
+                             help=f"default: {default}")  # fmt: skip
+    trainer.add_argument("--out", type=Path, default=Path("runs/bench"), help="default: runs/bench")
+    trainer.set_defaults(command=_trainer)
+
     readme = commands.add_parser("readme", help="write the measured figures into README.md")
     how = readme.add_mutually_exclusive_group()
     how.add_argument("--check", action="store_true", help="only check that they are up to date")
@@ -130,6 +141,21 @@ def _try_report(results: Path) -> str:
     except ImportError as error:
         return f"not made: {error}; to make it elsewhere: python -m bench report {results}"
     return str(write_report(results, results.parent)[0])
+
+
+def _trainer(args: argparse.Namespace) -> int:
+    import torch
+
+    from bench.terminal import progress, show
+    from bench.trainer import CONTENDERS, Sizes, compare
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = Sizes(args.vocab, args.hidden, args.layers, args.tokens, args.steps, device)
+    with progress(args.rounds * len(CONTENDERS)) as say:
+        table = compare(sizes, args.rounds, args.out, say)
+    show([table])
+    print(f"results  {args.out / 'trainer.json'}")
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:
