@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -73,8 +74,11 @@ def test_every_public_function_is_in_the_table():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
 def test_an_example_runs(path):
-    if "from transformers import" in path.read_text():
-        pytest.importorskip("transformers")
+    for package in re.findall(
+        r"^(?:from|import) (transformers|lightning)\b", path.read_text(), re.M
+    ):
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"{package} is not installed")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(path)], capture_output=True, text=True, env=environment, check=False,
@@ -89,6 +93,7 @@ def test_an_example_runs(path):
         "evaluate_text": r"top-10 accuracy",
         "gradient_accumulation": r"error with num_items +\d\.\de-1\d",
         "hugging_face": r"kept for backward: [\d.]{3} and \d{3}\.\d MiB",
+        "lightning_module": r"with num_items +: off by \d\.\de-0[678] of that",
         "options": r"F1 of two texts +0\.8571",
         "packed_documents": r"position_ids .*loss (\d\.\d{6})\n.*\1\n.*\1\n[\s\S]*219 of 224",
         "pretraining": r"step  90 .* is a spike: skipped\n.*\nstep 119  next 0\.",
