@@ -20,7 +20,7 @@ from llmloss_ext.integrations import megatron as ours
 pytest.importorskip("megatron")  # its core takes seconds, and is needed in the ranks only
 
 SEQUENCE, BATCH, WIDTH, VOCAB = 8, 3, 16, 64
-CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+CLOSE = {"rtol": 1e-4, "atol": 5e-6}
 
 
 def megatron(tensor_parallel: int):
@@ -106,13 +106,16 @@ def test_label_smoothing(two):
 # ------------------------------------------------------------------------ the output layer
 
 
-def rank_output_layer(rank, ranks, sequence_parallel, reduction, main_grad):
+def rank_output_layer(rank, ranks, sequence_parallel, reduction, main_grad, dtype=torch.float32):
     core = megatron(ranks)
-    config = config_of(core, tensor_model_parallel_size=ranks, sequence_parallel=sequence_parallel)
+    config = config_of(
+        core, tensor_model_parallel_size=ranks, sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+    )  # fmt: skip
     layer = core.tensor_parallel.ColumnParallelLinear(
         WIDTH, VOCAB, config=config, init_method=torch.nn.init.normal_, bias=False
     )
-    hidden = torch.randn(SEQUENCE, BATCH, WIDTH)
+    hidden = torch.randn(SEQUENCE, BATCH, WIDTH).to(dtype)
     mine = hidden.chunk(ranks)[rank] if sequence_parallel else hidden
     labels = torch.randint(VOCAB, (SEQUENCE, BATCH))
     ignored = labels % 3 == 0 if reduction != "none" else torch.zeros_like(labels, dtype=bool)
@@ -129,7 +132,7 @@ def rank_output_layer(rank, ranks, sequence_parallel, reduction, main_grad):
     weight_grad, layer.weight.grad = layer.weight.grad, None
 
     if main_grad:
-        layer.weight.main_grad = torch.ones_like(layer.weight)
+        layer.weight.main_grad = torch.ones_like(layer.weight, dtype=torch.float32)
         layer.weight.grad_added_to_main_grad = False
         layer.weight.zero_out_wgrad = True
     here = mine.clone().requires_grad_()
@@ -139,13 +142,15 @@ def rank_output_layer(rank, ranks, sequence_parallel, reduction, main_grad):
     )  # fmt: skip
     assert loss.shape == (() if reduction != "none" else (SEQUENCE * BATCH,))
     loss.backward(upstream.view(-1) if reduction == "none" else torch.tensor(0.7))
-    assert_close(loss.view(expected.shape), expected, **CLOSE)
-    assert_close(here.grad, theirs.grad, **CLOSE)
+    close = CLOSE if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    assert_close(loss.view(expected.shape), expected, **close)
+    assert_close(here.grad, theirs.grad, **close)
+    grad = layer.weight.grad
     if main_grad:
         assert layer.weight.grad_added_to_main_grad
-        assert not layer.weight.grad.any()
-        layer.weight.grad = layer.weight.main_grad - 1
-    assert_close(layer.weight.grad, weight_grad, rtol=1e-4, atol=1e-5)
+        assert not grad.any()
+        grad = layer.weight.main_grad - 1
+    assert_close(grad, weight_grad.to(grad.dtype), **close)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -154,8 +159,9 @@ def test_the_output_layer(two, sequence_parallel, reduction):
     two.run(rank_output_layer, sequence_parallel, reduction, False)
 
 
-def test_main_grad(two):
-    two.run(rank_output_layer, True, "none", True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_main_grad(two, dtype):
+    two.run(rank_output_layer, True, "none", True, dtype)
 
 
 # --------------------------------------------------------------------------------- the model
