@@ -74,9 +74,8 @@ def test_every_public_function_is_in_the_table():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
 def test_an_example_runs(path):
-    for package in re.findall(
-        r"^(?:from|import) (transformers|lightning)\b", path.read_text(), re.M
-    ):
+    of_others = r"^(?:from|import) (transformers|lightning)\b"
+    for package in re.findall(of_others, path.read_text(), re.MULTILINE):
         if not importlib.util.find_spec(package):
             pytest.skip(f"{package} is not installed")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..functional import cross_entropy, token_stats
 from ..linear import linear_cross_entropy, linear_token_stats
+from .rebinding import Rebindings
 from .versions import check_version
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 _MODULES = ("olmo_core.nn.lm_head", "olmo_core.nn.cross_entropy_loss")
-_replaced: list[tuple[Any, str, Any]] = []
+_rebindings = Rebindings()
 
 
 def cross_entropy_loss(
@@ -133,14 +134,12 @@ def use_cross_entropy() -> None:
         module = importlib.import_module(name)
         for ours in (cross_entropy_loss, fused_linear_cross_entropy_loss):
             if hasattr(module, ours.__name__):
-                _replaced.append((module, ours.__name__, getattr(module, ours.__name__)))
-                setattr(module, ours.__name__, ours)
+                _rebindings.bind(module, ours)
 
 
 def stop_cross_entropy() -> None:
     """Puts OLMo-core's own back; does nothing where they are in use."""
-    while _replaced:
-        setattr(*_replaced.pop())
+    _rebindings.undo()
 
 
 def _reduced(rows: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..linear import linear_token_stats
 from ..shard import Shard
+from .rebinding import Rebindings
 from .versions import check_version
 
 __all__ = [
@@ -39,7 +40,7 @@ _IMPORTERS = (
     "verl.models.mcore.model_forward_1f1b_overlap",
 )
 """Which have their own name for the Triton function, if they are imported already."""
-_replaced: list[tuple[Any, str, Any]] = []
+_rebindings = Rebindings()
 
 
 class FusedLinearForPPO(torch.nn.Module):
@@ -138,19 +139,13 @@ def use_linear_cross_entropy() -> None:
     """
     check_version("verl", "0.9")
     stop_linear_cross_entropy()
-    _replace(importlib.import_module(_TORCH), FusedLinearForPPO)
-    _replace(importlib.import_module(_TRITON), linear_cross_entropy)
+    _rebindings.bind(importlib.import_module(_TORCH), FusedLinearForPPO)
+    _rebindings.bind(importlib.import_module(_TRITON), linear_cross_entropy)
     for name in _IMPORTERS:
         if name in sys.modules:
-            _replace(sys.modules[name], linear_cross_entropy)
+            _rebindings.bind(sys.modules[name], linear_cross_entropy)
 
 
 def stop_linear_cross_entropy() -> None:
     """Puts verl's own back; does nothing where they are in use."""
-    while _replaced:
-        setattr(*_replaced.pop())
-
-
-def _replace(module: Any, ours: Any) -> None:
-    _replaced.append((module, ours.__name__, getattr(module, ours.__name__)))
-    setattr(module, ours.__name__, ours)
+    _rebindings.undo()
