@@ -104,7 +104,8 @@ def _train(sizes: Sizes, name: str) -> Measured:
         num_hidden_layers=sizes.layers, num_attention_heads=4, num_key_value_heads=4,
         max_position_embeddings=sizes.tokens,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(sizes.device)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.to(sizes.device)
     if name == "causal_lm_loss":
         model.loss_function = causal_lm_loss
     elif name == "use_linear_cross_entropy":

@@ -74,7 +74,8 @@ def test_every_public_function_is_in_the_table():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
 def test_an_example_runs(path):
-    for package in re.findall(r"^(?:from|import) (transformers|trl)\b", path.read_text(), re.M):
+    of_others = r"^(?:from|import) (transformers|lightning|trl)\b"
+    for package in re.findall(of_others, path.read_text(), re.MULTILINE):
         if not importlib.util.find_spec(package):
             pytest.skip(f"{package} is not installed")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -91,6 +92,7 @@ def test_an_example_runs(path):
         "evaluate_text": r"top-10 accuracy",
         "gradient_accumulation": r"error with num_items +\d\.\de-1\d",
         "hugging_face": r"kept for backward: [\d.]{3} and \d{3}\.\d MiB",
+        "lightning_module": r"with num_items +: off by \d\.\de-0[678] of that",
         "options": r"F1 of two texts +0\.8571",
         "packed_documents": r"position_ids .*loss (\d\.\d{6})\n.*\1\n.*\1\n[\s\S]*219 of 224",
         "pretraining": r"step  90 .* is a spike: skipped\n.*\nstep 119  next 0\.",

@@ -141,13 +141,12 @@ def _check(layer: Any) -> None:
 @contextmanager
 def replaced_forward(layer: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Within it, calls of the layer run ``forward`` between their hooks."""
-    own = vars(layer)
-    before = own.get("forward")
+    own = vars(layer).get("forward")  # where another library has replaced it for good
     layer.forward = forward
     try:
         yield
     finally:
-        if before is None:
-            own.pop("forward", None)
+        if own is None:
+            vars(layer).pop("forward", None)
         else:
-            layer.forward = before
+            layer.forward = own
