@@ -20,6 +20,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 EMULATED = sorted(TESTS.glob("test_simt_*.py"))
 DOCUMENTED = [TESTS / "test_docs.py"]
 OF_THE_CORE = [TESTS / "test_core.py"]
+FRAMEWORKS = [TESTS / "frameworks"]
+"""Which `make test-frameworks` runs, in an environment of their own."""
 
 
 class Check(NamedTuple):
@@ -31,7 +33,7 @@ class Check(NamedTuple):
 
 def checks(make: str) -> list[Check]:
     """Every check; the longest first, so that none is left over at the end."""
-    apart = [str(path) for path in (*EMULATED, *DOCUMENTED, *OF_THE_CORE)]
+    apart = [str(path) for path in (*EMULATED, *DOCUMENTED, *OF_THE_CORE, *FRAMEWORKS)]
     make_quietly = [make, "--no-print-directory", "-s"]
     # The sanitizers build what the other tests of the emulator build, too: not at the same time.
     emulated = [[*make_quietly, "sanitize"], [*PYTEST, *map(str, EMULATED)]]

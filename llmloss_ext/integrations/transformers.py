@@ -41,7 +41,12 @@ from .output_layer import (
     whole,
 )
 
-__all__ = ["causal_lm_loss", "stop_linear_cross_entropy", "use_linear_cross_entropy"]
+__all__ = [
+    "causal_lm_loss",
+    "stop_linear_cross_entropy",
+    "token_lm_loss",
+    "use_linear_cross_entropy",
+]
 
 _PATCH = "_llmloss_linear_cross_entropy"
 _UNKNOWN_LOGITS = (
@@ -119,6 +124,38 @@ def causal_lm_loss(
         num_items=_items(num_items_in_batch, logits),
         class_dim=-1,
         **{"vocab_size": None if vocab_size == columns else vocab_size} | own,
+    )
+
+
+def token_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: int | Tensor | None = None,
+    ignore_index: int = -100,
+    **options: Any,
+) -> Tensor:
+    """`causal_lm_loss` for a model whose labels stand where they are predicted.
+
+    Encoders with masked tokens (``...ForMaskedLM``) and decoders with inputs of their own
+    (``...ForSeq2SeqLM``) are such: the logits at position i predict the label at i.
+
+    Args:
+        logits: (B, S, V).
+        labels: (B, S).
+        vocab_size: V.
+        num_items_in_batch: Replaces the number of tokens as the denominator of the mean.
+        ignore_index: Labels with this value are ignored.
+        options: As in `causal_lm_loss`, without masks and positions.
+
+    Returns:
+        The loss, 0-d float32; (B, S) for ``reduction="none"``.
+
+    Raises:
+        TypeError: An argument of the labels' shape, or a number, that the loss does not know.
+    """
+    return causal_lm_loss(
+        logits, None, vocab_size, num_items_in_batch, ignore_index, labels, **options
     )
 
 

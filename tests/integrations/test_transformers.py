@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 from llmloss_ext.integrations.transformers import (  # noqa: E402
     causal_lm_loss,
     stop_linear_cross_entropy,
+    token_lm_loss,
     use_linear_cross_entropy,
 )
 
@@ -123,6 +124,9 @@ def test_labels_that_stand_where_they_are(name):
     found = run(model, **inputs)
     check_same(found, expected)
     assert found[0].logits.shape == (B, 1, V)
+    stop_linear_cross_entropy(model)
+    model.loss_function = token_lm_loss
+    check_same(run(model, **inputs), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "softcap"])

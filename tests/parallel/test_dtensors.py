@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_close
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from llmloss_ext import cross_entropy, linear_cross_entropy, token_stats
 
@@ -202,3 +202,20 @@ def rank_refusals(rank, ranks):
 
 def test_refusals(two):
     two.run(rank_refusals)
+
+
+def rank_outside(rank, ranks):
+    """FSDP shards a weight, and averages its gradients: every rank has tokens of its own."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    _, hidden, weight, _, target = whole()
+    w = leaf(weight, mesh, Shard(0))
+    mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    gathered = w.full_tensor(grad_placements=[Partial("avg")])
+    linear_cross_entropy(hidden[mine], gathered, target[mine], reduction="sum").backward()
+    exact = weight.clone().requires_grad_()
+    linear_cross_entropy(hidden, exact, target, reduction="sum").backward()
+    assert_close(ranks * w.grad.full_tensor(), exact.grad, 1e-5)
+
+
+def test_a_weight_outside_its_unit(two):
+    two.run(rank_outside)
