@@ -53,7 +53,8 @@ def examined(
     """
     kind = type(model).__name__
     shift = _shift_of(kind, model.loss_function, losses)
-    probe = _probe(columns)
+    device = next((p.device for p in head.parameters()), torch.device("cpu"))
+    probe = _probe(columns).to("cpu" if device.type == "meta" else device)
     calls = [_call(model, head, factor * probe) for factor in (1, 2)]
     if not torch.equal(calls[0].added, calls[1].added):
         raise ValueError(f"{kind} adds terms of its logits to its loss; use causal_lm_loss")
@@ -77,12 +78,12 @@ def _probe(columns: int) -> Tensor:
 
 def _call(model: Any, head: Any, returned: Tensor) -> _Call:
     kind, given = type(model).__name__, []
-    labels = torch.ones(1, _TOKENS, dtype=torch.long)
+    labels = torch.ones(1, _TOKENS, dtype=torch.long, device=returned.device)
 
     def loss_function(*args: Any, **kwargs: Any) -> Tensor:
         named = dict(zip(("logits", "labels", "vocab_size"), args, strict=False)) | kwargs
         given.append(named)
-        return torch.zeros(())
+        return torch.zeros((), device=returned.device)
 
     arguments: dict[str, Any] = {"input_ids": torch.ones_like(labels), "labels": labels}
     known = inspect.signature(type(model).forward).parameters
@@ -158,9 +159,9 @@ def _shift_of(
 class _Before(nn.Module):
     """Stands where another module stood: passes on what it is given, or makes up an output."""
 
-    def __init__(self, original: Any, hidden_size: int) -> None:
+    def __init__(self, original: Any, hidden: Tensor) -> None:
         super().__init__()
-        self.__dict__["_original"], self.__dict__["_hidden_size"] = original, hidden_size
+        self.__dict__["_original"], self.__dict__["_hidden"] = original, hidden
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
@@ -171,7 +172,7 @@ class _Before(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             return args[0]  # a norm, a dropout
-        return _Output(torch.zeros(1, _TOKENS, self._hidden_size))
+        return _Output(self._hidden)
 
 
 class _Output:
@@ -214,7 +215,7 @@ class _Layer(nn.Module):
 @contextmanager
 def _replaced_modules(model: Any, head: Any, returned: Tensor) -> Iterator[None]:
     """The output layer, and all modules that are not on the way to it."""
-    hidden_size = getattr(head, "in_features", None) or 1
+    hidden = returned.new_zeros(1, _TOKENS, getattr(head, "in_features", None) or 1)
     path = next((name for name, module in model.named_modules() if module is head), None)
     if path is None:
         raise ValueError(f"the output layer of {type(model).__name__} is none of its modules")
@@ -224,7 +225,7 @@ def _replaced_modules(model: Any, head: Any, returned: Tensor) -> Iterator[None]
     for name in (*way, last):
         for child, original in module._modules.items():
             if original is not None and child != name:
-                replaced.append((module, child, _Before(original, hidden_size)))
+                replaced.append((module, child, _Before(original, hidden)))
         parent, module = module, module._modules[name]
     replaced.append((parent, last, _Layer(head, returned)))
     originals = [(module, name, module._modules[name]) for module, name, _ in replaced]
