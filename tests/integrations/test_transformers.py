@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -492,6 +493,46 @@ def test_adapters(name, patched_first):
         for key, grad in ours[1].items():
             scale = stock[1][key].abs().max().clamp_min(1e-6)
             assert_close(grad / scale, stock[1][key] / scale, 1e-4)
+
+
+@pytest.mark.parametrize("tokens", [[1, 5], {"embed_tokens": [1, 5]}, {"lm_head": [1, 5]}])
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_trainable_tokens(tokens, name):
+    """Of PEFT: rows of the embeddings or of the layer are trained alone. Right, or refused."""
+    peft = pytest.importorskip("peft")
+    results = []
+    for is_ours in (False, True):
+        model = model_of(name)
+        torch.manual_seed(3)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=tokens,
+            init_lora_weights=False,
+        )  # fmt: skip
+        adapted = peft.get_peft_model(model, config).train()
+        if is_ours:
+            if "lm_head" in tokens or name == "tied":  # whose weight is no parameter then
+                with pytest.raises(ValueError, match="TrainableTokens"):
+                    use_linear_cross_entropy(adapted)
+                return
+            use_linear_cross_entropy(adapted)
+        results.append(gradients_of(adapted))
+    stock, ours = results
+    assert_close(ours[0], stock[0], 1e-5)
+    assert ours[1].keys() == stock[1].keys()
+    for key, grad in ours[1].items():
+        scale = stock[1][key].abs().max().clamp_min(1e-6)
+        assert_close(grad / scale, stock[1][key] / scale, 1e-4)
+
+
+def test_models_in_threads():
+    models = [model_of(name) for name in ("llama", "tied")]
+    expected = [run(model) for model in models]
+    for model in models:
+        use_linear_cross_entropy(model)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            for found, right in zip(pool.map(run, models), expected, strict=True):
+                check_same(found, right)
 
 
 @pytest.mark.parametrize(
