@@ -245,6 +245,25 @@ def test_an_earlier_checkpoint_survives_a_full_disk(two, tmp_path):
     two.run(rank_save, tmp_path)
 
 
+def rank_worlds(rank, ranks):
+    from llmloss_train.world import World
+
+    world = World(rank, ranks, rank, ranks, is_joined=True)
+    assert world.mean([rank, 1.0]) == [(ranks - 1) / 2, 1.0]
+    assert world.any(rank == ranks - 1)
+    assert not world.any(False)
+    assert world.of_first(7 - rank) == 7
+    world.require_same("text", "texts differ")
+    with pytest.raises(UserError, match="texts differ"):
+        world.require_same(f"text {rank}", "texts differ")
+    with pytest.raises(UserError, match="cuda:0 is one GPU for all processes"):
+        world.open_device("cuda:0")
+
+
+def test_what_processes_tell_each_other(ranks):
+    ranks.run(rank_worlds)
+
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
