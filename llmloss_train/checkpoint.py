@@ -82,7 +82,7 @@ def tensors_of(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, 
     """The weights and the optimiser's moments by name, themselves and not copies.
 
     The names are the same however the model is divided; what is spread over the processes is a
-    DTensor.
+    DTensor. An optimiser that has made no step gets its moments here, of 0.
     """
     weights, moments = get_state_dict(model, optimiser)
     once = [name for name, _ in model.named_parameters()]  # tied weights have two names

@@ -126,7 +126,7 @@ def _train(args: argparse.Namespace, world: World) -> int:
         with _progress(training) as show:
             training.train(show)
     except Interrupted:
-        how = _continuation(args, world)
+        how = _continuation(training)
         print(f"stopped at step {training.step}; continue with: {how}", flush=True)
         return INTERRUPTED
     checkpoint = training.save()
@@ -146,14 +146,13 @@ def _train(args: argparse.Namespace, world: World) -> int:
     return 0
 
 
-def _continuation(args: argparse.Namespace, world: World) -> str:
+def _continuation(training: Run) -> str:
     """The command that continues a run."""
-    if not world.is_joined:
-        return f"llmloss train --resume --out {args.out}"
-    return (
-        f"torchrun --nproc-per-node {world.local_size} -m llmloss_ext train --resume "
-        f"--parallel {args.parallel} --out {args.out}"
-    )
+    program, options, world = "llmloss", "", training.world
+    if world.is_joined:
+        program = f"torchrun --nproc-per-node {world.local_size} -m llmloss_ext"
+        options = f" --parallel {training.config.parallel}"
+    return f"{program} train --resume{options} --out {training.folder}"
 
 
 def _prepare(args: argparse.Namespace, world: World) -> Run:

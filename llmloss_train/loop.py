@@ -85,7 +85,7 @@ class Run:
         torch.manual_seed(config.seed)
         shape = (text.vocab_size, config.seq_len, config.dim, config.layers, config.heads)
         least = _least_bytes(config, parameter_count(*shape[:4]))
-        memory.require(self.device, least // world.size, world.local_size)
+        memory.require(self.device, least // world.size, world.local_size)  # at the least, a share
         self.model = GPT(*shape).to(self.device)
         self.layout = divide(self.model, config, world, self.device)
         objective = Objective(config.label_smoothing, config.z_loss, config.confidence_penalty)

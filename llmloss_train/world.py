@@ -46,9 +46,9 @@ class World:
         Raises:
             UserError: The device cannot be used, or the name gives all processes one GPU.
         """
-        if self.is_joined and name.startswith("cuda"):
-            if name != "cuda":
-                raise UserError(f"--device {name} is one GPU for all processes: say --device cuda")
+        if self.is_joined and name.startswith("cuda:"):
+            raise UserError(f"--device {name} is one GPU for all processes: say --device cuda")
+        if self.is_joined and name == "cuda":
             name = f"cuda:{self.local_rank}"
         device = open_device(name)
         if device.type == "cuda":
@@ -119,9 +119,9 @@ def joined(parallel: str) -> Iterator[World]:
     store, rank, size = next(rendezvous("env://"))
     # NCCL between GPUs; what the processes tell each other beside that stays on the host.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     local_rank, local_size = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
     try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         if parallel == "none" and size > 1:
             raise UserError(f"there are {size} processes: say what they share by --parallel")
         with _unheard() if rank else nullcontext():

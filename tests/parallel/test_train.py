@@ -28,8 +28,8 @@ WAYS = ("ddp", "fsdp", "tp")
 V = 509  # instead of 131,072: the ranks have different numbers of classes
 SMALL = (
     *("--dim", "8", "--layers", "2", "--heads", "2", "--seq-len", "16", "--batch-size", "4"),
-    *("--eval-every", "3", "--log-every", "1", "--save-every", "3", "--max-tokens", "3000"),
-    *("--steps", "6", "--seed", "5"),
+    *("--eval-every", "3", "--log-every", "1", "--save-every", "3", "--steps", "6", "--seed", "5"),
+    *("--max-tokens", "1600"),  # 5 windows to validate on: a rank gets none of the last
 )
 # What each rank has a part of: micro-batches, masked tokens, the pairs of a batch.
 TERMS = ("--accumulate", "2", "--mlm", "0.5", "--contrastive", "0.1", "--z-loss", "0.001")
@@ -243,6 +243,25 @@ def full(*_):
 
 def test_an_earlier_checkpoint_survives_a_full_disk(two, tmp_path):
     two.run(rank_save, tmp_path)
+
+
+def rank_worlds(rank, ranks):
+    from llmloss_train.world import World
+
+    world = World(rank, ranks, rank, ranks, is_joined=True)
+    assert world.mean([rank, 1.0]) == [(ranks - 1) / 2, 1.0]
+    assert world.any(rank == ranks - 1)
+    assert not world.any(False)
+    assert world.of_first(7 - rank) == 7
+    world.require_same("text", "texts differ")
+    with pytest.raises(UserError, match="texts differ"):
+        world.require_same(f"text {rank}", "texts differ")
+    with pytest.raises(UserError, match="cuda:0 is one GPU for all processes"):
+        world.open_device("cuda:0")
+
+
+def test_what_processes_tell_each_other(ranks):
+    ranks.run(rank_worlds)
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
