@@ -53,9 +53,10 @@ class _Options(NamedTuple):
     chunks: ChunkOptions
 
 
-def _pack(chunks: ChunkOptions) -> tuple[list[int], str]:
+def pack_chunks(chunks: ChunkOptions) -> tuple[list[int], str]:
     """The options but for the dtype: integers, and the name of the shard's process group."""
-    numbers = [*chunks.limit, chunks.drop_ignored]
+    limit, drops = chunks.limit, int(chunks.drop_ignored)
+    numbers = [limit.tokens, int(limit.is_even), drops]  # no bool beside a symbol
     if chunks.shard is None:
         return numbers, ""
     of_shard, group = chunks.shard.pack()
@@ -149,7 +150,7 @@ def _loss_and_gradients(
     if not must_be_opaque(inputs.input):
         return loss_by_chunks(inputs, targets, options.logits, options.loss, chunks, needs)
     packed = pack(options.logits, options.loss)
-    how = (*_pack(chunks), chunks.weight_grad_dtype)
+    how = (*pack_chunks(chunks), chunks.weight_grad_dtype)
     return LossResults(*_linear_loss(*inputs, *targets, *packed, *how, needs))
 
 
@@ -350,7 +351,7 @@ class LinearTokenStats(Function):
         if not must_be_opaque(inputs.input):
             output = stats_by_chunks(inputs, targets, call.logits, call.wanted, chunks)
         else:
-            packed, how = pack(call.logits), _pack(chunks)
+            packed, how = pack(call.logits), pack_chunks(chunks)
             where = (*inputs, targets.target, targets.weight)
             output = RowStats.of(_linear_stats(*where, *packed, call.wanted, *how))
         ctx.mark_non_differentiable(output.state, output.argmax, output.rank)
@@ -390,7 +391,7 @@ class LinearTokenStats(Function):
                 call.accumulator,
             )  # fmt: skip
         else:
-            how = (*_pack(chunks), chunks.weight_grad_dtype)
+            how = (*pack_chunks(chunks), chunks.weight_grad_dtype)
             where = (*inputs, target, weight, *pack(call.logits), stats, state)
             results = Inputs(*_linear_stats_backward(grads, *where, *how, needs))
         if call.accumulator is not None:

@@ -11,7 +11,9 @@ from helpers import FLOATS, assert_close
 
 from llmloss_ext import linear_cross_entropy, linear_kl_div, linear_token_stats
 from llmloss_ext.linear import plan
-from llmloss_ext.options import MEAN, LogitOptions, LossOptions, pack
+from llmloss_ext.linear.operators import pack_chunks
+from llmloss_ext.linear.planning import ChunkLimit
+from llmloss_ext.options import MEAN, ChunkOptions, LogitOptions, LossOptions, pack
 from llmloss_ext.statistics import STATISTICS, FloatStats, asked
 
 from .problem import D, N, Problem, V, error, linear, reference
@@ -164,19 +166,20 @@ def test_opcheck(dtype):
     loss = LossOptions(label_smoothing=0.1, z_loss=1e-3, reduction=MEAN)
     needs, tests = [True] * 4, ("test_schema", "test_faketensor")
     ops = torch.ops.llmloss
+    chunks = pack_chunks(ChunkOptions(ChunkLimit(8, False), True, torch.float32))
     torch.library.opcheck(
         ops.linear_loss.default,
-        (*where, None, None, *pack(logits, loss), 8, False, True, torch.float32, needs),
+        (*where, None, None, *pack(logits, loss), *chunks, torch.float32, needs),
         test_utils=tests,
     )
-    stats = (*where, *pack(logits), asked(STATISTICS), 8, False, True)
+    stats = (*where, *pack(logits), asked(STATISTICS), *chunks)
     torch.library.opcheck(ops.linear_stats.default, stats, test_utils=tests)
     state, *floats, _argmax, _rank = ops.linear_stats(*stats)
     upstream = torch.ones(N, dtype=state.dtype)
     grads = FloatStats(log_prob=upstream, entropy=upstream)
     torch.library.opcheck(
         ops.linear_stats_backward.default,
-        (grads, *where, *pack(logits), floats, state, 8, False, True, torch.float32, needs),
+        (grads, *where, *pack(logits), floats, state, *chunks, torch.float32, needs),
         test_utils=tests,
     )
 
