@@ -78,7 +78,8 @@ def _parser() -> BenchParser:
     )
     for name, default in (("vocab", 131072), ("hidden", 256), ("layers", 2), ("tokens", 512),
                           ("steps", 4), ("rounds", 3)):  # fmt: skip
-        trainer.add_argument(f"--{name}", type=_at_least(2), default=default,
+        least = 2 if name == "steps" else 1  # the first step is not counted
+        trainer.add_argument(f"--{name}", type=_at_least(least), default=default,
                              help=f"default: {default}")  # fmt: skip
     trainer.add_argument("--out", type=Path, default=Path("runs/bench"), help="default: runs/bench")
     trainer.set_defaults(command=_trainer)

@@ -64,9 +64,10 @@ def compare(sizes: Sizes, rounds: int, out: Path, say: Progress) -> Table:
     runs: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name, measured in runs.items():
-            say(name, 1)
+            say(name, 0)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 measured.append(pool.submit(_train, sizes, name).result())
+            say(name, 1)
     out.mkdir(parents=True, exist_ok=True)
     stored = {name: [asdict(m) for m in measured] for name, measured in runs.items()}
     made = {"sizes": asdict(sizes), "machine": machine(), "runs": stored}
@@ -120,6 +121,7 @@ def _train(sizes: Sizes, name: str) -> Measured:
         trainer = transformers.Trainer(
             model=model, args=arguments, train_dataset=_Batches(sizes), callbacks=[clock.callback()]
         )
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Measured(statistics.median(clock.seconds[1:]), clock.peaks[-1], losses)
