@@ -226,8 +226,7 @@ def _with_smoothing_of(trainer: Any, options: dict[str, Any]) -> dict[str, Any]:
             "the Trainer's compute_loss_func takes the labels away from the model and reads its "
             "logits: give the Trainer no such function, and its loss as options"
         )
-    smoother = trainer.label_smoother
-    theirs = smoother.epsilon if smoother is not None else 0.0
+    theirs = trainer.args.label_smoothing_factor  # its smoother is gone after a first call
     if theirs and options.get("label_smoothing", theirs) != theirs:
         raise ValueError(
             f"label_smoothing={options['label_smoothing']}, but the Trainer's "
