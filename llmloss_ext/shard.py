@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 
 from . import composite
 from .composite import real_of
-from .ops.derivatives import in_transform
+from .ops.derivatives import in_transform, must_be_opaque
 from .ops.library import STATE, fields, kernels
 from .ops.rows import Labels
 from .options import LogitOptions, LossOptions, as_integer, pack
@@ -193,9 +193,8 @@ class ShardedColumns:
 
     def must_check_targets(self, target: Tensor) -> bool:
         """Whether targets are looked at: on CUDA that has to wait for the device."""
-        if torch.compiler.is_compiling():
-            return False
-        return target.device.type == "cpu" or os.environ.get("LLMLOSS_CHECK_TARGETS") == "1"
+        asked = target.device.type == "cpu" or os.environ.get("LLMLOSS_CHECK_TARGETS") == "1"
+        return asked and not must_be_opaque(target)
 
 
 class ShardedRows:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .shard import process_group
+
 __all__ = ["LossMonitor", "accumulate_gradients", "count_items"]
 
 
@@ -35,9 +37,9 @@ def count_items(
             each sequence are not predicted, and not counted.
         weights: The token weights of each micro-batch, shaped like its targets. If given, the sum
             of the counted tokens' weights is returned instead of their number.
-        group: A process group of torch.distributed whose ranks' counts are added. Where data
-            parallelism averages the gradients over these ranks, divide the result by the number
-            of ranks.
+        group: A process group of torch.distributed, or a `DeviceMesh` of one dimension, whose
+            ranks' counts are added. Where data parallelism averages the gradients over these ranks,
+            divide the result by the number of ranks.
 
     Returns:
         0-d int64, or float64 with ``weights``, on the targets' device. The host does not wait for
@@ -61,7 +63,7 @@ def count_items(
         ]
     total = torch.stack(counts).sum()
     if group is not None:
-        torch.distributed.all_reduce(total, group=group)
+        torch.distributed.all_reduce(total, group=process_group(group))
     return total
 
 
@@ -93,9 +95,10 @@ def accumulate_gradients(
         batches: For each micro-batch, the first argument of ``loss`` and the targets.
         ignore_index: Targets with this value are not counted.
         shift: As in `count_items`.
-        group: The process group over which data parallelism averages the gradients, as
-            DistributedDataParallel does (it needs the same number of micro-batches on each rank).
-            The gradients are then those of one batch with the tokens of all ranks.
+        group: The process group, or `DeviceMesh` of one dimension, over which data parallelism
+            averages the gradients, as DistributedDataParallel does (it needs the same number of
+            micro-batches on each rank). The gradients are then those of one batch with the tokens
+            of all ranks.
 
     Returns:
         The mean loss over the tokens of the step on all ranks, 0-d and detached; 0 if there are no
@@ -107,7 +110,7 @@ def accumulate_gradients(
     step = list(batches)
     targets = (target for _, target in step)
     items = count_items(targets, ignore_index, shift=shift, group=group).clamp_min(1)
-    ranks = 1
+    ranks, group = 1, process_group(group)
     if group is not None:
         ranks = torch.distributed.get_world_size(group)
         items = items / ranks  # the average over ranks divides by their number again

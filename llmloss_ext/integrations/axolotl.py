@@ -4,16 +4,16 @@ In the config of a run::
 
     plugins:
       - llmloss_ext.integrations.axolotl.LinearCrossEntropyPlugin
-    llmloss_logits: none        # or last, all: what an evaluation step returns
+    llmloss_logits: none        # or last, argmax, all: what an evaluation step returns
     llmloss_options:            # of llmloss_ext.linear_cross_entropy
       z_loss: 1.0e-4
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from .transformers import use_linear_cross_entropy
+from .transformers import Logits, use_linear_cross_entropy
 from .versions import check_version
 
 check_version("axolotl", "0.19")
@@ -34,7 +34,7 @@ _OTHERS = (
 class LinearCrossEntropyArgs(BaseModel):  # type: ignore[misc]
     """What the plugin adds to axolotl's config."""
 
-    llmloss_logits: Literal["none", "last", "all"] = "last"
+    llmloss_logits: Logits = "last"
     """``logits`` of `llmloss_ext.integrations.transformers.use_linear_cross_entropy`."""
     llmloss_options: dict[str, Any] = {}
     """Its options."""

@@ -89,13 +89,9 @@ class LinearCrossEntropyLoss(ChunkedLossWrapper):  # type: ignore[misc]
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseLoss.Config):  # type: ignore[misc]
+    class Config(CrossEntropyLoss.Config):
         """What a run says of its loss: options of `llmloss_ext.linear_cross_entropy`."""
 
-        global_vocab_size: int | None = None
-        """Classes of all tensor-parallel ranks; needed if there are several."""
-        label_smoothing: float = 0.0
-        z_loss: float = 0.0
         max_chunk_bytes: int | None = None
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:

@@ -18,7 +18,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +42,15 @@ from .output_layer import (
 )
 
 __all__ = [
+    "Logits",
     "causal_lm_loss",
     "stop_linear_cross_entropy",
     "token_lm_loss",
     "use_linear_cross_entropy",
 ]
+
+Logits = Literal["none", "last", "argmax", "all"]
+"""What a call with labels returns in evaluation: see `use_linear_cross_entropy`."""
 
 _PATCH = "_llmloss_linear_cross_entropy"
 _UNKNOWN_LOGITS = (
@@ -159,7 +163,7 @@ def token_lm_loss(
     )
 
 
-def use_linear_cross_entropy(model: Any, *, logits: str | None = None, **options: Any) -> None:
+def use_linear_cross_entropy(model: Any, *, logits: Logits | None = None, **options: Any) -> None:
     """Makes a causal language model compute its loss from the hidden states.
 
     In a call with labels, the output layer computes the loss from the hidden states that the model
@@ -196,8 +200,8 @@ def use_linear_cross_entropy(model: Any, *, logits: str | None = None, **options
         ValueError: The model does not meet these requirements, or an option does not exist. Raised
             by the first call if a hook has changed the layer's logits.
     """
-    if logits not in (None, "none", "last", "argmax", "all"):
-        raise ValueError(f'logits must be "none", "last", "argmax" or "all", got {logits!r}')
+    if logits not in (None, *get_args(Logits)):
+        raise ValueError(f"logits must be one of {get_args(Logits)}, got {logits!r}")
     if hasattr(model, "label_smoother"):
         options = _with_smoothing_of(model, options)
     trainer, model = model, _unwrapped(model)
@@ -316,7 +320,7 @@ class _Patch:
     """
 
     def __init__(
-        self, model: Any, logits: str | None, around: AroundTheLayer, options: dict[str, Any]
+        self, model: Any, logits: Logits | None, around: AroundTheLayer, options: dict[str, Any]
     ) -> None:
         self._logits, self._shift = logits, around.shift
         self._options: dict[str, Any] = {"logit_scale": around.logit_scale}
@@ -349,7 +353,7 @@ class _Patch:
     def call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the model's forward, in a call with labels with another output layer."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        returned = "last" if model.training else self._logits
+        returned: Logits | None = "last" if model.training else self._logits
         if (skips := given.get("skip_logits")) is not None:
             returned = "none" if skips else "all"
         has_labels = given.get("labels") is not None or given.get("shift_labels") is not None

@@ -27,10 +27,10 @@ from torch import Tensor
 from ..checks import is_autocast
 from ..functional import cross_entropy, token_stats
 from ..linear import linear_log_probs, linear_token_stats
+from .versions import check_version
 
 __all__ = ["stop_llmloss", "use_llmloss"]
 
-_KNOWN = "1.16"
 _MASKED = -(2**31)
 """An ignore_index that is no class: a wrong class of TRL's, -100 too, is an error as before."""
 _in_use: list[tuple[Any, Any]] = []
@@ -48,14 +48,9 @@ def use_llmloss(*, max_chunk_bytes: int | None = None) -> None:
             what `llmloss_ext.plan` says.
 
     Raises:
-        ImportError: TRL is not installed.
-        RuntimeError: It is a version whose inner functions are not known here.
+        RuntimeError: The installed TRL is not a known version.
     """
-    trl = importlib.import_module("trl")
-    if not trl.__version__.startswith(f"{_KNOWN}."):
-        raise RuntimeError(
-            f"use_llmloss knows the inner functions of TRL {_KNOWN}, not those of {trl.__version__}"
-        )
+    check_version("trl", "1.16")
     stop_llmloss()
     utils = importlib.import_module("trl.trainer.utils")
     replacements = {

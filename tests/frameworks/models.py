@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,3 +32,10 @@ def batch_of(seed: int, rows: int = 2, tokens: int = 7) -> dict[str, Tensor]:
     labels = ids.clone()
     labels[0, : 1 + seed % 4] = -100
     return {"input_ids": ids, "labels": labels}
+
+
+def uncompiled_deepspeed() -> AbstractContextManager[Any]:
+    """Without its own collectives over shared memory, which take half a minute to compile."""
+    from deepspeed.comm.torch import TorchBackend
+
+    return mock.patch.dict(TorchBackend.__init__.__globals__, build_shm_op=lambda: None)

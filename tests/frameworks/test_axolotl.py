@@ -87,7 +87,7 @@ def test_the_config(manager):
     assert fields["llmloss_options"].default == {}
     from llmloss_ext.integrations.axolotl import LinearCrossEntropyArgs as Args
 
-    with pytest.raises(ValueError, match="Input should be 'none', 'last' or 'all'"):
+    with pytest.raises(ValueError, match="Input should be 'none', 'last', 'argmax' or 'all'"):
         Args(llmloss_logits="some")
     with pytest.raises(ValueError, match="takes the place of cut_cross_entropy"):
         Args.model_validate({"cut_cross_entropy": True})

@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-from frameworks.models import VOCAB, batch_of, tiny_llama
+from frameworks.models import VOCAB, batch_of, tiny_llama, uncompiled_deepspeed
 
 trl = pytest.importorskip("trl")
 
@@ -314,8 +314,8 @@ def test_a_users_module(monkeypatch):
 
 @pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "1.160.0", "unknown"])
 def test_another_version(monkeypatch, version):
-    monkeypatch.setattr(trl, "__version__", version)
-    with pytest.raises(RuntimeError, match=rf"knows .* TRL 1\.16, not those of {version}$"):
+    monkeypatch.setattr("llmloss_ext.integrations.versions.version", lambda _package: version)
+    with pytest.raises(RuntimeError, match=rf"^trl {version} is not known .*, only 1\.16$"):
         use_llmloss()
     assert utils._ChunkedLogProbFunction is STOCK._ChunkedLogProbFunction
 
@@ -355,7 +355,6 @@ def test_a_weight_that_is_let_go(ours, monkeypatch):
 
 def rank_zero3(rank, ranks):
     import deepspeed
-    from deepspeed.comm.torch import TorchBackend
     from transformers.integrations import HfDeepSpeedConfig
 
     os.environ["LOCAL_RANK"] = str(rank)
@@ -374,8 +373,7 @@ def rank_zero3(rank, ranks):
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        # Its own collectives over shared memory would be compiled first, for half a minute.
-        with mock.patch.dict(TorchBackend.__init__.__globals__, build_shm_op=lambda: None):
+        with uncompiled_deepspeed():
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )

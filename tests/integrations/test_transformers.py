@@ -195,7 +195,9 @@ def test_evaluation(logits, return_dict):
         assert_close(found[0], expected_loss, 1e-6)
         assert len(found) == len(expected) - skips
         assert skips or torch.equal(found[1], whole)
-    with pytest.raises(ValueError, match='logits must be "none", "last", "argmax" or "all"'):
+    with pytest.raises(
+        ValueError, match=r"logits must be one of \('none', 'last', 'argmax', 'all'\), got 'some'"
+    ):
         use_linear_cross_entropy(model, logits="some")
 
 

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import llmloss_ext
 from llmloss_ext import Shard
+from llmloss_ext.training import count_items
 
 ROWS, CLASSES, D = 12, 24, 8
 
@@ -69,6 +70,7 @@ def rank_mesh_of_two(rank, ranks):
     logits, target = torch.randn(3, 4), torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"several dimensions: give mesh\['tensor'\]"):
         llmloss_ext.cross_entropy(logits, target, shard=Shard(mesh))
+    assert count_items([target[: rank + 1]], group=mesh["tensor"]) == 3
     one = llmloss_ext.cross_entropy(logits, target, shard=Shard(mesh["tensor"]))
     assert torch.equal(one, llmloss_ext.cross_entropy(logits, target, shard=Shard()))
 
