@@ -205,11 +205,13 @@ def test_the_loss_beside_the_argmax_has_every_option():
     model = model_of("llama").eval()
     options = {"label_smoothing": 0.1, "z_loss": 1e-2, "focal_gamma": 0.0, "weight": torch.rand(V)}
     weights = torch.rand(B, S)
-    weights[1, 2] = 0
+    inputs = batch() | {"token_weight": weights}
+    weights[1, 2] = 0  # whose label is not looked at
+    inputs["labels"][1, 2] = V + 7
     found = []
     for logits in ("last", "argmax"):
         use_linear_cross_entropy(model, logits=logits, **options)
-        found.append(model(**batch(), token_weight=weights).loss)
+        found.append(model(**inputs).loss)
     assert_close(found[1], found[0], 1e-6)
 
 

@@ -66,14 +66,19 @@ def test_one_graph(two, name):
 
 
 def rank_mesh_of_two(rank, ranks):
-    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "tensor"))
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(rank)
     logits, target = torch.randn(3, 4), torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"several dimensions: give mesh\['tensor'\]"):
         llmloss_ext.cross_entropy(logits, target, shard=Shard(mesh))
-    assert count_items([target[: rank + 1]], group=mesh["tensor"]) == 3
-    one = llmloss_ext.cross_entropy(logits, target, shard=Shard(mesh["tensor"]))
-    assert torch.equal(one, llmloss_ext.cross_entropy(logits, target, shard=Shard()))
+    for given in (mesh["tensor"], mesh.get_group("tensor")):
+        two = llmloss_ext.cross_entropy(logits, target, vocab_size=8, shard=Shard(given))
+        both = [torch.empty_like(logits) for _ in range(2)]
+        torch.distributed.all_gather(both, logits, group=mesh.get_group("tensor"))
+        assert_close(two, llmloss_ext.cross_entropy(torch.cat(both, 1), target), 1e-6)
+    one = mesh.get_local_rank("tensor") + 1
+    assert count_items([target[:one]], group=mesh["tensor"]) == 3
 
 
-def test_a_mesh_of_one_dimension_is_a_group(two):
-    two.run(rank_mesh_of_two)
+def test_a_mesh_of_one_dimension_is_a_group(four):
+    four.run(rank_mesh_of_two)
