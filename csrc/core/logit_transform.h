@@ -21,29 +21,36 @@ struct LogitTransform {
   Real scale = 1;
   Real cap = 0;                    // 0: no softcap
   const Real* scale_at = nullptr;  // a learnable scale in device memory; replaces `scale`
+  Real scale_per_cap = 0;          // known once it is resolved
 
   LLMLOSS_HD TransformKind kind() const {
     if (cap > 0) return TransformKind::softcap;
     return scale == Real(1) && scale_at == nullptr ? TransformKind::identity : TransformKind::scale;
   }
 
-  // Reads the scale from device memory once, so that the kernel's loops need not.
+  // Reads the scale from device memory, and divides, once, so that the kernels' loops need not.
   LLMLOSS_HD LogitTransform resolved() const {
-    return scale_at == nullptr ? *this : LogitTransform{*scale_at, cap, nullptr};
+    const Real known = scale_at == nullptr ? scale : *scale_at;
+    return {known, cap, nullptr, cap > 0 ? known / cap : Real(0)};
   }
 
-  LLMLOSS_HD Real apply(Real z) const {
-    const Real scaled = scale * z;
-    return cap > 0 ? cap * tanh_of(scaled / cap) : scaled;
+  // Of a resolved transform, as all that follows. `tanh` may be a faster one than tanh_of.
+  template <typename Tanh>
+  LLMLOSS_HD Real apply(Real z, const Tanh& tanh) const {
+    return cap > 0 ? capped(z, tanh) : scale * z;
+  }
+  template <typename Tanh>
+  LLMLOSS_HD Real capped(Real z, const Tanh& tanh) const {
+    return cap * tanh(scale_per_cap * z);
   }
 
-  LLMLOSS_HD TransformedLogit<Real> with_derivatives(Real z) const {
-    const Real scaled = scale * z;
-    if (!(cap > 0)) return {scaled, scale, z};
-    const Real tanh = tanh_of(scaled / cap);
-    const Real slope = Real(1) - tanh * tanh;
+  template <typename Tanh>
+  LLMLOSS_HD TransformedLogit<Real> with_derivatives(Real z, const Tanh& tanh) const {
+    if (!(cap > 0)) return {scale * z, scale, z};
+    const Real t = tanh(scale_per_cap * z);
+    const Real slope = fma_of(-t, t, Real(1));
     // At +-inf the cap is flat: the derivative is 0, not 0 * inf.
-    return {cap * tanh, scale * slope, slope == Real(0) ? Real(0) : z * slope};
+    return {cap * t, scale * slope, slope == Real(0) ? Real(0) : z * slope};
   }
 };
 

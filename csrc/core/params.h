@@ -139,7 +139,7 @@ struct GradSource {
 
   // Whether the row's gradient is 0 whatever its logits hold: nan there must not spoil it.
   LLMLOSS_HD bool vanishes(int64_t row) const {
-    if (from_loss) return of_loss(row) == Real(0);
+    if (from_loss) return share(row) == Real(0) || denominator.value() == infinity<Real>();
     const FloatStats<Real> upstream = values_of_row(grads, row);
     bool vanishes = true;
     LLMLOSS_UNROLL
@@ -149,10 +149,14 @@ struct GradSource {
 
   // dL/d(loss of the row), which does not depend on the row's statistics.
   LLMLOSS_HD Real of_loss(int64_t row) const {
-    Real grad = grad_loss ? grad_loss[row * grad_loss_stride] : Real(1);
-    if (token_weight) grad *= token_weight[row];
-    if (denominator.given()) grad /= denominator.value();
-    return grad;
+    return denominator.given() ? share(row) / denominator.value() : share(row);
+  }
+
+ private:
+  // The same before it is divided.
+  LLMLOSS_HD Real share(int64_t row) const {
+    const Real grad = grad_loss ? grad_loss[row * grad_loss_stride] : Real(1);
+    return token_weight ? grad * token_weight[row] : grad;
   }
 };
 

@@ -77,6 +77,7 @@ struct GradRow {
   Real reference;
   Real log_sum;
   Real inverse_sum;  // 1 / sum e^(x - reference)
+  Real p_of_exp;     // c.p / sum e^(x - reference)
   Real constant;     // c.weight times the column weight, if all columns share one
 };
 
@@ -95,7 +96,9 @@ LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const RowStats<re
       .reference = reference,
       .log_sum = log_sum,
       .inverse_sum = Real(1) / sum_exp,
+      .p_of_exp = 0,
       .constant = 0};
+  grad.p_of_exp = grad.c.p * grad.inverse_sum;
   if (grad.c.weight != Real(0)) grad.constant = grad.c.weight * in.weights.beta;
   return grad;
 }

@@ -51,8 +51,13 @@ std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
     out << (fused.cluster == 1 ? "one block"
                                : "a cluster of " + std::to_string(fused.cluster) + " blocks")
         << " for each row; " << fused.blocks << " blocks of " << fused.threads << " threads; "
-        << fused.shared_bytes << " bytes of dynamic shared memory; the row is "
-        << (fused.is_staged ? "kept there" : "read twice");
+        << fused.shared_bytes << " bytes of dynamic shared memory; ";
+    if (fused.staged_chunks == fused.slice_chunks) {
+      out << "the row is kept there";
+    } else {
+      out << fused.slice_chunks - fused.staged_chunks << " of " << fused.slice_chunks
+          << " chunks are read twice";
+    }
   }
   return out.str();
 }

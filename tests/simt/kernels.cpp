@@ -155,7 +155,7 @@ py::dict fused(const py::dict& d) {
   py::dict told;
   told["is_fused"] = plan.is_fused;
   told["cluster"] = plan.cluster;
-  told["is_staged"] = plan.is_staged;
+  told["is_staged"] = plan.staged_chunks == plan.slice_chunks;
   return told;
 }
 

@@ -17,6 +17,7 @@
 // two waits, memory ordering weaker than the host's, and speed.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <csetjmp>
 #include <csignal>
@@ -121,6 +122,7 @@ struct alignas(16) Words {
 struct PendingCopy {
   void* to;
   Words words;
+  size_t group;
 };
 
 struct Thread {
@@ -134,7 +136,8 @@ struct Thread {
   const void* give = nullptr;  // the lane's value, on its stack
   void* take = nullptr;
   std::vector<PendingCopy> copies;
-  size_t arrivals = 0;  // by cluster_arrive
+  size_t groups_of_copies = 0;  // closed ones
+  size_t arrivals = 0;          // by cluster_arrive
 };
 
 // The threads that wait for each other: those of a warp, a block or a cluster, next to each other.
@@ -224,6 +227,7 @@ class Cluster {
     for (unsigned t = 0; t < threads_.size(); ++t) {
       threads_[t].state = Thread::State::fresh;
       threads_[t].copies.clear();
+      threads_[t].groups_of_copies = 0;
       threads_[t].arrivals = 0;
       threads_[t].context.prepare(stacks()[t], entry);
       set_ready(t);
@@ -313,16 +317,23 @@ class Cluster {
   }
 
   void copy_later(void* to, const Words& words) {
-    threads_[current_].copies.push_back({to, words});
+    Thread& thread = threads_[current_];
+    thread.copies.push_back({to, words, thread.groups_of_copies});
   }
+  void close_group_of_copies() { ++threads_[current_].groups_of_copies; }
 
-  void finish_copies(const Place& place) {
+  // What belongs to no closed group is not waited for.
+  void finish_copies(int later, const Place& place) {
     record(Wait::copies, place, 0);
     if (is_mutated(place, 0)) return;
-    for (const PendingCopy& copy : threads_[current_].copies) {
+    Thread& thread = threads_[current_];
+    const size_t finished =
+        thread.groups_of_copies - std::min(size_t(later), thread.groups_of_copies);
+    std::erase_if(thread.copies, [&](const PendingCopy& copy) {
+      if (copy.group >= finished) return false;
       std::memcpy(copy.to, &copy.words, sizeof(Words));
-    }
-    threads_[current_].copies.clear();
+      return true;
+    });
   }
 
   // Ends the launch from within a thread.
@@ -682,8 +693,10 @@ inline void copy_async(void* shared, const void* global) {
   emulator::Cluster::active()->copy_later(shared, load_words(global));
 }
 
-inline void wait_for_copies(emulator::Place place = emulator::Place::current()) {
-  emulator::Cluster::active()->finish_copies(place);
+inline void close_group_of_copies() { emulator::Cluster::active()->close_group_of_copies(); }
+
+inline void wait_for_copies(int later, emulator::Place place = emulator::Place::current()) {
+  emulator::Cluster::active()->finish_copies(later, place);
 }
 
 template <typename T>
@@ -694,6 +707,8 @@ uint32_t max_pairs(uint32_t a, uint32_t b, T) {
   };
   return larger(a, b) | larger(a >> 16, b >> 16) << 16;
 }
+
+inline uint32_t middle_half(uint32_t low, uint32_t high) { return low >> 16 | high << 16; }
 
 template <typename T>
 uint32_t pack_pair(float low, float high, T) {
@@ -714,6 +729,12 @@ inline float fast_exp(float x) {
   float result;
   std::memcpy(&result, &bits, sizeof(bits));
   return result;
+}
+
+// The reciprocal loses a bit, too.
+inline float fast_tanh(float x) {
+  const float sum = fast_exp(2.0f * x) + 1.0f;
+  return std::fma(-2.0f, 1.0f / sum * (1 - 0x1p-23f), 1.0f);
 }
 
 }  // namespace llmloss::simt

@@ -22,6 +22,9 @@ __device__ __forceinline__ unsigned warp_index() { return threadIdx.x / 32; }
 // A barrier for all threads of the block; what they wrote before it can be read after it.
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
+// The same for the threads of a warp.
+__device__ __forceinline__ void warp_sync() { __syncwarp(); }
+
 // The value of lane ^ mask. All 32 lanes must call it.
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T value, unsigned mask) {
@@ -71,13 +74,34 @@ __device__ __forceinline__ T* peer_shared(T* mine, unsigned) {
 #endif
 
 // Starts to copy sixteen bytes to shared memory; both addresses are multiples of 16. The copy is
-// complete once this thread has called wait_for_copies.
+// complete once this thread has waited for its group.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const auto to = unsigned(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+// What a thread has started since its last call belongs to one group.
+__device__ __forceinline__ void close_group_of_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for all groups but the last `later` (or fewer). The number is part of the instruction.
+__device__ __forceinline__ void wait_for_copies(int later) {
+#define LLMLOSS_WAIT(n)                                       \
+  case n:                                                     \
+    asm volatile("cp.async.wait_group " #n ";" ::: "memory"); \
+    break
+  switch (later) {
+    LLMLOSS_WAIT(0);
+    LLMLOSS_WAIT(1);
+    LLMLOSS_WAIT(2);
+    LLMLOSS_WAIT(3);
+    LLMLOSS_WAIT(4);
+    LLMLOSS_WAIT(5);
+    LLMLOSS_WAIT(6);
+    LLMLOSS_WAIT(7);
+    default:
+      asm volatile("cp.async.wait_group %0;" ::"n"(8) : "memory");
+  }
+#undef LLMLOSS_WAIT
 }
 
 // Loads and stores sixteen bytes in one instruction; the address is a multiple of 16.
@@ -101,12 +125,25 @@ __device__ __forceinline__ float fast_exp(float x) {
   return result;
 }
 
+// tanh x with an absolute error of about 2^-22. Rounded to 16 bits, the hardware's own tanh would
+// be seen.
+__device__ __forceinline__ float fast_tanh(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fast_exp(2.0f * x) + 1.0f));
+  return ::fmaf(-2.0f, inverse, 1.0f);
+}
+
 // The larger of each of two pairs of 16-bit numbers; of a nan and a number, the number.
 __device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b, BFloat16) {
   return bit_cast<uint32_t>(__hmax2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
 }
 __device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b, Half) {
   return bit_cast<uint32_t>(__hmax2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+}
+
+// The upper half of the first word, then the lower half of the second.
+__device__ __forceinline__ uint32_t middle_half(uint32_t low, uint32_t high) {
+  return __funnelshift_r(low, high, 16);
 }
 
 // Two numbers rounded to 16 bits, to nearest even.

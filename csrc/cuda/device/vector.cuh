@@ -9,7 +9,10 @@ namespace llmloss::cuda {
 
 inline constexpr int vector_bytes = 16;
 
-__device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
+LLMLOSS_HD constexpr int min_of(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int clamp_of(int x, int low, int high) {
+  return x < low ? low : x > high ? high : x;
+}
 
 // Sixteen bytes as 32-bit words: elements are extracted only when they are used.
 using simt::Words;
@@ -29,6 +32,15 @@ __device__ __forceinline__ real_t<T> element(const Words& words, int i) {
   } else {
     return bit_cast<double>(uint64_t{words.at[2 * i]} | uint64_t{words.at[2 * i + 1]} << 32);
   }
+}
+
+// The same where i is known at run time only.
+template <typename T>
+__device__ __forceinline__ real_t<T> element_at(const Words& words, int i) {
+  real_t<T> found = element<T>(words, 0);
+#pragma unroll
+  for (int k = 1; k < Vector<T>::size; ++k) found = k == i ? element<T>(words, k) : found;
+  return found;
 }
 
 // A vector of numbers, rounded to the storage type.
@@ -77,6 +89,11 @@ __device__ __forceinline__ unsigned skew_of(const void* at) {
   return unsigned(reinterpret_cast<uintptr_t>(at)) % vector_bytes;
 }
 
+// The first multiple of 16 bytes from an address on.
+__device__ __forceinline__ void* vector_boundary(void* at) {
+  return static_cast<char*>(at) + (vector_bytes - skew_of(at)) % vector_bytes;
+}
+
 // The vector at an address with that skew, which is not 0, from the two aligned vectors that
 // contain it. (A lane's second load is its neighbour's first: it hits in L1.)
 template <typename T>
@@ -102,7 +119,7 @@ __device__ __forceinline__ Words load_skewed(const T* at, unsigned skew) {
   if constexpr (sizeof(T) == 2) {
     if (skew & 2u) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = words[i] >> 16 | words[i + 1] << 16;
+      for (int i = 0; i < 4; ++i) words[i] = simt::middle_half(words[i], words[i + 1]);
     }
   }
   return {{words[0], words[1], words[2], words[3]}};
@@ -126,13 +143,6 @@ struct Peeled {
   }
   __device__ __forceinline__ int vector(int v) const { return head + v * Vector<T>::size; }
   __device__ __forceinline__ int single(int i) const { return i < head ? i : tail + (i - head); }
-
-  // The thread that processes element i.
-  __device__ __forceinline__ int owner(int i, int threads) const {
-    int unit = i;
-    if (i >= head) unit = i < tail ? (i - head) / Vector<T>::size : i - tail + head;
-    return int(unsigned(unit) % unsigned(threads));
-  }
 
   // Calls on_vector and on_single with the first index of each vector and single of this thread.
   template <typename OnVector, typename OnSingle>

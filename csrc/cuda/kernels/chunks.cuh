@@ -11,6 +11,7 @@
 #include "../../core/rows.h"
 #include "../device/merge.cuh"
 #include "../device/vector.cuh"
+#include "tasks.cuh"
 
 namespace llmloss::cuda {
 
@@ -26,8 +27,12 @@ inline constexpr int batch_columns = int{warp_size} * batch_vectors * Vector<T>:
 // The most threads of a block, and the number of such blocks that a multiprocessor should hold.
 // They bound a kernel's registers; tests/test_cuda_build.py checks the compiler's report.
 inline constexpr int block_size = 256;
-template <typename T, bool plain>
-inline constexpr int planned_blocks = plain && sizeof(T) < 8 ? 3 : 2;
+// Fewer where more is to be held in registers.
+constexpr int planned_blocks(unsigned tasks, size_t element_bytes) {
+  if (element_bytes == 8 || task::has(tasks, task::order | task::rest)) return 2;
+  if (tasks == task::plain) return 4;
+  return tasks == task::transformed || !task::has(tasks, task::transformed) ? 3 : 2;
+}
 
 // How a row is cut.
 struct Chunks {
@@ -35,7 +40,7 @@ struct Chunks {
   int count;
 };
 
-// float is as accurate as torch; for 16-bit logits the hardware's exponential is accurate enough.
+// float is as accurate as torch; for 16-bit logits the hardware's functions are accurate enough.
 template <typename T, typename Real>
 __device__ __forceinline__ Real exp_for(Real x) {
   if constexpr (sizeof(T) == 2) {
@@ -45,10 +50,37 @@ __device__ __forceinline__ Real exp_for(Real x) {
   }
 }
 
+template <typename T>
+struct TanhFor {
+  __device__ __forceinline__ real_t<T> operator()(real_t<T> x) const {
+    if constexpr (sizeof(T) == 2) {
+      return simt::fast_tanh(x);
+    } else {
+      return tanh_of(x);
+    }
+  }
+};
+
+// Copies the fields that the wanted statistics need. What is not copied is not written either.
+template <typename Real>
+__device__ __forceinline__ void copy_fields(const PartialState<Real>& from, PartialState<Real>& to,
+                                            const Wanted& wanted) {
+  to.max = from.max;
+  to.sum_exp = from.sum_exp;
+  if (wanted.floats[Stat::entropy]) to.sum_x_exp = from.sum_x_exp;
+  if (wanted.floats[Stat::log_sum_sq_probs]) to.sum_sq_exp = from.sum_sq_exp;
+  if (wanted.floats[Stat::mean_log_prob]) {
+    to.sum_weighted = from.sum_weighted;
+    to.sum_weights = from.sum_weights;
+  }
+  if (wanted.order()) {
+    to.argmax = from.argmax;
+    to.rank = from.rank;
+  }
+}
+
 // Reduces the columns of a row.
-// plain: untransformed logits, and only sum_exp is requested. This is the common case, and a
-// compile-time constant.
-template <typename T, bool plain>
+template <typename T, unsigned tasks>
 struct ColumnReducer {
   using Real = real_t<T>;
   using State = PartialState<Real>;
@@ -61,7 +93,9 @@ struct ColumnReducer {
   int64_t row;
   Real target_logit;
   int target;  // its column; -1: none
-  Wanted wanted;
+
+  // What the states hold.
+  static __device__ __forceinline__ Wanted wanted() { return task::wanted<tasks>(); }
 
   // The state of the columns [begin, end), the same in every lane.
   __device__ __forceinline__ State chunk(const Columns<T>& columns, int begin, int end) const {
@@ -70,8 +104,9 @@ struct ColumnReducer {
 #pragma unroll 1
     for (int batch = begin; batch < end; batch += batch_columns<T>) {
       const int first = batch + int(simt::lane()) * width;
+      const bool is_whole = batch + batch_columns<T> <= end;
       Words vectors[batch_vectors];
-      if (batch + batch_columns<T> <= end && columns.is_inside(batch, batch + batch_columns<T>)) {
+      if (is_whole && columns.is_inside(batch, batch + batch_columns<T>)) {
         // All loads come before the arithmetic, so that they overlap.
         const T* const at = columns.at(first);
         if (skew == 0) {
@@ -85,17 +120,108 @@ struct ColumnReducer {
 #pragma unroll
         for (int v = 0; v < batch_vectors; ++v) vectors[v] = columns.load(first + v * stride, end);
       }
-      if constexpr (plain) {
-        add_plain(state, vectors);
+      if (!looks_at_columns || is_whole) {
+        add<true>(state, vectors, first, end);
       } else {
-        add(state, vectors, first, end);
+        add<false>(state, vectors, first, end);
       }
     }
-    return warp_merge(state, wanted);
+    if (has(task::mean) && in.weights.is_constant()) {
+      state.sum_weighted *= in.weights.beta;
+      state.sum_weights *= in.weights.beta;
+    }
+    return warp_merge(state, wanted());
   }
 
  private:
   static constexpr int stride = int(warp_size) * width;
+  static constexpr bool has(unsigned bits) { return task::has(tasks, bits | task::rest); }
+  // Otherwise a column after the last, which is -inf, adds nothing by itself.
+  static constexpr bool looks_at_columns = has(task::transformed | task::mean | task::order);
+
+  using Batch = Real[batch_vectors][width];
+
+  // Adds a batch to a lane's state. is_whole: every column is there.
+  template <bool is_whole>
+  __device__ __forceinline__ void add(State& state, const Words (&vectors)[batch_vectors],
+                                      int first, int end) const {
+    Batch x;
+    read(vectors, x);
+    if constexpr (has(task::transformed) && !is_whole) hide_missing(x, first, end);
+    if constexpr (has(task::order)) add_order<is_whole>(state, x, first, end);
+    const Real max = has(task::transformed) ? largest_of(x) : largest<T>(vectors);
+    const Real factor = rebase(state, max);
+    const Real reference = state.reference();
+    Real sums[batch_vectors];
+#pragma unroll
+    for (int v = 0; v < batch_vectors; ++v) {
+      const int column = first + v * stride;
+      Real sum_x_exp = 0, sum_sq_exp = 0, sum_shifted = 0;
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        const Real shifted = x[v][i] - reference;
+        const Real exp = exp_for<T>(shifted);
+        sums[v] = i == 0 ? exp : sums[v] + exp;
+        if constexpr (has(task::entropy)) {
+          sum_x_exp = fma_of(larger(lowest_log_prob<Real>(), shifted), exp, sum_x_exp);
+        }
+        if constexpr (has(task::rest)) sum_sq_exp = fma_of(exp, exp, sum_sq_exp);
+        if constexpr (has(task::mean)) {
+          sum_shifted += is_whole || column + i < end ? shifted : Real(0);
+        }
+      }
+      if constexpr (has(task::entropy)) state.sum_x_exp += sum_x_exp;
+      if constexpr (has(task::rest)) state.sum_sq_exp += sum_sq_exp;
+      if constexpr (has(task::mean)) add_weighted(state, x[v], reference, sum_shifted, column, end);
+    }
+    state.sum_exp = fma_of(state.sum_exp, factor, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+
+  // The logits that the loss uses.
+  __device__ __forceinline__ void read(const Words (&vectors)[batch_vectors], Batch& x) const {
+#pragma unroll
+    for (int v = 0; v < batch_vectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) x[v][i] = element<T>(vectors[v], i);
+    }
+    if constexpr (has(task::transformed)) {
+      // One branch for the batch, and not one for each column.
+      if (transform.cap > 0) {
+        each(x, [&](Real z) { return transform.capped(z, TanhFor<T>{}); });
+      } else {
+        each(x, [&](Real z) { return transform.scale * z; });
+      }
+    }
+  }
+
+  template <typename Of>
+  static __device__ __forceinline__ void each(Batch& x, const Of& of) {
+#pragma unroll
+    for (int v = 0; v < batch_vectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) x[v][i] = of(x[v][i]);
+    }
+  }
+
+  static __device__ __forceinline__ void hide_missing(Batch& x, int first, int end) {
+#pragma unroll
+    for (int v = 0; v < batch_vectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        if (!(first + v * stride + i < end)) x[v][i] = -infinity<Real>();
+      }
+    }
+  }
+
+  static __device__ __forceinline__ Real largest_of(const Batch& x) {
+    Real max = x[0][0];
+#pragma unroll
+    for (int v = 0; v < batch_vectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) max = larger(max, x[v][i]);
+    }
+    return max;
+  }
 
   // Makes the sums relative to a batch's maximum. There is no branch: lanes find their maxima in
   // different batches, so that some lane of a warp nearly always needs it. Returns the factor for
@@ -105,110 +231,82 @@ struct ColumnReducer {
     state.max = larger(before, max);
     const Real shift = before - state.reference();  // -inf for the identity, whose sums are 0
     const Real factor = exp_for<T>(shift);
-    if (!plain && wanted.floats[Stat::entropy]) {
+    if constexpr (has(task::entropy)) {
       // A factor that underflows leaves 0, not 0 * inf.
-      state.sum_x_exp =
-          factor == Real(0) ? Real(0) : factor * (state.sum_x_exp + shift * state.sum_exp);
+      const Real moved = factor * fma_of(shift, state.sum_exp, state.sum_x_exp);
+      state.sum_x_exp = factor == Real(0) ? Real(0) : moved;
     }
-    if (!plain && wanted.floats[Stat::log_sum_sq_probs]) state.sum_sq_exp *= factor * factor;
-    if (!plain && wanted.floats[Stat::mean_log_prob] && state.sum_weights != Real(0)) {
-      state.sum_weighted += state.sum_weights * (reference_before - state.reference());
+    if constexpr (has(task::rest)) state.sum_sq_exp *= factor * factor;
+    if constexpr (has(task::mean)) {
+      const Real moved =
+          fma_of(state.sum_weights, reference_before - state.reference(), state.sum_weighted);
+      state.sum_weighted = state.sum_weights == Real(0) ? state.sum_weighted : moved;
     }
     return factor;
   }
 
-  // Columns after the last are -inf, which adds nothing.
-  __device__ __forceinline__ void add_plain(State& state,
-                                            const Words (&vectors)[batch_vectors]) const {
-    const Real factor = rebase(state, largest<T>(vectors));
-    const Real reference = state.reference();
-    Real sums[batch_vectors];
+  // Adds one vector to the weighted mean. Weights that all columns share are multiplied in later.
+  __device__ __forceinline__ void add_weighted(State& state, const Real (&x)[width], Real reference,
+                                               Real sum_shifted, int column, int end) const {
+    if (!task::has(tasks, task::rest) || in.weights.is_constant()) {
+      state.sum_weighted += sum_shifted;
+      state.sum_weights += Real(clamp_of(end - column, 0, width));
+    } else {
 #pragma unroll
-    for (int v = 0; v < batch_vectors; ++v) {
-      sums[v] = exp_for<T>(element<T>(vectors[v], 0) - reference);
-#pragma unroll
-      for (int i = 1; i < width; ++i) {
-        sums[v] += exp_for<T>(element<T>(vectors[v], i) - reference);
+      for (int i = 0; i < width; ++i) {
+        // A column of weight 0 adds nothing, even if its logit is -inf.
+        const Real a = column + i < end ? in.weights.at(row, column + i) : Real(0);
+        if (a == Real(0)) continue;
+        state.sum_weighted = fma_of(a, x[i] - reference, state.sum_weighted);
+        state.sum_weights += a;
       }
     }
-    state.sum_exp = fma_of(state.sum_exp, factor, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 
-  // The same with every statistic that can be requested, and the same bits of sum_exp.
-  __device__ __forceinline__ void add(State& state, const Words (&vectors)[batch_vectors],
-                                      int first, int end) const {
-    const auto is_there = [end](int column) { return column < end; };
-    Real x[batch_vectors][width], max = -infinity<Real>();
+  // Adds a batch to argmax and rank.
+  template <bool is_whole>
+  __device__ __forceinline__ void add_order(State& state, const Batch& x, int first,
+                                            int end) const {
+    Real max = state.max;
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
       const int column = first + v * stride;
-      Real largest = -infinity<Real>();
+      Real largest = x[v][0];
 #pragma unroll
-      for (int i = 0; i < width; ++i) {
-        x[v][i] =
-            is_there(column + i) ? transform.apply(element<T>(vectors[v], i)) : -infinity<Real>();
-        largest = larger(largest, x[v][i]);
-      }
-      if (wanted.order()) {
-        if (is_there(column) && (largest > larger(state.max, max) || state.argmax < 0)) {
-          int place = 0;
+      for (int i = 1; i < width; ++i) largest = larger(largest, x[v][i]);
+      if ((is_whole || column < end) && (largest > max || state.argmax < 0)) {
+        int place = 0;
 #pragma unroll
-          for (int i = width - 1; i >= 0; --i) place = x[v][i] == largest ? i : place;
-          state.argmax = column + place;
-        }
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-          const bool is_before = column + i < target;  // and so wins a tie
-          state.rank += x[v][i] > target_logit || (is_before && x[v][i] == target_logit);
-        }
+        for (int i = width - 1; i >= 0; --i) place = x[v][i] == largest ? i : place;
+        state.argmax = column + place;
       }
       max = larger(max, largest);
-    }
-    const Real factor = rebase(state, max);
-    const Real reference = state.reference();
-    Real sums[batch_vectors];
-#pragma unroll
-    for (int v = 0; v < batch_vectors; ++v) {
-      const int column = first + v * stride;
-      Real sum_x_exp = 0, sum_sq_exp = 0, sum_shifted = 0;
-      int count = 0;
+      int before = 0;  // fewer instructions than with 64 bits
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        const Real shifted = x[v][i] - reference;
-        const Real exp = exp_for<T>(shifted);
-        sums[v] = i == 0 ? exp : sums[v] + exp;
-        if (wanted.floats[Stat::entropy])
-          sum_x_exp += max_of(lowest_log_prob<Real>(), shifted) * exp;
-        if (wanted.floats[Stat::log_sum_sq_probs]) sum_sq_exp = fma_of(exp, exp, sum_sq_exp);
-        if (!wanted.floats[Stat::mean_log_prob] || !is_there(column + i)) continue;
-        if (in.weights.is_constant()) {
-          sum_shifted += shifted;
-          ++count;
-        } else {
-          // A column of weight 0 adds nothing, even if its logit is -inf.
-          const Real a = in.weights.at(row, column + i);
-          if (a == Real(0)) continue;
-          state.sum_weighted += a * shifted;
-          state.sum_weights += a;
-        }
+        const bool wins_ties = column + i < target;
+        before += x[v][i] > target_logit || (wins_ties && x[v][i] == target_logit);
       }
-      if (wanted.floats[Stat::entropy]) state.sum_x_exp += sum_x_exp;
-      if (wanted.floats[Stat::log_sum_sq_probs]) state.sum_sq_exp += sum_sq_exp;
-      if (wanted.floats[Stat::mean_log_prob] && in.weights.is_constant()) {
-        state.sum_weighted += in.weights.beta * sum_shifted;
-        state.sum_weights += in.weights.beta * Real(count);
-      }
+      state.rank += before;
     }
-    state.sum_exp = fma_of(state.sum_exp, factor, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 };
 
-// The state of a whole row from those of its chunks, the same in every lane.
+// The state of a whole row from those of its chunks, the same in every lane. The maximum comes
+// first, so that every sum is moved once, and they are added in an order of their own.
 template <typename Real>
 __device__ __forceinline__ PartialState<Real> merge_chunks(const PartialState<Real>* chunks,
                                                            int count, const Wanted& wanted) {
   PartialState<Real> state;
-  for (int i = int(simt::lane()); i < count; i += int(warp_size)) state = merge(state, chunks[i]);
+  for (int i = int(simt::lane()); i < count; i += int(warp_size)) {
+    state.max = larger(state.max, chunks[i].max);
+  }
+  state.max = warp_max(state.max);
+  for (int i = int(simt::lane()); i < count; i += int(warp_size)) {
+    PartialState<Real> chunk;
+    copy_fields(chunks[i], chunk, wanted);
+    state = merge(state, chunk);
+  }
   return warp_merge(state, wanted);
 }
 
@@ -228,14 +326,12 @@ __device__ __forceinline__ Target<real_t<T>> target_class(const RowInputs<T>& in
 }
 
 template <typename T>
-__device__ __forceinline__ Target<real_t<T>> target_of(const RowInputs<T>& in,
-                                                       const LogitTransform<real_t<T>>& transform,
-                                                       int64_t row) {
-  Target<real_t<T>> target = target_class(in, row);
-  if (target.column >= 0) {
-    target.logit = transform.apply(to_real(in.logits[in.layout.offset(row) + target.column]));
-  }
-  return target;
+__device__ __forceinline__ void read_logit(const RowInputs<T>& in,
+                                           const LogitTransform<real_t<T>>& transform, int64_t row,
+                                           Target<real_t<T>>& target) {
+  if (target.column < 0) return;
+  const real_t<T> z = to_real(in.logits[in.layout.offset(row) + target.column]);
+  target.logit = transform.kind() == TransformKind::identity ? z : transform.apply(z, TanhFor<T>{});
 }
 
 }  // namespace llmloss::cuda

@@ -1,7 +1,8 @@
 // Multiplies rows by a number in device memory.
 #pragma once
 
-#include "row_stats.cuh"
+#include "chunks.cuh"
+#include "share.cuh"
 
 namespace llmloss::cuda {
 

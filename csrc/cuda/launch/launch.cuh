@@ -14,32 +14,47 @@ namespace llmloss::cuda {
 
 static_assert(tile_bytes == tile_columns<float> * int64_t{sizeof(float)});
 static_assert(block_size == max_warps_per_block * int{warp_size});
+static_assert(sizeof(GradRow<double>) <= coefficient_bytes);
+static_assert(fused_block_size == most_fused_warps * int{warp_size});
 
-// Whether the kernels that are compiled for the common case apply.
-template <typename T>
-bool is_plain(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out) {
-  const Wanted wanted = Wanted::by(out);
-  return in.transform.kind() == TransformKind::identity && !wanted.more_sums() &&
-         !wanted.floats[Stat::mean_log_prob] && !wanted.order();
+// What is compiled: one kernel for each of these sums of tasks, the cheapest first.
+using StatsTasks =
+    TaskList<task::plain, task::mean, task::mean | task::entropy,
+             task::mean | task::entropy | task::order, task::transformed,
+             task::transformed | task::mean,
+             task::transformed | task::mean | task::entropy | task::order, task::everything>;
+using GradTasks = TaskList<task::plain, task::transformed, task::entropy, task::everything>;
+
+// A fused kernel has the tasks of both passes: these are the statistics'.
+using FusedTasks = TaskList<task::plain, task::mean, task::everything>;
+
+constexpr unsigned fused_grad_tasks(unsigned stats_tasks) {
+  return stats_tasks == task::everything ? stats_tasks : task::plain;
 }
 
 template <typename T>
-bool is_plain(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
-              const GradOutputs<T>& out) {
-  for (int stat = 0; stat < Stat::float_count; ++stat) {
-    if (Stat::needs_more_sums(stat) && source.has(stat)) return false;
+struct StatsKernels {
+  template <unsigned tasks>
+  static auto of() {
+    return &row_stats_kernel<T, tasks>;
   }
-  return in.transform.kind() == TransformKind::identity && out.grad_scale == nullptr &&
-         (in.weights.is_constant() || !source.has(Stat::mean_log_prob));
-}
+};
 
-// The fused kernel that is plain in the same halves as the separate kernels would be, so that the
-// bits are the same.
-template <typename T, bool staged>
-auto fused_of(bool plain_stats, bool plain_grad) {
-  if (plain_stats && plain_grad) return fused_kernel<T, true, true, staged>;
-  return plain_grad ? fused_kernel<T, false, true, staged> : fused_kernel<T, false, false, staged>;
-}
+template <typename T>
+struct GradKernels {
+  template <unsigned tasks>
+  static auto of() {
+    return &row_grad_kernel<T, tasks>;
+  }
+};
+
+template <typename T>
+struct FusedKernels {
+  template <unsigned tasks>
+  static auto of() {
+    return &fused_kernel<T, tasks, fused_grad_tasks(tasks)>;
+  }
+};
 
 inline RowShare share_of(const SharePlan& plan) {
   return {plan.warps_per_row, plan.blocks_per_row};
@@ -51,7 +66,7 @@ template <typename T>
 int RowKernels<T>::row_stats(const RowInputs<T>& in, const RowOutputs<Real>& out,
                              const StatsPlan& plan, void* workspace, void* stream) {
   auto* states = plan.workspace_bytes > 0 ? static_cast<PartialState<Real>*>(workspace) : nullptr;
-  const auto kernel = is_plain(in, out) ? row_stats_kernel<T, true> : row_stats_kernel<T, false>;
+  const auto kernel = StatsTasks::first_with<StatsKernels<T>>(task::of_statistics(in, out));
   const int error = launch(kernel, {plan.share.blocks, plan.share.threads, plan.shared_bytes},
                            stream, in, out, states, chunks_of(plan.chunks), share_of(plan.share));
   if (error != 0 || states == nullptr) return error;
@@ -63,8 +78,8 @@ template <typename T>
 int RowKernels<T>::row_grad(const RowInputs<T>& in, const SavedStats<Real>& saved,
                             const GradSource<Real>& source, const GradOutputs<T>& out,
                             const GradPlan& plan, void* stream) {
-  const auto kernel =
-      is_plain(in, source, out) ? row_grad_kernel<T, true> : row_grad_kernel<T, false>;
+  const unsigned needed = task::of_gradient(in, source, out.grad_scale != nullptr);
+  const auto kernel = GradTasks::first_with<GradKernels<T>>(needed);
   return launch(kernel, {plan.share.blocks, plan.share.threads, plan.shared_bytes}, stream, in,
                 saved, source, out, share_of(plan.share));
 }
@@ -73,11 +88,12 @@ template <typename T>
 int RowKernels<T>::fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
                          const GradSource<Real>& source, const GradOutputs<T>& grad,
                          const FusedPlan& plan, void* stream) {
-  const auto kernel = plan.is_staged
-                          ? fused_of<T, true>(is_plain(in, out), is_plain(in, source, grad))
-                          : fused_of<T, false>(is_plain(in, out), is_plain(in, source, grad));
+  const unsigned needed =
+      task::of_statistics(in, out) | task::of_gradient(in, source, grad.grad_scale != nullptr);
+  const auto kernel = FusedTasks::first_with<FusedKernels<T>>(needed);
   return launch(kernel, {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster, true}, stream,
-                in, out, source, grad, chunks_of(plan.chunks), plan.slice_chunks);
+                in, out, source, grad, chunks_of(plan.chunks), plan.slice_chunks,
+                plan.staged_chunks);
 }
 
 template <typename T>

@@ -16,17 +16,23 @@ struct DeviceLimits {
 };
 
 inline constexpr int max_warps_per_block = 8;
+inline constexpr int most_fused_warps = 12;
 inline constexpr int64_t tile_bytes = 32 * 8 * 16;  // lanes, vectors for each, their bytes
 inline constexpr int max_chunks = 256;
-// With several blocks on a multiprocessor, the statistics of one row overlap the gradient of
-// another.
-inline constexpr int fused_blocks_per_multiprocessor = 3;
+// Where a row needs a cluster, so many blocks should share a multiprocessor: while some wait for
+// others, the rest keeps the memory busy.
+inline constexpr int fused_blocks_per_multiprocessor = 2;
 inline constexpr int scale_threads = 1024;        // per multiprocessor
 inline constexpr int64_t reserved_shared = 1024;  // bytes per block, reserved by the system
 inline constexpr int fewest_chunks = 2;  // per block, when few rows are spread over clusters
-inline constexpr int64_t shortest_fused = 1024;  // bytes of a row
+inline constexpr int64_t shortest_fused = 1024;    // bytes of a row
+inline constexpr int64_t coefficient_bytes = 128;  // at most, of a row's gradient
 inline constexpr int64_t max_blocks = 0x7fffffff;
 inline constexpr int64_t max_columns = int64_t{1} << 30;  // kernels count columns in 32 bits
+
+// The least bytes of a gradient that a block writes: few enough that neighbouring blocks work on
+// neighbouring memory, and many compared with what a block does before it begins.
+inline constexpr int64_t grad_block_bytes = 32 << 10;
 
 // `columns` includes padding.
 inline void check_columns(int64_t columns) {
@@ -102,16 +108,26 @@ struct GradPlan {
 inline GradPlan plan_grad(int64_t rows, int64_t columns, int64_t element_bytes, bool with_scale,
                           const DeviceLimits& device) {
   check_columns(columns);
-  const int64_t tiles = ceil_div(columns * element_bytes, tile_bytes);
-  const SharePlan share = plan_share(rows, tiles, device, !with_scale);
-  return {share, with_scale ? share.warps_per_row * int64_t{sizeof(double)} : 0};
+  const int64_t bytes = columns * element_bytes;
+  SharePlan share = plan_share(rows, ceil_div(bytes, tile_bytes), device, !with_scale);
+  if (!with_scale && share.warps_per_row > 1) {
+    const int64_t blocks_per_row =
+        std::max(bytes / grad_block_bytes, int64_t{share.blocks_per_row});
+    share.blocks_per_row = int(blocks_per_row);
+    share.blocks = rows * blocks_per_row;
+    if (share.blocks > max_blocks) throw std::invalid_argument("too many rows for one launch");
+  }
+  const int64_t sums = with_scale ? share.warps_per_row * int64_t{sizeof(double)} : 0;
+  const int64_t rows_per_block = share.warps_per_row == 1 ? max_warps_per_block : 1;
+  return {share, rows_per_block * coefficient_bytes + sums};
 }
 
 // A factor of 1, the common case, costs only the start of the blocks. So there are no more blocks
 // than the device can run at once, and each loops over rows.
 inline SharePlan plan_scale(int64_t rows, int64_t columns, int64_t element_bytes,
                             const DeviceLimits& device) {
-  SharePlan share = plan_grad(rows, columns, element_bytes, false, device).share;
+  check_columns(columns);
+  SharePlan share = plan_share(rows, ceil_div(columns * element_bytes, tile_bytes), device, true);
   if (share.blocks_per_row == 1) {
     const int64_t resident = int64_t{device.multiprocessors} * scale_threads / share.threads;
     share.blocks = std::min(share.blocks, std::max<int64_t>(resident, 1));
@@ -124,7 +140,7 @@ struct FusedPlan {
   ChunkPlan chunks;
   int cluster;  // blocks per row
   int slice_chunks;
-  bool is_staged;  // the row is kept in shared memory; otherwise it is read twice
+  int staged_chunks;  // of a slice, kept in shared memory; the rest of it is read twice
   int64_t blocks;
   int threads;
   int64_t shared_bytes;
@@ -134,38 +150,44 @@ inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_by
                             int64_t state_bytes, bool with_scale, const DeviceLimits& device) {
   FusedPlan plan{};
   plan.chunks = plan_chunks(vocab_size, element_bytes);
-  const int64_t states = ceil_div(plan.chunks.count * state_bytes, 16) * 16;
+  const int64_t states = ceil_div(coefficient_bytes + plan.chunks.count * state_bytes, 16) * 16;
   const auto slice_chunks = [&](int cluster) { return int(ceil_div(plan.chunks.count, cluster)); };
-  const auto shared_bytes = [&](int cluster) {
-    const int64_t slice =
-        std::min(int64_t{slice_chunks(cluster)} * plan.chunks.columns, vocab_size);
-    return states + ceil_div(slice * element_bytes, 16) * 16 + 16;  // 16: the row's skew
+  const auto shared_bytes = [&](int staged_chunks) {
+    const int64_t columns = std::min(int64_t{staged_chunks} * plan.chunks.columns, vocab_size);
+    return states + ceil_div(columns * element_bytes, 16) * 16 + 16;  // 16: the row's skew
   };
   const int64_t comfortable = std::min(
       device.shared_per_block,
       device.shared_per_multiprocessor / fused_blocks_per_multiprocessor - reserved_shared);
   int cluster = 1;
-  while (cluster < device.max_cluster && shared_bytes(cluster) > comfortable) cluster *= 2;
+  while (cluster < device.max_cluster && shared_bytes(slice_chunks(cluster)) > comfortable) {
+    cluster *= 2;
+  }
   // With few rows, each gets more blocks, as long as a block has a few chunks: the shared memory of
   // a multiprocessor, not its number of warps, limits the loads in flight.
   while (cluster < device.max_cluster && rows * cluster * 2 <= device.multiprocessors &&
          plan.chunks.count >= 2 * cluster * fewest_chunks) {
     cluster *= 2;
   }
-  plan.is_staged = shared_bytes(cluster) <= device.shared_per_block;
-  plan.cluster = plan.is_staged ? cluster : 1;
-  plan.slice_chunks = slice_chunks(plan.cluster);
-  plan.shared_bytes = plan.is_staged ? shared_bytes(cluster) : states;
+  plan.cluster = cluster;
+  plan.slice_chunks = plan.staged_chunks = slice_chunks(cluster);
+  while (plan.staged_chunks > 0 && shared_bytes(plan.staged_chunks) > device.shared_per_block) {
+    --plan.staged_chunks;
+  }
+  plan.shared_bytes = shared_bytes(plan.staged_chunks);
   // One warp per chunk, but at least four for the gradient, which is not divided into chunks.
-  const int64_t busy = plan.chunks.count < 4 ? 1 : 4;
-  const int warps = int(std::clamp<int64_t>(plan.slice_chunks, busy, max_warps_per_block));
+  // Blocks of which three do not fit in a multiprocessor need more of them.
+  const int64_t least = plan.chunks.count < 4 ? 1 : 4;
+  const bool is_large = plan.shared_bytes > device.shared_per_multiprocessor / 3 - reserved_shared;
+  const int most = is_large ? most_fused_warps : max_warps_per_block;
+  const int warps = int(std::clamp<int64_t>(plan.slice_chunks, least, most));
   plan.threads = 32 * warps;
   plan.blocks = rows * plan.cluster;
   // The separate kernels are faster for the shortest rows, which get a warp each, and for a few
   // long rows, which get the whole device.
   const bool is_short = vocab_size * element_bytes < shortest_fused;
   const bool is_idle =
-      2 * plan.blocks < device.multiprocessors && plan.slice_chunks > max_warps_per_block;
+      2 * plan.blocks < device.multiprocessors && plan.slice_chunks > most_fused_warps;
   plan.is_fused = !with_scale && !is_short && !is_idle && plan.blocks <= max_blocks;
   return plan;
 }
