@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import plan
     from ..linear.cost import frontier, gpu_named
 
-    size = (args.N, args.D, args.V, _dtype(args.dtype) or torch.float32)
+    n, d, v, dtype = args.N, args.D, args.V, _dtype(args.dtype) or torch.float32
     device = "cuda" if args.gpu else args.device
     options: dict[str, Any] = {
         "weight_grad_dtype": _dtype(args.weight_grad_dtype),
@@ -76,9 +76,11 @@ def run(args: argparse.Namespace) -> int:
         "recompute": args.recompute,
         "drop_ignored": args.drop_ignored,
     }
-    limits = {"chunk_tokens": args.chunk_tokens, "max_chunk_bytes": args.max_chunk_bytes}
     try:
-        planned = plan(*size, device, **limits, **options)
+        planned = plan(
+            n, d, v, dtype, device,
+            chunk_tokens=args.chunk_tokens, max_chunk_bytes=args.max_chunk_bytes, **options,
+        )  # fmt: skip
         gpu = gpu_named(args.gpu)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         print(f"{name:<18} {value}")
     if device == "cuda" and planned.dtype.itemsize == 2:  # what the model knows
-        _print_predictions([planned, *frontier(*size, **options)], gpu)
+        _print_predictions([planned, *frontier(n, d, v, dtype, **options)], gpu)
     return 0
 
 

@@ -171,3 +171,17 @@ def test_more_tokens_take_no_more_memory_than_their_own_gradient(peak):
     assert planned_large - planned_small - own <= 8 * MIB  # chunks of nearly one size
     # Whole logits would add 600 MiB; huge pages come and go by a few MiB.
     assert large - small <= planned_large - planned_small + 16 * MIB
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "sums", "mebibytes"),
+    [(1024, None, 2326), (2048, None, 2585), (4096, None, 3102), (1024, torch.bfloat16, 1324),
+     (4096, torch.bfloat16, 2100), (8192, torch.bfloat16, 3134)],
+)  # fmt: skip
+def test_peaks_measured_on_an_h200(chunk_tokens, sums, mebibytes):
+    """By torch's allocator, at 8192 x 4096 x 128256; 16-bit sums take what one chunk's do."""
+    size = (8192, 4096, 128_256, *BF16_CUDA)
+    planned = plan(*size, chunk_tokens=chunk_tokens, weight_grad_dtype=sums)
+    assert planned.peak_bytes / MIB == pytest.approx(mebibytes, abs=2)
+    if planned.chunks == 1:
+        assert planned == plan(*size)
