@@ -53,6 +53,10 @@ class _Options(NamedTuple):
     chunks: ChunkOptions
 
 
+UNSHARDED = len(ChunkLimit._fields) + 1
+"""Of the packed integers of `ChunkOptions`; then those of the shard."""
+
+
 def pack_limit(limit: ChunkLimit) -> list[int]:
     """As operators take it: a symbol has no bool beside it."""
     return [limit.tokens, int(limit.is_even), limit.alone]
@@ -77,10 +81,10 @@ def unpack_chunks(
     chunks: Sequence[int], group: str, weight_grad_dtype: torch.dtype
 ) -> ChunkOptions:
     """What was packed for an operator."""
-    count = len(ChunkLimit._fields)
-    limit, (drop_ignored, *of_shard) = unpack_limit(chunks[:count]), chunks[count:]
+    *limit, drop_ignored = chunks[:UNSHARDED]
+    of_shard = chunks[UNSHARDED:]
     shard = ShardedColumns.unpack(of_shard, group) if of_shard else None
-    return ChunkOptions(limit, bool(drop_ignored), weight_grad_dtype, shard)
+    return ChunkOptions(unpack_limit(limit), bool(drop_ignored), weight_grad_dtype, shard)
 
 
 def logits_of(
