@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from .composite import real_of, spared
 from .divergence import COPIES
-from .linear.planning import plan
+from .linear.planning import ChunkLimit, plan
 from .linear.projection import chunk_rows
 from .ops import can_read, in_transform
 from .ops.rows import Rows, put, take
@@ -49,7 +49,8 @@ def by_rows(
     if in_transform() or torch.compiler.is_compiling() or not logits.numel():
         return masked(function, valid, logits, *others)
     tokens = logits.numel() // logits.shape[-1]
-    planned = plan(tokens, 1, logits.shape[-1], real_of(logits), logits.device)
+    size = (tokens, 1, logits.shape[-1])
+    planned = plan(*size, real_of(logits), logits.device, needs_grad=(True, False))
     chunk = max(planned.chunk_tokens // COPIES, 1)
     flat = None if valid is None else valid.reshape(-1)
     rows: Tensor = _ByRows.apply(  # type: ignore[no-untyped-call]
@@ -123,5 +124,5 @@ class _ByRows(Function):
 def _chunks(tokens: int, chunk: int, valid: Tensor | None) -> Iterator[tuple[Rows, Tensor | None]]:
     """Rows, and which of them are valid. Where it costs no waiting, others are not among them."""
     drop = valid is not None and can_read(valid)
-    for rows in chunk_rows(tokens, chunk, valid if drop else None):
+    for rows in chunk_rows(tokens, ChunkLimit(chunk, is_even=False), valid if drop else None):
         yield rows, None if drop or valid is None else take(valid, rows)

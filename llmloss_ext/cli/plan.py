@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+    from ..linear.cost import Gpu
+    from ..linear.planning import Plan
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -27,6 +31,11 @@ def add_parser(subparsers: Any) -> None:
         help="of the matrix products (default: bfloat16)",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.add_argument(
+        "--gpu",
+        help="the GPU whose time to predict, such as h100 (default: this machine's); implies "
+        "--device cuda",
+    )
     parser.add_argument("--chunk-tokens", type=_integer, help="tokens per chunk")
     parser.add_argument("--max-chunk-bytes", type=_integer, help="upper limit for a chunk's logits")
     parser.add_argument(
@@ -56,22 +65,23 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from .. import plan
+    from ..linear.cost import frontier, gpu_named
 
+    n, d, v, dtype = args.N, args.D, args.V, _dtype(args.dtype) or torch.float32
+    device = "cuda" if args.gpu else args.device
+    options: dict[str, Any] = {
+        "weight_grad_dtype": _dtype(args.weight_grad_dtype),
+        "weight_dtype": _dtype(args.weight_dtype),
+        "needs_grad": ("hidden" not in args.frozen, "weight" not in args.frozen),
+        "recompute": args.recompute,
+        "drop_ignored": args.drop_ignored,
+    }
     try:
         planned = plan(
-            args.N,
-            args.D,
-            args.V,
-            _dtype(args.dtype) or torch.float32,
-            args.device,
-            chunk_tokens=args.chunk_tokens,
-            max_chunk_bytes=args.max_chunk_bytes,
-            weight_grad_dtype=_dtype(args.weight_grad_dtype),
-            weight_dtype=_dtype(args.weight_dtype),
-            needs_grad=("hidden" not in args.frozen, "weight" not in args.frozen),
-            recompute=args.recompute,
-            drop_ignored=args.drop_ignored,
-        )
+            n, d, v, dtype, device,
+            chunk_tokens=args.chunk_tokens, max_chunk_bytes=args.max_chunk_bytes, **options,
+        )  # fmt: skip
+        gpu = gpu_named(args.gpu)
     except ValueError as error:
         raise UserError(str(error)) from error
     saved = planned.unfused_bytes / planned.peak_bytes
@@ -85,7 +95,26 @@ def run(args: argparse.Namespace) -> int:
         ("with whole logits", f"{_mebibytes(planned.unfused_bytes)}, {saved:.1f} times as much"),
     ):
         print(f"{name:<18} {value}")
+    if device == "cuda" and planned.dtype.itemsize == 2:  # what the model knows
+        _print_predictions([planned, *frontier(n, d, v, dtype, **options)], gpu)
     return 0
+
+
+def _print_predictions(plans: Iterable[Plan], gpu: Gpu) -> None:
+    """The memory and the time of the plan that comes first, and of others."""
+    from ..linear.cost import predict
+
+    chosen, *others = plans
+    by_chunk = {plan.chunk_tokens: plan for plan in (*others, chosen)}
+    products = predict(chosen, gpu).products_seconds * 1e3
+    print(
+        f"\nPredicted, not measured, on an {gpu.name}: time / {products:.2f} ms of products alone"
+    )
+    print(f"{'tokens of a chunk':>17}  {'peak beyond inputs':>18}  {'time':>5}")
+    for tokens, plan in sorted(by_chunk.items()):
+        mark = "  this plan" if plan is chosen else ""
+        peak, ratio = _mebibytes(plan.peak_bytes), predict(plan, gpu).ratio
+        print(f"{tokens:>17,}  {peak:>18}  {ratio:>5.2f}{mark}")
 
 
 def _integer(text: str) -> int:

@@ -1,6 +1,7 @@
 """Losses straight from hidden states: the projection and the loss, a chunk of tokens at a time."""
 
 from . import flops  # noqa: F401  (registers itself)
+from .cost import predict
 from .divergence import linear_kl_div
 from .functional import linear_cross_entropy, linear_log_probs, linear_token_stats
 from .planning import Plan, plan
@@ -12,4 +13,5 @@ __all__ = [
     "linear_log_probs",
     "linear_token_stats",
     "plan",
+    "predict",
 ]

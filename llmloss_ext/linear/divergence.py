@@ -25,8 +25,8 @@ from ..ops import in_transform
 from ..ops.namespace import qualified
 from ..ops.rows import take
 from ..options import documented
-from .operators import needs_gradients
-from .planning import ChunkLimit, chunk_limit
+from .operators import needs_gradients, pack_limit, unpack_limit
+from .planning import chunk_limit
 from .projection import (
     Gradients,
     Projection,
@@ -92,8 +92,8 @@ class _Others(NamedTuple):
     """Replaces the number of tokens of the mean, 0-d."""
     vocab_size: Any = None
     """The classes that are compared."""
-    chunk_tokens: Any = None
-    even_chunks: Any = None
+    limit: Any = None
+    """Of the chunks, packed."""
     drop_ignored: Any = None
     needs: Any = None
 
@@ -113,8 +113,7 @@ def linear_divergence(
     mean: bool,
     num_items: Tensor | None,
     vocab_size: int,
-    chunk_tokens: int,
-    even_chunks: bool,
+    limit: Sequence[int],
     drop_ignored: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -137,8 +136,7 @@ def linear_divergence(
     factor = gradient_factor(student, divisor)
     options = (direction, beta, temperature)
     total = torch.zeros((), dtype=torch.float64, device=student.device)
-    limit = ChunkLimit(chunk_tokens, even_chunks)
-    for chunk in projection.chunks(limit, valid, drop=drop_ignored):
+    for chunk in projection.chunks(unpack_limit(limit), valid, drop=drop_ignored):
         hidden = take(teacher, chunk.rows)
         teacher_logits = hidden.new_empty(hidden.shape[0], vocab_size)
         other.project(hidden, teacher_logits)
@@ -162,7 +160,7 @@ def linear_divergence(
 @linear_divergence.register_fake
 def _(  # type: ignore[no-untyped-def]
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
-    beta, temperature, mean, num_items, vocab_size, chunk_tokens, even_chunks, drop_ignored, needs,
+    beta, temperature, mean, num_items, vocab_size, limit, drop_ignored, needs,
 ):  # fmt: skip
     real, asked = real_of(student), _Student(*needs)
     scalar = student.new_empty((), dtype=real)
@@ -309,8 +307,7 @@ def linear_kl_div(
         mean=reduction == "mean",
         num_items=items_tensor(num_items, reduction, student_hidden),
         vocab_size=vocab_size,
-        chunk_tokens=limit.tokens,
-        even_chunks=limit.is_even,
+        limit=pack_limit(limit),
         drop_ignored=drop_ignored and valid is not None,
         needs=needs_gradients(student),
     )

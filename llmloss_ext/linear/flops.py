@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..ops import can_read, kernels
 from ..options import unpack
 from . import divergence, operators  # noqa: F401  (define the operators)
-from .operators import unpack_chunks
+from .operators import UNSHARDED, unpack_chunks
 from .walk import Inputs, Targets, takes_part, with_gradient
 
 
@@ -27,7 +27,7 @@ def _product(input: Tensor, classes: int, counts: Tensor | None, drop: bool) -> 
 
 
 def _drops(chunks: Sequence[int]) -> bool:
-    return unpack_chunks(chunks[:3], "", torch.float32).drop_ignored
+    return unpack_chunks(chunks[:UNSHARDED], "", torch.float32).drop_ignored
 
 
 @register_flop_formula(kernels.linear_loss, get_raw=True)
@@ -67,7 +67,7 @@ def _stats_backward(
 @register_flop_formula(kernels.linear_divergence, get_raw=True)
 def _divergence(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
-    beta, temperature, mean, num_items, vocab_size, chunk_tokens, even_chunks, drop_ignored, needs,
+    beta, temperature, mean, num_items, vocab_size, limit, drop_ignored, needs,
     *, out_val=None,
 ) -> int:  # fmt: skip
     with_hidden, with_weight, _ = needs

@@ -35,7 +35,8 @@ from ..sequences import Sequences, moved
 from ..shard import Shard, ShardedColumns
 from ..statistics import RowStats, TokenStats, asked, asked_by_user
 from . import operators
-from .planning import chunk_limit
+from .operators import needs_gradients
+from .planning import Sums, chunk_limit
 from .projection import as_rows, check_projection, to_dtype_of_products
 from .walk import Inputs, Targets
 
@@ -445,9 +446,6 @@ class LinearCall:
         """How to walk through the tokens, by the plan: the same chunks on every rank."""
         hidden, weight = self.inputs.input, self.inputs.linear_weight
         columns = weight.shape[0] if self.shard is None else self.shard.usual_count
-        limit = chunk_limit(
-            columns, hidden.dtype, hidden.device.type, walk.chunk_tokens, walk.max_chunk_bytes
-        )
         dtype, real = walk.weight_grad_dtype, real_of(hidden)
         if walk.accumulator is not None:
             dtype = dtype or walk.accumulator.dtype
@@ -455,7 +453,13 @@ class LinearCall:
         if dtype not in (None, real, hidden.dtype, weight.dtype):
             raise ValueError(f"weight_grad_dtype must be {real} or the weight's dtype, got {dtype}")
         drops = hidden.device.type == "cpu" if walk.drop_ignored is None else walk.drop_ignored
-        return ChunkOptions(limit, drops, dtype or real, self.shard)
+        dtype, sums = dtype or real, None
+        if walk.accumulator is not None or needs_gradients((weight,))[0]:
+            sums = Sums.of(columns * weight.shape[1], hidden.dtype, weight.dtype, dtype)
+        limit = chunk_limit(
+            columns, hidden.dtype, hidden.device.type, walk.chunk_tokens, walk.max_chunk_bytes, sums
+        )
+        return ChunkOptions(limit, drops, dtype, self.shard)
 
 
 def _check_accumulator(accumulator: Tensor, weight: Tensor, dtype: torch.dtype) -> None:

@@ -53,10 +53,24 @@ class _Options(NamedTuple):
     chunks: ChunkOptions
 
 
+UNSHARDED = len(ChunkLimit._fields) + 1
+"""Of the packed integers of `ChunkOptions`; then those of the shard."""
+
+
+def pack_limit(limit: ChunkLimit) -> list[int]:
+    """As operators take it: a symbol has no bool beside it."""
+    return [limit.tokens, int(limit.is_even), limit.alone]
+
+
+def unpack_limit(numbers: Sequence[int]) -> ChunkLimit:
+    """What was packed for an operator."""
+    tokens, is_even, alone = numbers
+    return ChunkLimit(tokens, bool(is_even), alone)
+
+
 def pack_chunks(chunks: ChunkOptions) -> tuple[list[int], str]:
     """The options but for the dtype: integers, and the name of the shard's process group."""
-    limit, drops = chunks.limit, int(chunks.drop_ignored)
-    numbers = [limit.tokens, int(limit.is_even), drops]  # no bool beside a symbol
+    numbers = [*pack_limit(chunks.limit), int(chunks.drop_ignored)]
     if chunks.shard is None:
         return numbers, ""
     of_shard, group = chunks.shard.pack()
@@ -67,10 +81,10 @@ def unpack_chunks(
     chunks: Sequence[int], group: str, weight_grad_dtype: torch.dtype
 ) -> ChunkOptions:
     """What was packed for an operator."""
-    tokens, is_even, drop_ignored, *of_shard = chunks
+    *limit, drop_ignored = chunks[:UNSHARDED]
+    of_shard = chunks[UNSHARDED:]
     shard = ShardedColumns.unpack(of_shard, group) if of_shard else None
-    limit = ChunkLimit(tokens, bool(is_even))
-    return ChunkOptions(limit, bool(drop_ignored), weight_grad_dtype, shard)
+    return ChunkOptions(unpack_limit(limit), bool(drop_ignored), weight_grad_dtype, shard)
 
 
 def logits_of(

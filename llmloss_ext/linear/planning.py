@@ -11,11 +11,15 @@ from ..options import as_integer
 
 __all__ = ["Plan", "plan", "row_stride"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Bytes of a chunk's logits, and tokens of a chunk at least: what keeps the matrix products at full
 # speed (fewer tokens would read the whole weight for too little work).
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEFAULT_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 _LEAST_TOKENS = {"cpu": 256, "cuda": 1024}
+_BYTES_BESIDE_SUMS = 1 << 30
+"""On CUDA, of a chunk's logits where the weight's gradient is summed over chunks, or as many as the
+weight has: there each chunk reads and writes all sums (see `cost`), which few tokens do not repay.
+"""
 _ALIGNED_BYTES = 128
 """Rows of a chunk's logits begin at multiples of this: oneDNN's products are a third faster so."""
 _BLOCK_BYTES = 2 << 20
@@ -41,6 +45,14 @@ def first_part_rows(rows: int, dtype: torch.dtype, result_dtype: torch.dtype) ->
     return min(row_stride(-(-rows // 2), result_dtype), rows)
 
 
+def is_one_product(dtype: torch.dtype, result_dtype: torch.dtype) -> bool:
+    """Whether the product of operands of ``dtype`` can be written in the result's.
+
+    It is summed in float32 at least, and rounded once.
+    """
+    return result_dtype == dtype or (dtype.itemsize == 2 and result_dtype == torch.float32)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a linear loss does, in numbers.
@@ -55,6 +67,9 @@ class Plan:
         products: N x D x V matrix products, forward and backward.
         flops: Of these products.
         chunk_bytes: Of a chunk's logits, the one large buffer.
+        needs_grad: Whether the hidden states and the weight get gradients.
+        sum_bytes: Of the sums of the weight's gradient over the chunks, which are rounded in place;
+            0 where there is one chunk, whose product is the gradient.
         gradient_bytes: Of the gradients that are returned.
         peak_bytes: The most memory beyond the inputs, gradients included.
         unfused_bytes: The same for a projection followed by a loss: the logits and their gradient.
@@ -69,6 +84,8 @@ class Plan:
     products: int
     flops: int
     chunk_bytes: int
+    needs_grad: tuple[bool, bool]
+    sum_bytes: int
     gradient_bytes: int
     peak_bytes: int
     unfused_bytes: int
@@ -104,8 +121,10 @@ def plan(
         dtype: In which the products are computed.
         device: Where.
         chunk_tokens: Tokens of a chunk; by default as many as `max_chunk_bytes` holds.
-        max_chunk_bytes: The most that a chunk's logits may take. By default 64 MiB on a CPU and
-            256 MiB on CUDA, or what 256 and 1,024 tokens need.
+        max_chunk_bytes: The most that a chunk's logits may take. By default 64 MiB on a CPU or what
+            256 tokens need; on CUDA 1 GiB or as much as the weight, and for all tokens at once also
+            what they save: the sums of the weight's gradient. Without such a gradient 256 MiB
+            there, or what 1,024 tokens need.
         weight_grad_dtype: In which the weight's gradient is accumulated, by default float32
             (float64 for float64), and never float16 without ``recompute``.
         weight_dtype: Of the weight, if autocast computes the products in another.
@@ -130,36 +149,39 @@ def plan(
         raise ValueError(f"expected N >= 0, D >= 1 and V >= 1, got {tokens, features, vocab_size}")
     kind = torch.device(device).type
     row_bytes = row_stride(vocab_size, dtype) * dtype.itemsize
-    chunk = chunk_limit(vocab_size, dtype, kind, chunk_tokens, max_chunk_bytes).of(tokens)
     with_input, with_weight = needs_grad
+    sums = weight_grad_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+    if sums == torch.float16 and not recompute:
+        sums = torch.float32  # as the mean and the sum do
+    weight_dtype = weight_dtype or dtype
+    weight = Sums.of(vocab_size * features, dtype, weight_dtype, sums) if with_weight else None
+    limit = chunk_limit(vocab_size, dtype, kind, chunk_tokens, max_chunk_bytes, weight)
+    chunk = limit.of(tokens)
     products = 1 + with_input + with_weight
     if recompute and (with_input or with_weight):
         products += 1
-    accumulated = weight_grad_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
-    if accumulated == torch.float16 and not recompute:
-        accumulated = torch.float32  # as the mean and the sum do
     size = dtype.itemsize
-    weight_elements = vocab_size * features
-    grad_input = with_input * tokens * features * size
-    grad_weight = with_weight * weight_elements * (weight_dtype or dtype).itemsize
-    accumulator = with_weight * weight_elements * accumulated.itemsize
     chunks = -(-tokens // chunk)
+    grad_input = with_input * tokens * features * size
+    weight_elements = with_weight * vocab_size * features
+    grad_weight = weight_elements * weight_dtype.itemsize
+    # float16's sums wait for backward: rounded then, beside themselves.
+    is_late = dtype == weight_dtype == torch.float16 and not recompute
+    result_dtype = torch.float32 if is_late else weight_dtype
+    is_one = chunks <= 1 and is_one_product(dtype, result_dtype)
+    held_dtype = result_dtype if is_one else sums
+    held = weight_elements * held_dtype.itemsize
     working = chunk * row_bytes
-    if weight_dtype not in (None, dtype):
-        working += weight_elements * size  # a copy in the dtype of the products
+    if weight_dtype != dtype:
+        working += vocab_size * features * size  # a copy in the dtype of the products
     gathered = drop_ignored * chunk * features * size
     beside = with_input * gathered  # the hidden states' gradient, before it is put in its rows
     if kind != "cpu" and not drop_ignored:
         # A copy of the hidden states, with zeros at tokens that may be ignored.
         beside = max(beside, with_weight * chunk * features * size)
-    rounding = 0
-    if with_weight:
-        if kind == "cpu" and accumulated != dtype:
-            sizes = (chunk, features, vocab_size)
-            beside = max(beside, _block_bytes(dtype, accumulated, *sizes, is_added=chunks > 1))
-        # float16's sums wait for backward: rounded then, beside themselves.
-        is_late = dtype == torch.float16 and not recompute and grad_weight < accumulator
-        rounding = grad_weight if is_late else 0
+    if with_weight and kind == "cpu" and size == 2:
+        sizes = (chunk, features, vocab_size)
+        beside = max(beside, _block_bytes(dtype, held_dtype, *sizes, is_added=chunks > 1))
     working += gathered + beside
     return Plan(
         tokens=tokens,
@@ -171,8 +193,10 @@ def plan(
         products=products,
         flops=2 * products * tokens * features * vocab_size,
         chunk_bytes=chunk * row_bytes,
+        needs_grad=needs_grad,
+        sum_bytes=0 if is_one else held,
         gradient_bytes=grad_input + grad_weight,
-        peak_bytes=grad_input + accumulator + max(working, rounding),
+        peak_bytes=grad_input + held + max(working, is_late * grad_weight),
         unfused_bytes=(2 if with_input or with_weight else 1) * tokens * vocab_size * size
         + grad_input
         + grad_weight,
@@ -191,9 +215,30 @@ def _block_bytes(
     """Of what a CPU adds to the weight's gradient at a time, and of float16's float32 copies."""
     rows = min(block_rows(features), first_part_rows(vocab_size, accumulated, dtype))
     if dtype == torch.float16:
-        return (rows * features + chunk * (rows + features)) * accumulated.itemsize
+        return (rows * features + chunk * (rows + features)) * torch.float32.itemsize
     # To add 16 bits to 32, torch copies them to 32.
-    return rows * features * (dtype.itemsize + is_added * accumulated.itemsize)
+    copied = is_added and accumulated != dtype
+    return rows * features * (dtype.itemsize + copied * accumulated.itemsize)
+
+
+class Sums(NamedTuple):
+    """The gradient of a weight, as far as it decides how large chunks are."""
+
+    weight_bytes: int
+    """Of the weight in the dtype of the products."""
+    saved_bytes: int
+    """By one chunk, whose product needs no sums beside or in place of the gradient."""
+
+    @classmethod
+    def of(
+        cls, elements: int, dtype: torch.dtype, weight_dtype: torch.dtype, sums: torch.dtype
+    ) -> Sums:
+        """Of so many elements; ``dtype`` is that of the products."""
+        saved = sums.itemsize - weight_dtype.itemsize
+        # float16's gradient stays in float32 until backward.
+        if dtype == torch.float16 or not is_one_product(dtype, weight_dtype):
+            saved = 0
+        return cls(elements * dtype.itemsize, elements * max(saved, 0))
 
 
 class ChunkLimit(NamedTuple):
@@ -206,18 +251,28 @@ class ChunkLimit(NamedTuple):
     tokens: int
     is_even: bool
     """Whether all chunks are to be of one size, and so smaller than they may be."""
+    alone: int = 0
+    """As many tokens are one chunk even where ``tokens`` are fewer."""
 
     def of(self, tokens: int) -> int:
         """Tokens of a chunk of so many."""
+        if tokens <= self.alone:
+            return max(tokens, 1)
         return even_chunk(tokens, self.tokens) if self.is_even else min(self.tokens, max(tokens, 1))
 
 
 def chunk_limit(
-    vocab_size: int, dtype: torch.dtype, kind: str, asked: int | None, budget: int | None
+    vocab_size: int,
+    dtype: torch.dtype,
+    kind: str,
+    asked: int | None,
+    budget: int | None,
+    sums: Sums | None = None,
 ) -> ChunkLimit:
     """The part of `plan` that a call needs.
 
-    ``asked`` is its ``chunk_tokens``, ``budget`` its ``max_chunk_bytes``, ``kind`` the device's.
+    ``asked`` is its ``chunk_tokens``, ``budget`` its ``max_chunk_bytes``, ``kind`` the device's,
+    ``sums`` what the weight's gradient takes; None: it has none.
     """
     if asked is not None:
         asked = as_integer("chunk_tokens", asked)
@@ -236,7 +291,10 @@ def chunk_limit(
         return ChunkLimit(budget // row_bytes, True)
     default = _DEFAULT_BYTES.get(kind, _DEFAULT_BYTES["cuda"])
     least = _LEAST_TOKENS.get(kind, _LEAST_TOKENS["cuda"])
-    return ChunkLimit(max(default // row_bytes, least), True)
+    if sums is None or kind == "cpu":
+        return ChunkLimit(max(default // row_bytes, least), True)
+    room = max(_BYTES_BESIDE_SUMS, sums.weight_bytes, least * row_bytes)
+    return ChunkLimit(room // row_bytes, True, (room + sums.saved_bytes) // row_bytes)
 
 
 def even_chunk(tokens: int, most: int) -> int:

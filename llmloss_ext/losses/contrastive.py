@@ -113,7 +113,8 @@ def _one_view(q: Tensor, positives: Tensor, scale: float | Tensor) -> Tensor:
     own = torch.arange(count, device=q.device)
     if can_read(positives) and bool((positives == own).any()):
         raise ValueError("one view: a query cannot be its own positive")
-    step = plan(count, features, count, q.dtype, q.device).chunk_tokens
+    size, needs_grad = (count, features, count), (True, False)  # no sums of a weight's gradient
+    step = plan(*size, q.dtype, q.device, needs_grad=needs_grad).chunk_tokens
     total = q.new_zeros(())
     for begin in range(0, count, step):
         part = (q[begin : begin + step], q, positives[begin : begin + step], begin, scale)

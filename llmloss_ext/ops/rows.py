@@ -20,6 +20,11 @@ Rows = slice | Tensor
 """The rows of a chunk: neighbours, or the indices of those that are not ignored."""
 
 
+def count_of(rows: Rows) -> int:
+    """The number of rows."""
+    return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
+
+
 def take(tensor: Tensor, rows: Rows) -> Tensor:
     """The rows of a tensor; a view of neighbours, else a copy."""
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)

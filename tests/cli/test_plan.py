@@ -12,3 +12,20 @@ def test_the_command(capsys):
     assert "peak beyond inputs" in out
     assert main.main(["plan", "8192", "4096", "128256", "--max-chunk-bytes", "10"]) == 1
     assert "the logits of one token" in capsys.readouterr().err
+
+
+def test_predictions(capsys):
+    assert main.main(["plan", "8192", "4096", "128256", "--gpu", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert "Predicted, not measured, on an H100" in out
+    rows = [line.split() for line in out.splitlines() if "MiB" in line and "," in line[:17]]
+    (chosen,) = [row for row in rows if row[-1] == "plan"]
+    assert chosen[:2] == ["8,192", "3,134.0"]
+    assert [row[0] for row in rows] == ["1,024", "2,048", "4,096", "8,192"]
+    assert main.main(["plan", "8192", "4096", "128256", "--device", "cuda"]) == 0
+    assert "Predicted" in capsys.readouterr().out
+    for without in (["float32", "--gpu", "h100"], ["bfloat16"]):
+        assert main.main(["plan", "8192", "4096", "128256", *without]) == 0
+        assert "Predicted" not in capsys.readouterr().out
+    assert main.main(["plan", "8192", "4096", "128256", "--gpu", "abacus"]) == 1
+    assert "gpu must be one of a100, h100" in capsys.readouterr().err

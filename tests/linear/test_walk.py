@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import FLOATS, GRADIENT, VALUE, assert_close
 
 from llmloss_ext import linear_cross_entropy
+from llmloss_ext.linear import projection
 
 from .problem import D, N, Problem, V, error, linear, reference
 
@@ -198,3 +199,80 @@ def test_nothing_is_kept_without_gradients(device):
     with torch.no_grad():
         loss = linear_cross_entropy(*problem.leaves()[:2], problem.target)
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_chunk_equals_several(device, dtype, reduction):
+    """Whose weight's gradient is one product, and not a sum that is rounded."""
+    problem = Problem(device, dtype)
+    upstream = torch.randn(N, device=device) if reduction == "none" else None
+    runs = [
+        problem.run(linear(problem.target, reduction=reduction, chunk_tokens=n), upstream=upstream)
+        for n in (N, 8)
+    ]
+    (loss, grads), (other, other_grads) = runs
+    assert_close(loss, other, VALUE[dtype])
+    for one, several in zip(grads, other_grads, strict=True):
+        assert one.dtype == several.dtype == dtype
+        assert_close(one, several, 2 * GRADIENT[dtype])  # both are rounded
+
+
+class OnCuda(torch.Tensor):
+    """What takes the way of CUDA."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def cudas_products(monkeypatch):
+    """Stands in for CUDA's: memory holds nan at first; the products made and their dtypes."""
+    made = []
+
+    def product(name, total, left, right, out_dtype, out):
+        made.append((name, out.dtype))
+        assert (out_dtype or left.dtype) == out.dtype
+        exact = left.float() @ right.float()
+        out.copy_(exact if total is None else total + exact)
+
+    def buffer(like, shape, dtype):
+        return torch.full(shape, torch.nan, dtype=dtype).as_subclass(OnCuda)
+
+    monkeypatch.setattr(projection, "new_buffer", buffer)
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, *, out_dtype=None, out: product("mm", None, a, b, out_dtype, out)
+    )
+    monkeypatch.setattr(
+        torch, "addmm",
+        lambda total, a, b, *, out_dtype=None, out: product("addmm", total, a, b, out_dtype, out),
+    )  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("result_dtype", [torch.bfloat16, torch.float32])
+def test_cudas_first_chunk_is_written_and_an_only_one_is_the_gradient(cudas_products, result_dtype):
+    hidden, gradient = torch.randn(N, D).bfloat16(), torch.randn(N, V).bfloat16()
+    exact = gradient.float().t() @ hidden.float()
+    found = {}
+    for name, chunks in (("only", [slice(0, N)]), ("two", [slice(0, 20), slice(20, N)])):
+        cudas_products.clear()
+        sums = projection.WeightGradient(hidden, (V, D), torch.float32, result_dtype)
+        for rows in chunks:
+            sums.add(gradient[rows], hidden[rows], is_only=len(chunks) == 1)
+        result = sums.result().as_subclass(torch.Tensor)
+        assert result.dtype == result_dtype
+        assert torch.allclose(result.float(), exact, rtol=1e-2, atol=1e-2)
+        found[name] = list(cudas_products)
+    parts = 2 if result_dtype == torch.bfloat16 else 1
+    assert found["only"] == [("mm", result_dtype)]
+    assert found["two"] == [("mm", torch.float32)] * parts + [("addmm", torch.float32)] * parts
+
+
+def test_a_callers_accumulator_is_added_to_by_an_only_chunk(cudas_products):
+    hidden, gradient = torch.randn(N, D).bfloat16(), torch.randn(N, V).bfloat16()
+    mine = torch.ones(V, D).as_subclass(OnCuda)
+    sums = projection.WeightGradient(hidden, (V, D), torch.float32, torch.bfloat16, mine)
+    sums.add(gradient, hidden, is_only=True)
+    assert cudas_products == [("addmm", torch.float32)]
+    exact = 1 + gradient.float().t() @ hidden.float()
+    assert torch.allclose(mine.as_subclass(torch.Tensor), exact, rtol=1e-3, atol=1e-3)

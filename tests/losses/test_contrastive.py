@@ -50,7 +50,7 @@ def test_one_view(device, temperature, chunk, monkeypatch):
     """SimCLR: two views of each sample in one batch, no sample its own key."""
     module = losses.contrastive
     right = module.plan
-    monkeypatch.setattr(module, "plan", lambda *a: right(*a, chunk_tokens=chunk))
+    monkeypatch.setattr(module, "plan", lambda *a, **k: right(*a, chunk_tokens=chunk, **k))
     x = torch.randn(16, D, device=device)
     positives = torch.arange(16, device=device) ^ 1
     leaf = x.clone().requires_grad_()
@@ -80,14 +80,14 @@ def test_one_view_in_float64(monkeypatch):
     assert_close(loss(x).detach(), one_view(x.detach(), positives, 0.07), 1e-12)
     wanted = torch.autograd.grad(loss(x), x)[0]
     assert_close(torch.func.grad(loss)(x.detach()), wanted, 1e-12)
-    monkeypatch.setattr(module, "plan", lambda *a: right(*a, chunk_tokens=2))
+    monkeypatch.setattr(module, "plan", lambda *a, **k: right(*a, chunk_tokens=2, **k))
     assert torch.autograd.gradcheck(loss, x)
 
 
 def test_one_view_keeps_no_similarities(monkeypatch):
     module = losses.contrastive
     right = module.plan
-    monkeypatch.setattr(module, "plan", lambda *a: right(*a, chunk_tokens=8))
+    monkeypatch.setattr(module, "plan", lambda *a, **k: right(*a, chunk_tokens=8, **k))
     x = torch.randn(64, D, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1],
