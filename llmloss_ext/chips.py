@@ -1,4 +1,4 @@
-"""What the cost models know of GPUs, in one table: measured where a card was at hand, else estimated.
+"""What the cost models know of GPUs: measured where a card was at hand, else estimated.
 
 Numbers are of one card: bytes and operations per second, not marketing peaks.
 """
