@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from .disassembly import Instruction
 from .program import Loop, Program, memory_bytes, registers
 
@@ -93,7 +96,7 @@ def hot_path(program: Program, work: Work, element_bytes: int) -> HotPath | None
 
 
 class State(NamedTuple):
-    """Of the paths through a loop so far: those with the same are alike, but for their length."""
+    """What the paths to a place have in common; of those, the shortest counts."""
 
     vectors: int
     stores: int
@@ -101,58 +104,75 @@ class State(NamedTuple):
     """Instructions of the work's opcode."""
 
 
-Step = tuple[int, int, State]  # the path's length, and where it came from
-
-
 def _cheapest(program: Program, loop: Loop, work: Work, per_vector: float) -> HotPath | None:
     """The path from the header to a latch with the fewest instructions for each vector."""
     costs = {block: _cost(program.code(block), work) for block in loop.blocks}
-    if not sum(c.vectors for c in costs.values()):
+    total = [sum(cost[i] for cost in costs.values()) for i in range(3)]
+    if total[0] == 0 or total[2] < per_vector or (work.stores and total[1] == 0):
         return None
-    if sum(c.done for c in costs.values()) < per_vector:
-        return None
-    most = int(MOST_VECTORS * per_vector)
+    shape = State(MOST_VECTORS, MOST_VECTORS * work.stores, int(MOST_VECTORS * per_vector))
     place = {block: i for i, block in enumerate(program.order) if block in loop.blocks}
-    start = State(0, 0, 0)
-    into: dict[int, dict[State, Step]] = {loop.header: {start: (0, -1, start)}}
-    after: dict[int, dict[State, Step]] = {}
+    # The lengths of the shortest paths to the begin and to the end of a block, for each state.
+    into = {block: np.full([n + 1 for n in shape], FAR) for block in loop.blocks}
+    after: dict[int, Lengths] = {}
+    into[loop.header][0, 0, 0] = 0
     for block in sorted(place, key=place.__getitem__):
-        cost, length = costs[block], len(program.code(block))
-        out = after[block] = {}
-        for state, (before, *_) in into.get(block, {}).items():
-            key = State(
-                state.vectors + cost.vectors,
-                state.stores + cost.stores,
-                min(state.done + cost.done, most),
-            )
-            if key.vectors > MOST_VECTORS or (cost.stores and not work.stores):
-                continue
-            if key not in out or out[key][0] > before + length:
-                out[key] = (before + length, block, state)
+        after[block] = _through(into[block], costs[block], len(program.code(block)))
         for following in program.blocks[block].next:
-            if place.get(following, 0) <= place[block]:
-                continue  # out of the loop, or back to a header
-            target = into.setdefault(following, {})
-            for key, (length, *_) in out.items():
-                if key not in target or target[key][0] > length:
-                    target[key] = (length, block, key)
+            if place.get(following, -1) > place[block]:  # in the loop, and not back to a header
+                np.minimum(into[following], after[block], out=into[following])
     ends = [
-        (length / state.vectors, latch, state)
+        (int(length) / state.vectors, latch, state)
         for latch in loop.latches
-        for state, (length, *_) in after.get(latch, {}).items()
-        if state.vectors
+        for at, length in np.ndenumerate(after[latch])
+        if length < FAR
+        and (state := State(*at)).vectors
         and state.done >= state.vectors * per_vector
         and (not work.stores or state.stores >= state.vectors)
     ]
     if not ends:
         return None
-    _, block, state = min(ends)
-    vectors, blocks = state.vectors, [block]
+    _, block, end = min(ends)
+    blocks, state = [block], end
     while block != loop.header:
-        _, _, state = after[block][state]
-        _, block, state = into[block][state]
+        length = after[block][state] - len(program.code(block))
+        state = next(
+            before
+            for at in np.argwhere(into[block] == length)
+            if _sum(before := State(*map(int, at)), costs[block], shape) == state
+        )
+        block = next(
+            b for b in program.before[block] if b in after and place[b] < place[block]
+            and after[b][state] == length
+        )  # fmt: skip
         blocks.append(block)
-    return HotPath(program, loop, tuple(blocks[::-1]), vectors)
+    return HotPath(program, loop, tuple(blocks[::-1]), end.vectors)
+
+
+FAR = 1 << 30
+Lengths = npt.NDArray[np.int64]
+
+
+def _through(into: Lengths, cost: State, length: int) -> Lengths:
+    """The lengths behind a block, from those before it. The last place of `done` is "or more"."""
+    out = np.full_like(into, FAR)
+    if any(c >= n for c, n in zip(cost[:2], into.shape[:2], strict=True)):
+        return out
+    kept = into[: into.shape[0] - cost.vectors, : into.shape[1] - cost.stores]
+    there = out[cost.vectors :, cost.stores :]
+    last = into.shape[2] - 1
+    done = min(cost.done, last)
+    there[..., done:] = kept[..., : last + 1 - done]
+    there[..., last] = kept[..., last - done :].min(axis=-1)
+    return np.minimum(out + length, FAR)
+
+
+def _sum(before: State, cost: State, shape: State) -> State:
+    return State(
+        before.vectors + cost.vectors,
+        before.stores + cost.stores,
+        min(before.done + cost.done, shape.done),
+    )
 
 
 def _cost(code: tuple[Instruction, ...], work: Work) -> State:
@@ -208,6 +228,8 @@ def _first_bulk(program: Program, in_order: bool) -> list[int]:
         trips, known = at[block][0], dict(at[block][1])
         for instruction in program.code(block):
             written, read = registers(instruction)
+            if not in_order:  # of addresses: no predicates
+                read = [name for name in read if "P" not in name]
             ready = max((known.get(name, 0) for name in read), default=0)
             if in_order:
                 trips = ready = max(trips, ready)

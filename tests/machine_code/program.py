@@ -163,16 +163,16 @@ def registers(instruction: Instruction) -> tuple[list[str], list[str]]:
     written: list[str] = []
     operands = list(instruction.operands)
     if instruction.kind not in NO_RESULT:
-        only_predicates = True
+        # Predicates may stand before or behind the one result that is no predicate.
+        has_result = False
         while operands:
-            names = REGISTER.findall(operands[0])
-            is_predicate = re.fullmatch(r"U?P(\d|T)", operands[0]) is not None
-            if not is_predicate and (not only_predicates or not operands[0].startswith(("R", "UR"))):
+            if re.fullmatch(r"U?P(\d|T)", operands[0]):
+                written += REGISTER.findall(operands.pop(0))
+            elif not has_result and (not written or instruction.kind in PREDICATE_FIRST):
+                has_result = True
+                written += _wide(REGISTER.findall(operands.pop(0)), _result_words(instruction))
+            else:
                 break
-            written += _wide(names, _result_words(instruction) if not is_predicate else 1)
-            operands.pop(0)
-            if not is_predicate:
-                only_predicates = False
     read = REGISTER.findall(instruction.predicate)
     for operand in operands:
         names = REGISTER.findall(operand)
@@ -199,6 +199,7 @@ WIDTHS = {"256": 32, "128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2, "
 STORES = ("STG", "ST", "STS", "STL", "STAS")
 NO_RESULT = (*STORES, "BRA", "EXIT", "BAR", "BSSY", "BSYNC", "RET", "CALL", "NOP", "RED", "MEMBAR",
              "LDGSTS", "UBLKCP", "DEPBAR", "LDGDEPBAR", "WARPSYNC", "ERRBAR", "CCTL")  # fmt: skip
+PREDICATE_FIRST = ("SHFL", "LOP3", "ULOP3", "MATCH")
 DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP")
 
 
