@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .disassembly import Instruction
+from .disassembly import Instruction, Kernel
 from .program import Loop, Program, memory_bytes, registers
 
 GLOBAL_LOADS = ("LDG", "LD", "LDGSTS", "UBLKCP")
@@ -253,9 +253,9 @@ def _first_bulk(program: Program, in_order: bool) -> list[int]:
     return found
 
 
-def uses_local_memory(program: Program) -> list[Instruction]:
+def uses_local_memory(kernel: Kernel) -> list[Instruction]:
     """Accesses to local memory: an array that is not in registers, or a spill."""
-    return [i for i in program.kernel.instructions if i.kind in ("LDL", "STL")]
+    return [i for i in kernel.instructions if i.kind in ("LDL", "STL")]
 
 
 def _is(opcode: str, beginning: str) -> bool:
