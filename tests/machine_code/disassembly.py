@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,9 +52,7 @@ class Kernel(NamedTuple):
 
 def find(tool: str) -> str | None:
     """Of the wheels nvidia-cuda-nvdisasm and -cuobjdump: an older toolkit's knows no JSON."""
-    folders = [Path(sysconfig.get_path(key)) for key in ("purelib", "platlib")]
-    folders += [Path(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    found = (place for f in folders for place in sorted(f.glob(f"nvidia/*/bin/{tool}")))
+    found = (place for f in sys.path for place in sorted(Path(f).glob(f"nvidia/*/bin/{tool}")))
     return next((str(place) for place in found if os.access(place, os.X_OK)), None)
 
 

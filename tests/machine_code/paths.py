@@ -233,12 +233,12 @@ def _first_bulk(program: Program, in_order: bool) -> list[int]:
             ready = max((known.get(name, 0) for name in read), default=0)
             if in_order:
                 trips = ready = max(trips, ready)
+            if is_bulk(instruction):
+                found.append(max(trips, ready))
+                break
             if instruction.kind in WAITED_FOR:
                 ready += 1
                 trips = trips if in_order else max(trips, ready)
-            if is_bulk(instruction):
-                found.append(trips)
-                break
             known.update(dict.fromkeys(written, ready))
         else:
             for following in program.blocks[block].next:
