@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 pytest.importorskip("numpy")
-from machine_code import budgets, disassembly, program  # noqa: E402
-from test_cuda_build import KERNELS, build, needs_cuda_build  # noqa: E402
+from machine_code import budgets, disassembly, program
+from test_cuda_build import KERNELS, build, needs_cuda_build
 
-from llmloss_ext.ops.library import LIBRARY  # noqa: E402
+from llmloss_ext import roofline
+from llmloss_ext.ops.library import LIBRARY
 
 MISSING = disassembly.missing()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -71,6 +72,27 @@ def test_equal_bits_come_from_equal_arithmetic(kernels: list[disassembly.Kernel]
     assert len(pairs) >= len(budgets.EQUAL)
     wrong = [line for pair in pairs for line in budgets.unequal(*pair)]
     assert not wrong, "\n".join(["not the same arithmetic:", *wrong])
+
+
+@needs_cuda_build
+def test_the_roofline_counts_what_the_machine_code_has(kernels: list[disassembly.Kernel]) -> None:
+    """Its costs are the largest of the plain kernels, and not more than a tenth above them."""
+    for table, work in ((roofline.REDUCE, budgets.REDUCE), (roofline.WRITE, budgets.WRITE)):
+        for size, cost in table.items():
+            paths = [
+                path
+                for kernel in kernels
+                if budgets.element_bytes_of(kernel) == size
+                and any(b.work == work and b.holds_for(kernel) for b in budgets.BUDGETS)
+                and (path := budgets.path_of(kernel, work, size)) is not None
+            ]
+            assert paths
+            found = roofline.Cost(
+                max(len(path.code) / path.elements(size) for path in paths),
+                max(path.count("MUFU") / path.elements(size) for path in paths),
+            )
+            assert found.instructions <= cost.instructions <= found.instructions * 1.1, found
+            assert found.mufu <= cost.mufu <= found.mufu * 1.1, found
 
 
 SUM = budgets.Budget(

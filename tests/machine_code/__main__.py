@@ -36,7 +36,7 @@ def registers() -> dict[tuple[str, str], int]:
 def table(binaries: list[Path]) -> list[tuple[str, ...]]:
     """One row for each hot path."""
     known = registers()
-    rows = []
+    rows: list[tuple[str, ...]] = []
     kernels = {kernel[:2]: kernel for binary in binaries for kernel in disassembly.read(binary)}
     for kernel in sorted(kernels.values(), key=lambda k: (k.name, int(k.architecture))):
         size = element_bytes_of(kernel)
@@ -71,7 +71,10 @@ def main() -> int:
     rows = [HEAD, *table([Path(name) for name in sys.argv[1:]] or [LIBRARY])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     for row in rows:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+        ]
         print("  ".join(cells))
     print(NOTE)
     return 0

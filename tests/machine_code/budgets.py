@@ -38,7 +38,7 @@ class Budget:
     mufu: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Exactly so many for each element and besides in each iteration, by kind; no other kind."""
     chain: int | None = None
-    """The most loads of which each has its address from the one before, up to the first bulk load."""
+    """The most loads, each with its address from the one before, up to the first bulk load."""
     waits: int | None = None
     """The most trips to memory that every warp must wait for before its first bulk load."""
     architectures: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ def element_bytes_of(kernel: Kernel) -> int | None:
 
 
 def over_budget(kernel: Kernel, budget: Budget, element_bytes: int | None = None) -> list[str]:
-    """One line for each limit that a kernel is over: which loop, what was found, what is allowed."""
+    """One line for each limit that a kernel is over: which loop, what was found, and allowed."""
     size = element_bytes or element_bytes_of(kernel)
     assert size is not None, kernel.name
     where = f"{kernel}, {budget.phase}"
@@ -155,13 +155,17 @@ def local_memory(kernel: Kernel) -> list[str]:
     return [f"{kernel}: {len(found)} accesses to local memory, allowed none: {found[0]}"]
 
 
-def unequal(first: Kernel, second: Kernel, work: Work, element_bytes: int | None = None) -> list[str]:
+def unequal(
+    first: Kernel, second: Kernel, work: Work, element_bytes: int | None = None
+) -> list[str]:
     """A line if the arithmetic of two hot paths is not the same, vector by vector."""
     size = element_bytes or element_bytes_of(first)
     assert size is not None, first.name
     paths = path_of(first, work, size), path_of(second, work, size)
     if paths[0] is None or paths[1] is None:
-        return [f"{k}: no hot path" for k, path in zip((first, second), paths, strict=True) if not path]
+        return [
+            f"{k}: no hot path" for k, path in zip((first, second), paths, strict=True) if not path
+        ]
     shapes = [{s: n / p.vectors for s, n in arithmetic(p).items()} for p in paths if p]
     if shapes[0] == shapes[1]:
         return []

@@ -105,7 +105,7 @@ def _functions(cubin: Path, cache: Path) -> list[dict[str, Any]]:
     kept.touch()
     with gzip.open(kept, "rt") as file:
         held = json.load(file)
-    words = [Instruction(*word[:2], tuple(word[2])) for word in held["words"]]
+    words = [Instruction(p, opcode, tuple(rest)) for p, opcode, rest in held["words"]]
     for function in held["functions"]:
         function["code"] = tuple(words[i] for i in function["code"])
     functions: list[dict[str, Any]] = held["functions"]

@@ -24,8 +24,8 @@ __device__ __forceinline__ float exp2_of(float x) {
 }
 
 template <int fault>
-__global__ void __launch_bounds__(256)
-    sum_kernel(const float* __restrict__ x, float* sums, const int* starts, int batches, int limit) {
+__global__ void __launch_bounds__(256) sum_kernel(const float* __restrict__ x, float* sums,
+                                                  const int* starts, int batches, int limit) {
   const int thread = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (fault == dependent_load) x += starts[starts[blockIdx.x]];
   float sum = 0;
@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(256)
     for (int i = 0; i < count; ++i) {
       if (fault == scalar_loads) {
 #pragma unroll
-        for (int e = 0; e < width; ++e) v[i * width + e] = ((volatile const float*)at)[i * width + e];
+        for (int e = 0; e < width; ++e)
+          v[i * width + e] = ((volatile const float*)at)[i * width + e];
       } else {
         const float4 loaded = reinterpret_cast<const float4*>(at)[i];
         v[i * width] = loaded.x, v[i * width + 1] = loaded.y;
@@ -53,13 +54,17 @@ __global__ void __launch_bounds__(256)
       for (int e = 0; e < width; ++e) {
         float y = v[i * width + e];
         if (fault == more_instructions) y = float(int(y * 3.0f) % 7) - y;
-        if (fault == more_branches) asm volatile("{.reg .pred p; setp.gt.f32 p, %0, 0f41200000; @p bra.uni L%=; membar.cta; L%=: }" ::"f"(y));
+        if (fault == more_branches)
+          asm volatile(
+              "{.reg .pred p; setp.gt.f32 p, %0, 0f41200000; @p bra.uni L%=; membar.cta; L%=: }" ::
+                  "f"(y));
         of[i] += exp2_of(y);
       }
     }
     if (fault == more_mufu) of[0] += rsqrtf(v[0]);
     if (fault == local_array) last[(batch + limit) & 7] = of[0];
-    sum += fault == other_order ? ((of[0] + of[1]) + of[2]) + of[3] : (of[0] + of[1]) + (of[2] + of[3]);
+    sum += fault == other_order ? ((of[0] + of[1]) + of[2]) + of[3]
+                                : (of[0] + of[1]) + (of[2] + of[3]);
   }
   if (fault == local_array) sum += last[limit & 7];
   sums[thread] = sum;

@@ -217,5 +217,5 @@ def _wide(names: list[str], words: int) -> list[str]:
     for name in names:
         letters = name.rstrip("0123456789")
         count = 1 if letters.endswith("P") else words
-        result += [f"{letters}{int(name[len(letters):]) + i}" for i in range(count)]
+        result += [f"{letters}{int(name[len(letters) :]) + i}" for i in range(count)]
     return result
