@@ -10,14 +10,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .. import chips
 from .errors import UserError, first_line
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-# Multiprocessors, shared-memory bytes per block and per multiprocessor, blocks per cluster.
-H100 = (132, 227 << 10, 228 << 10, 16)
+H100 = chips.H100.limits
 
 
 def add_parser(subparsers: Any) -> None:
@@ -69,7 +69,22 @@ def plan(rows: str, vocab_size: str, dtype: str) -> str:
         text = ops.kernels.launch_plan(n, v, ELEMENT_BYTES[dtype], *limits)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--plan: {first_line(error)}") from None
-    return f"{n:,} x {v:,} {dtype} on {name}\n{text}"
+    predicted = _predictions(n, v, ELEMENT_BYTES[dtype])
+    return "\n".join([f"{n:,} x {v:,} {dtype} on {name}", text.rstrip("\n"), *predicted])
+
+
+def _predictions(rows: int, vocab_size: int, element_bytes: int) -> list[str]:
+    """How long the kernels take by the model, on each GPU that it knows; not for float64."""
+    from .. import ops, roofline
+
+    if element_bytes not in roofline.REDUCE:
+        return []
+    predicted = {}
+    for chip in chips.CHIPS.values():
+        text = ops.kernels.launch_plan(rows, vocab_size, element_bytes, *chip.limits)
+        label = chip.name if chip.is_measured else f"{chip.name} (estimated)"
+        predicted[label] = roofline.predict(chip, text, rows, vocab_size, element_bytes)
+    return roofline.lines(predicted)
 
 
 def _limits() -> tuple[str, tuple[int, int, int, int]]:

@@ -1,0 +1,72 @@
+"""The model of the dense kernels' time: near what one H200 measured, and what it says of others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmloss_ext import roofline
+from llmloss_ext.chips import CHIPS, H200
+from llmloss_ext.cli.main import main
+
+# Milliseconds by rows, columns, bytes of an element: forward, backward, fused in place.
+MEASURED = {
+    (8192, 32000, 2): (0.1795, 0.3295, 0.2930),
+    (8192, 50257, 2): (0.3129, 0.4628, 0.5405),
+    (8192, 128256, 2): (0.5352, 1.326, 1.2792),
+    (8192, 262144, 2): (1.012, 2.357, 2.6052),
+    (8192, 32000, 4): (0.3237, 0.5819, 0.5826),
+    (8192, 50257, 4): (0.5286, 0.9055, 1.0975),
+    (8192, 128256, 4): (0.9898, 2.2676, 2.7052),
+    (1, 128256, 2): (0.0169, None, None),
+    (4, 128256, 2): (0.0178, None, None),
+    (16, 128256, 2): (0.0183, None, None),
+    (128, 128256, 2): (0.0268, None, None),
+}
+WITHIN = 1 / 7
+
+
+def predict(chip, rows: int, columns: int, element_bytes: int) -> list[roofline.Prediction]:
+    plan = torch.ops.llmloss.launch_plan(rows, columns, element_bytes, *chip.limits)
+    return roofline.predict(chip, plan, rows, columns, element_bytes)
+
+
+@pytest.mark.parametrize("shape", MEASURED)
+def test_predictions_are_near_what_was_measured(shape: tuple[int, int, int]) -> None:
+    for predicted, measured in zip(predict(H200, *shape), MEASURED[shape], strict=True):
+        if measured is not None:
+            assert predicted.seconds * 1e3 == pytest.approx(measured, rel=WITHIN), predicted
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_more_work_takes_longer_and_none_beats_a_copy(chip, element_bytes: int) -> None:
+    before = [0.0, 0.0, 0.0]
+    for rows, columns in ((64, 4096), (1024, 32000), (8192, 32000), (8192, 262144)):
+        predicted = predict(chip, rows, columns, element_bytes)
+        assert [p.seconds for p in predicted] > before
+        before = [p.seconds for p in predicted]
+        assert all(0 < p.fraction < roofline.CALIBRATION.read_over_copy for p in predicted)
+
+
+def test_what_limits_a_call_is_named() -> None:
+    names = {p.name: p.limit for p in predict(H200, 8192, 128256, 2)}
+    assert names == {"forward": "memory", "backward": "memory", "fused": "memory"}
+    assert predict(H200, 1, 1000, 2)[0].limit == "starting"
+    slow = H200._replace(clock=H200.clock / 3)
+    assert predict(slow, 8192, 128256, 2)[0].limit == "MUFU"
+    slow = H200._replace(clock=H200.clock / 5)
+    assert predict(slow, 8192, 128256, 4)[0].limit == "issue"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "printed"), [("bfloat16", True), ("float32", True), ("float64", False)]
+)
+def test_info_prints_predictions(capsys: pytest.CaptureFixture[str], dtype: str, printed) -> None:
+    assert main(["info", "--plan", "8192", "128256", dtype]) == 0
+    out = capsys.readouterr().out
+    assert ("prediction" in out) == printed
+    for name, chip in CHIPS.items():
+        found = [line for line in out.splitlines() if line.startswith(name)]
+        assert len(found) == printed
+        assert not printed or ("(estimated)" in found[0]) == (not chip.is_measured)
