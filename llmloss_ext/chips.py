@@ -22,7 +22,7 @@ class Chip(NamedTuple):
     copy_bandwidth: float
     """Bytes read plus bytes written per second, by a copy much larger than the L2 cache."""
     products: float
-    """Floating-point operations per second of a large bfloat16 product."""
+    """Floating-point operations per second of a bfloat16 product of 8192 x 8192 x 8192."""
     l2_bytes: int
     shared_per_block: int
     """Bytes, the most that a launch may request."""
@@ -46,9 +46,8 @@ H100 = Chip(
     l2_bytes=50 << 20, shared_per_block=227 * KIB, shared_per_multiprocessor=228 * KIB,
     max_cluster=16, launch_seconds=2e-6, is_measured=False,
 )  # fmt: skip
-# Products: 710 to 790 TFLOP/s, by shape.
 H200 = Chip(
-    "H200", "90", 132, 1.755e9, 4.27e12, 750e12,
+    "H200", "90", 132, 1.755e9, 4.27e12, 790e12,
     l2_bytes=50 << 20, shared_per_block=227 * KIB, shared_per_multiprocessor=228 * KIB,
     max_cluster=16, launch_seconds=2e-6, is_measured=True,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from ..linear.cost import Gpu
+    from ..chips import Chip
     from ..linear.planning import Plan
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from .. import plan
-    from ..linear.cost import frontier, gpu_named
+    from ..linear.cost import chip_named, frontier
 
     n, d, v, dtype = args.N, args.D, args.V, _dtype(args.dtype) or torch.float32
     device = "cuda" if args.gpu else args.device
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             n, d, v, dtype, device,
             chunk_tokens=args.chunk_tokens, max_chunk_bytes=args.max_chunk_bytes, **options,
         )  # fmt: skip
-        gpu = gpu_named(args.gpu)
+        chip = chip_named(args.gpu)
     except ValueError as error:
         raise UserError(str(error)) from error
     saved = planned.unfused_bytes / planned.peak_bytes
@@ -96,24 +96,24 @@ def run(args: argparse.Namespace) -> int:
     ):
         print(f"{name:<18} {value}")
     if device == "cuda" and planned.dtype.itemsize == 2:  # what the model knows
-        _print_predictions([planned, *frontier(n, d, v, dtype, **options)], gpu)
+        _print_predictions([planned, *frontier(n, d, v, dtype, **options)], chip)
     return 0
 
 
-def _print_predictions(plans: Iterable[Plan], gpu: Gpu) -> None:
+def _print_predictions(plans: Iterable[Plan], chip: Chip) -> None:
     """The memory and the time of the plan that comes first, and of others."""
     from ..linear.cost import predict
 
     chosen, *others = plans
     by_chunk = {plan.chunk_tokens: plan for plan in (*others, chosen)}
-    products = predict(chosen, gpu).products_seconds * 1e3
+    products = predict(chosen, chip).products_seconds * 1e3
     print(
-        f"\nPredicted, not measured, on an {gpu.name}: time / {products:.2f} ms of products alone"
+        f"\nPredicted, not measured, on an {chip.name}: time / {products:.2f} ms of products alone"
     )
     print(f"{'tokens of a chunk':>17}  {'peak beyond inputs':>18}  {'time':>5}")
     for tokens, plan in sorted(by_chunk.items()):
         mark = "  this plan" if plan is chosen else ""
-        peak, ratio = _mebibytes(plan.peak_bytes), predict(plan, gpu).ratio
+        peak, ratio = _mebibytes(plan.peak_bytes), predict(plan, chip).ratio
         print(f"{tokens:>17,}  {peak:>18}  {ratio:>5.2f}{mark}")
 
 

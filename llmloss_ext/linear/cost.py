@@ -14,44 +14,22 @@ from typing import Any
 
 import torch
 
+from ..chips import CHIPS, H100, Chip
 from .planning import Plan, plan
 
-__all__ = ["GPUS", "Gpu", "Prediction", "frontier", "gpu_named", "predict"]
+__all__ = ["Prediction", "chip_named", "frontier", "predict"]
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A machine.
-
-    Attributes:
-        name: For people.
-        products: FLOP/s of 16-bit matrix products of 8192 x 8192 x 8192.
-        bandwidth: Bytes/s that a large copy reads and writes.
-        is_measured: Whether both were measured; else they are estimated from data sheets.
-    """
-
-    name: str
-    products: float
-    bandwidth: float
-    is_measured: bool
-
-
-GPUS = {
-    "a100": Gpu("A100", 280e12, 1.9e12, is_measured=False),
-    "h100": Gpu("H100", 798e12, 3.0e12, is_measured=True),
-    "h200": Gpu("H200", 790e12, 4.27e12, is_measured=True),
-    "b200": Gpu("B200", 1600e12, 7.2e12, is_measured=False),
-}
 _PRODUCTS_SHARE = 0.91
-"""Of `Gpu.products`, in a loss's products of many tokens."""
+"""Of `Chip.products`, in a loss's products of many tokens."""
 _SHORT_TOKENS = 32
 """A product of n tokens takes as long as one of so many more at full speed."""
 _SHOWN = {2: 0.3, 4: 0.8, 8: 0.8}
 """What a product cannot hide of its weight gradient's traffic, by the bytes of an element."""
 _LOSS_SHARE = 0.75
-"""Of `Gpu.bandwidth`, in the loss kernel: 1.3 ms for 8192 x 128,256 bfloat16, fused."""
-_LAUNCHES, _LAUNCH_SECONDS = 8, 2e-6
-"""Of a chunk, and from the end of one to the begin of the next."""
+"""Of `Chip.copy_bandwidth`, in the loss kernel: 1.3 ms for 8192 x 128,256 bfloat16, fused."""
+_LAUNCHES = 8
+"""Of a chunk."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +37,12 @@ class Prediction:
     """Of a whole call, forward and backward.
 
     Attributes:
-        gpu: Where.
+        chip: Where.
         seconds: What it takes.
         products_seconds: What its matrix products take, each alone, of all tokens at once.
     """
 
-    gpu: Gpu
+    chip: Chip
     seconds: float
     products_seconds: float
 
@@ -74,46 +52,46 @@ class Prediction:
         return self.seconds / self.products_seconds
 
 
-def gpu_named(name: str | None = None) -> Gpu:
-    """One of `GPUS`; without a name this machine's, or an H100 where it is none of them.
+def chip_named(name: str | None = None) -> Chip:
+    """One of `CHIPS`; without a name this machine's, or an H100 where it is none of them.
 
     Raises:
-        ValueError: No such GPU.
+        ValueError: No such chip.
     """
     if name is not None:
-        if name.lower() not in GPUS:
-            raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {name}")
-        return GPUS[name.lower()]
-    here = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
-    return next((gpu for key, gpu in GPUS.items() if key in here), GPUS["h100"])
+        if name.upper() not in CHIPS:
+            raise ValueError(f"gpu must be one of {', '.join(CHIPS).lower()}, got {name}")
+        return CHIPS[name.upper()]
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((chip for key, chip in CHIPS.items() if key in here), H100)
 
 
-def predict(planned: Plan, gpu: Gpu | str | None = None) -> Prediction:
+def predict(planned: Plan, chip: Chip | str | None = None) -> Prediction:
     """What a plan for CUDA should take, at one clock: a GPU that grows hot slows all parts alike.
 
     Args:
         planned: Of 16-bit products.
-        gpu: Where; as `gpu_named` takes it.
+        chip: Where; as `chip_named` takes it.
 
     Raises:
         ValueError: No such GPU, or products of more bits, whose speed the model does not know.
     """
     if planned.dtype.itemsize != 2:
         raise ValueError(f"the model knows products of 16 bits, not of {planned.dtype}")
-    if not isinstance(gpu, Gpu):
-        gpu = gpu_named(gpu)
+    if not isinstance(chip, Chip):
+        chip = chip_named(chip)
     with_input, with_weight = planned.needs_grad
-    seconds = _products(planned, gpu)
+    seconds = _products(planned, chip)
     if planned.sum_bytes > _weight_bytes(planned):  # rounded
-        seconds += (planned.sum_bytes + _weight_bytes(planned)) / gpu.bandwidth
+        seconds += (planned.sum_bytes + _weight_bytes(planned)) / chip.copy_bandwidth
     # The logits are read, and their gradient written; before that once more, if they are made anew.
     is_forward = not (with_input or with_weight)
     passes = 1 if is_forward else planned.products - with_input - with_weight + 1
     logits = planned.tokens * planned.vocab_size * planned.dtype.itemsize
-    seconds += passes * logits / (gpu.bandwidth * _LOSS_SHARE)
-    seconds += planned.chunks * _LAUNCHES * _LAUNCH_SECONDS
+    seconds += passes * logits / (chip.copy_bandwidth * _LOSS_SHARE)
+    seconds += planned.chunks * _LAUNCHES * chip.launch_seconds
     whole = replace(planned, chunk_tokens=max(planned.tokens, 1), chunks=1, sum_bytes=0)
-    return Prediction(gpu, seconds, _products(whole, gpu))
+    return Prediction(chip, seconds, _products(whole, chip))
 
 
 def _weight_bytes(planned: Plan) -> int:
@@ -123,10 +101,10 @@ def _weight_bytes(planned: Plan) -> int:
     return planned.gradient_bytes - own
 
 
-def _products(planned: Plan, gpu: Gpu) -> float:
+def _products(planned: Plan, chip: Chip) -> float:
     """Seconds of all products."""
     _, with_weight = planned.needs_grad
-    one = planned.flops / max(planned.products, 1) / (gpu.products * _PRODUCTS_SHARE)
+    one = planned.flops / max(planned.products, 1) / (chip.products * _PRODUCTS_SHARE)
     short = (planned.products - with_weight) * _SHORT_TOKENS / planned.chunk_tokens
     seconds = one * (planned.products + short)
     if with_weight:
@@ -135,7 +113,7 @@ def _products(planned: Plan, gpu: Gpu) -> float:
         if planned.sum_bytes:
             written, times = planned.sum_bytes, 2 * planned.chunks - 1
         shown = _SHOWN[written // (planned.vocab_size * planned.features)]
-        seconds += shown * times * written / gpu.bandwidth
+        seconds += shown * times * written / chip.copy_bandwidth
     return seconds
 
 

@@ -28,4 +28,4 @@ def test_predictions(capsys):
         assert main.main(["plan", "8192", "4096", "128256", *without]) == 0
         assert "Predicted" not in capsys.readouterr().out
     assert main.main(["plan", "8192", "4096", "128256", "--gpu", "abacus"]) == 1
-    assert "gpu must be one of a100, h100" in capsys.readouterr().err
+    assert "gpu must be one of h100, h200" in capsys.readouterr().err

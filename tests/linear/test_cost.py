@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from llmloss_ext import plan
-from llmloss_ext.linear.cost import GPUS, frontier, gpu_named, predict
+from llmloss_ext.chips import CHIPS, H200
+from llmloss_ext.linear.cost import chip_named, frontier, predict
 
 SIZE = (8192, 4096, 128_256, torch.bfloat16, "cuda")
-H200 = GPUS["h200"]
 WARM = 1.035
 """Parts measured with pauses are too fast for calls in a row, by 0 to 10 %: the middle of that."""
 
@@ -23,10 +23,10 @@ def products(tokens, weight_grad_dtype=None):
         )
         for needs in ((False, False), (False, True))
     ]
-    passes = 8192 * 128_256 * 2 / (H200.bandwidth * 0.75)
+    passes = 8192 * 128_256 * 2 / (H200.copy_bandwidth * 0.75)
     launches = 8192 / tokens * 16e-6
     forward = both[0].seconds - passes - launches
-    rounding = 128_256 * 4096 * 6 / H200.bandwidth
+    rounding = 128_256 * 4096 * 6 / H200.copy_bandwidth
     with_sums = tokens < 8192 and weight_grad_dtype is None
     weight = both[1].seconds - 2 * passes - launches - forward - with_sums * rounding
     return forward * 1e3, weight * 1e3
@@ -45,7 +45,7 @@ def test_products_measured_on_an_h200(tokens, logits, hidden, sums_32, sums_16):
     forward, in_16 = products(tokens, torch.bfloat16)
     _, in_32 = products(tokens)
     # Measured were products that add in every chunk; the first one's sums are now written.
-    in_32 += 128_256 * 4096 * 4 * 0.8 / H200.bandwidth * 1e3
+    in_32 += 128_256 * 4096 * 4 * 0.8 / H200.copy_bandwidth * 1e3
     for predicted, measured in (
         (forward, logits), (forward, hidden), (in_32, sums_32), (in_16, sums_16),
     ):  # fmt: skip
@@ -60,11 +60,11 @@ def test_products_measured_on_an_h200(tokens, logits, hidden, sums_32, sums_16):
 def test_calls_measured_on_an_h200(tokens, dtype, milliseconds):
     seconds = predict(plan(*SIZE, chunk_tokens=tokens, weight_grad_dtype=dtype), H200).seconds
     if dtype is None:  # measured when sums began as zeros: written once, and read once more
-        seconds += 128_256 * 4096 * 4 * 1.8 / H200.bandwidth
+        seconds += 128_256 * 4096 * 4 * 1.8 / H200.copy_bandwidth
     assert seconds * WARM == pytest.approx(milliseconds / 1e3, rel=0.06)
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", [name.lower() for name in CHIPS])
 @pytest.mark.parametrize("tokens", [512, 8192, 65_536])
 @pytest.mark.parametrize("features", [1024, 2048, 4096, 8192])
 @pytest.mark.parametrize("vocab_size", [32_000, 128_256])
@@ -99,9 +99,9 @@ def test_calls_without_gradients_or_with_products_made_anew():
 
 
 def test_names():
-    assert gpu_named("H200") is H200
-    with pytest.raises(ValueError, match="gpu must be one of a100, h100"):
-        gpu_named("abacus")
+    assert chip_named("H200") is H200
+    with pytest.raises(ValueError, match="gpu must be one of h100, h200"):
+        chip_named("abacus")
     with pytest.raises(ValueError, match="16 bits, not of torch.float32"):
         predict(plan(8, 8, 8))
 
@@ -113,4 +113,4 @@ def test_names():
 def test_this_machines_gpu(monkeypatch, device, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
-    assert gpu_named().name == expected
+    assert chip_named().name == expected
