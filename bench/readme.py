@@ -20,6 +20,7 @@ from llmloss_train.files import replace_file, writing
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CPU_RESULTS = ROOT / "bench" / "results" / "cpu"
+GPU_RESULTS = ROOT / "bench" / "results" / "h200"
 
 _BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 
@@ -168,6 +169,40 @@ def _options(results: Results) -> str:
     return text
 
 
+def _gpu(_: Results) -> str:
+    """Of other results: one card's."""
+    results = Results.load(GPU_RESULTS)
+    facts = results.machine
+    others = ("torch", "liger", "cce")
+    rows = []
+    large = [r for r in results.of_figure("peers") if r.case.rows >= 8192]
+    for row in (r for r in large if r.case.dtype == "bfloat16"):
+        names = ("llmloss", "llmloss inplace") if row.case.has_backward else ("llmloss",)
+        rows += [
+            [
+                row.case.label + (", inplace" if name.endswith("inplace") else ""),
+                _duration(row, name),
+                percent(row.share_of_ceiling(name)),
+                *(_than(row, other, name) for other in others),
+            ]
+            for name in names
+            if name in row.contenders
+        ]
+    columns = ["work", "time", "of the limit", *(f"than {other}" for other in others)]
+    table = Table("", columns, rows).markdown()
+    return (
+        f"Measured on one {facts['gpu']}, torch {facts['torch']}, {_rounds(results)} interleaved "
+        f"rounds, {facts['date']}. Medians; above 1 we are faster.\n\n{table}"
+    )
+
+
+def _than(row: Row, other: str, who: str) -> str:
+    if other not in row.contenders:
+        return ""
+    ratio = row.times_faster(other, who)
+    return row.contenders[other].status if ratio is None else f"{ratio:.2f}x"
+
+
 def _duration(row: Row, name: str) -> str:
     median = row.contenders[name].median
     return "" if median is None else f"{milliseconds(median)} ms"
@@ -204,5 +239,6 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "speed": _speed,
     "linear": _linear,
     "options": _options,
+    "gpu": _gpu,
     "demo": lambda _: demo.render(),
 }

@@ -29,8 +29,13 @@ inline constexpr int batch_columns = int{warp_size} * batch_vectors * Vector<T>:
 inline constexpr int block_size = 256;
 // Fewer where more is to be held in registers.
 constexpr int planned_blocks(unsigned tasks, size_t element_bytes) {
-  if (element_bytes == 8 || task::has(tasks, task::order | task::rest)) return 2;
+  if (element_bytes == 8) return tasks == task::plain ? 2 : 1;
+  if (task::has(tasks, task::order | task::rest)) return 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (tasks == task::plain) return 3;
+#else
   if (tasks == task::plain) return 4;
+#endif
   return tasks == task::transformed || !task::has(tasks, task::transformed) ? 3 : 2;
 }
 

@@ -1,6 +1,8 @@
 // Statistics and gradient from one read of the logits.
 #pragma once
 
+#include <type_traits>
+
 #include "gradient.cuh"
 #include "row_stats.cuh"
 
@@ -9,9 +11,11 @@ namespace llmloss::cuda {
 // The most threads of a block, and the number of such blocks that a multiprocessor should hold:
 // three of 256 threads fit, too.
 inline constexpr int fused_block_size = 384;
-constexpr int fused_blocks(unsigned tasks, size_t element_bytes) {
-  return planned_blocks(tasks, element_bytes) > 2 ? 2 : 1;
-}
+template <typename T, unsigned tasks>
+inline constexpr int fused_blocks =
+    // float16 would spill by a few bytes.
+    planned_blocks(tasks, sizeof(T)) > 2 && (tasks == task::plain || !std::is_same_v<T, Half>) ? 2
+                                                                                               : 1;
 
 // Columns of a row that warps copy to shared memory, each the chunks that it reduces. They keep
 // their offset from a multiple of 16 bytes, so that whole vectors can be copied.
@@ -72,7 +76,7 @@ class StagedColumns {
 // shared memory, the chunks after `staged_chunks` are read twice, the second time from L2 if those
 // of all rows in flight fit there.
 template <typename T, unsigned stats_tasks, unsigned grad_tasks>
-__global__ void __launch_bounds__(fused_block_size, fused_blocks(stats_tasks, sizeof(T)))
+__global__ void __launch_bounds__(fused_block_size, (fused_blocks<T, stats_tasks>))
     fused_kernel(const __grid_constant__ RowInputs<T> in,
                  const __grid_constant__ RowOutputs<real_t<T>> out,
                  const __grid_constant__ GradSource<real_t<T>> source,
