@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -183,7 +184,8 @@ class DenseCall:
     """
 
     __slots__ = (
-        "has_probabilities", "options", "rows", "scale", "shape", "shard", "targets", "weight",
+        "has_probabilities", "is_copy", "options", "rows", "scale", "shape", "shard", "targets",
+        "weight",
     )  # fmt: skip
 
     def __init__(
@@ -208,6 +210,7 @@ class DenseCall:
             )
         if class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim must be 1 or -1, got {class_dim!r}")
+        self.is_copy = False  # whether the rows lie in other memory than the input
         self.shard: ShardedColumns | None = None
         if shard is not None:
             columns = input.shape[-1] if input.dim() else 0
@@ -232,6 +235,7 @@ class DenseCall:
             self._add_a_column(ignore_index)
             columns, weight = 1, None
         if self.rows.stride(-1) != 1 and columns != 1:
+            self.is_copy |= not self.rows.is_contiguous()
             self.rows = self.rows.contiguous()
         self.options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
         self.targets = check_target(self.targets, input, self.options.ignore_index)
@@ -265,12 +269,13 @@ class DenseCall:
         if input.dim() > 3:
             columns = input.shape[-1]
             target = target.reshape(-1, columns) if self.has_probabilities else target.reshape(-1)
+            self.is_copy = not _merge(input)
             input = input.reshape(-1, columns)
         self.rows, self.targets = input, target
 
     def _add_a_column(self, ignore_index: int) -> None:
         """Logits of no classes, of which only ignored tokens have a loss."""
-        self.rows = F.pad(self.rows, (0, 1))
+        self.rows, self.is_copy = F.pad(self.rows, (0, 1)), True
         if self.has_probabilities:
             self.targets = F.pad(self.targets, (0, 1))
         else:
@@ -309,18 +314,22 @@ class DenseCall:
                 "cross_entropy(inplace=True) has no gradient for probability targets; detach them "
                 "or use inplace=False"
             )
-        if not _share_memory(self.rows, input):
+        if self.is_copy:
             raise RuntimeError(
                 "cross_entropy(inplace=True) needs logits whose classes are adjacent in memory and "
                 "whose leading dimensions merge into rows; use inplace=False, or pass them so"
             )
 
 
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # which cannot trace the other question
-        return one.data_ptr() == other.data_ptr()
-    # Fake tensors have no pointers.
-    return bool(torch._C._is_alias_of(one, other))  # type: ignore[attr-defined]
+def _merge(input: Tensor) -> bool:
+    """Whether the leading dimensions become one without a copy.
+
+    Asked of the strides, since every torch's compiler can: not whether memory is shared.
+    """
+    if not input.numel():
+        return True
+    leading = [(n, s) for n, s in zip(input.shape[:-1], input.stride(), strict=False) if n != 1]
+    return all(s == n * t for (_, s), (n, t) in itertools.pairwise(leading))
 
 
 def _class_dim(

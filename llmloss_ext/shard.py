@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import composite
 from .composite import real_of
@@ -386,7 +387,7 @@ def process_group(given: Any) -> Any:
     Raises:
         ValueError: The mesh has several dimensions.
     """
-    if not hasattr(given, "get_group"):
+    if not isinstance(given, DeviceMesh):  # which every torch's compiler can ask
         return given
     if given.ndim != 1:
         names = given.mesh_dim_names or tuple(range(given.ndim))

@@ -37,7 +37,10 @@ CALLS = {
 
 
 def ranges(call):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # acc_events: torch 2.11 warns of what is lost between several cycles, also where there is one.
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         call()
     return [e.key for e in profile.key_averages() if e.key.startswith("llmloss.")]
 

@@ -32,14 +32,20 @@ Loss = Callable[..., torch.Tensor]
 
 
 def results(loss: Loss, *leaves: torch.Tensor, second: bool = False) -> Results:
-    """The loss, its gradients, and with ``second`` the gradients of a function of these."""
+    """The loss, its gradients, and with ``second`` the gradients of a function of these.
+
+    In one thread, as on a CPU. Of nodes that wait, autograd runs the youngest of their thread: in a
+    graph that the device's thread has made a part of, the order of a sum, and with it a last bit,
+    would depend on how many nodes each of the two threads has ever made.
+    """
     leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in leaves)
     value = loss(*leaves)
-    grads = torch.autograd.grad(value, leaves, create_graph=second)
-    found = [value, *grads]
-    if second:
-        size = sum((g * g).sum() + g.sum() for g in grads)
-        found += torch.autograd.grad(size, leaves)
+    with torch.autograd.set_multithreading_enabled(False):
+        grads = torch.autograd.grad(value, leaves, create_graph=second)
+        found = [value, *grads]
+        if second:
+            size = sum((g * g).sum() + g.sum() for g in grads)
+            found += torch.autograd.grad(size, leaves)
     return [t.detach() for t in found]
 
 

@@ -58,6 +58,20 @@ def _is_batched(grad: Any) -> bool:
     return isinstance(grad, Tensor) and bool(torch._C._functorch.is_legacy_batchedtensor(grad))
 
 
+def _level(batched: Tensor) -> int:
+    """The innermost vmap that a gradient is of.
+
+    Asked of the gradient, not of this thread: the one that runs backward on a CUDA device is in no
+    vmap. At a level that it is not of, a tensor gets a dimension of any size: here 0.
+    """
+    of_it = (
+        level
+        for level in reversed(range(1, 65))  # torch has no more
+        if len(torch._remove_batch_dim(batched, level, 0, 0))
+    )
+    return next(of_it)
+
+
 def one_gradient_at_a_time(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A Function's backward, also for a gradient that stands for several.
 
@@ -68,8 +82,7 @@ def one_gradient_at_a_time(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, *grads: Any) -> Any:
         if torch.compiler.is_compiling() or not any(map(_is_batched, grads)):
             return backward(ctx, *grads)
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
+        level = max(_level(grad) for grad in grads if _is_batched(grad))
         # One dimension of several gradients in front of each tensor, and none of others.
         several: list[Any] = [
             torch._remove_batch_dim(grad, level, 1, 0) if _is_batched(grad) else grad

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bench import peers
 from bench.cases import OPTIONS
-from bench.contenders import Step, contenders, eager, make_inputs
+from bench.contenders import Step, UnsupportedError, contenders, eager, make_inputs
 from bench.reference import errors, reference
 
 from .runs import DENSE, LINEAR
@@ -53,5 +53,10 @@ def test_everybody_on_this_machine_is_right(case):
     truth = reference(case, made)
     absent = set(peers.PACKAGES)
     for contender in contenders(case, {"torch", "torch chunked"}, absent):
-        found = errors(case, Step(case, contender, made), truth, contender.is_ours)
+        try:
+            step = Step(case, contender, made)
+        except UnsupportedError:  # by this torch
+            assert not contender.is_ours
+            continue
+        found = errors(case, step, truth, contender.is_ours)
         assert found.are_tolerable, (contender.name, found)

@@ -25,6 +25,16 @@ def leaf(tensor, mesh, placement):
     return distribute_tensor(tensor, mesh, [placement]).detach().requires_grad_()
 
 
+def placements_of_gradients(tensor):
+    """Of each that backward will hand to a leaf.
+
+    In ``grad``, torch 2.11 replicates one that is sharded unevenly on its last dimension.
+    """
+    found = []
+    tensor.register_hook(lambda gradient: found.append(gradient.placements))
+    return found
+
+
 def rank_logits(rank, ranks, placement, reduction):
     mesh = init_device_mesh("cpu", (ranks,))
     logits, _, _, weight, target = whole()
@@ -41,8 +51,9 @@ def rank_logits(rank, ranks, placement, reduction):
     assert loss.placements == (Replicate(),)
     assert_close(loss.to_local().detach(), expected.detach(), 1e-5)
     expected.sum().backward()
+    of_gradients = placements_of_gradients(x)
     loss.sum().backward()
-    assert x.grad.placements == x.placements
+    assert of_gradients == [x.placements]
     assert_close(x.grad.full_tensor(), exact.grad, 1e-5)
     stats = token_stats(x, target, with_rank=True)
     plain = token_stats(logits, target, with_rank=True)
@@ -148,8 +159,9 @@ def rank_mesh(rank, ranks, name, options):
     loss = cross_entropy(x, y, class_dim=-1, **given)
     assert_close(loss.full_tensor().detach(), expected.detach(), 1e-5)
     expected.sum().backward()
+    of_gradients = placements_of_gradients(x)
     loss.sum().backward()
-    assert x.grad.placements == x.placements
+    assert of_gradients == [x.placements]
     assert_close(x.grad.full_tensor(), exact.grad, 1e-5)
     if weighs:
         return
