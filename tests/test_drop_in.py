@@ -62,7 +62,9 @@ def test_without_classes_or_without_tokens(device, reduction, shape, weighted):
     columns = shape[1] if len(shape) > 1 else shape[0]
     weight = torch.rand(columns, device=device) if weighted else None
     options = {"reduction": reduction, "weight": weight}
-    expected = F.cross_entropy(input, target, **options)
+    # A CPU's: of one ignored token of no classes, torch's mean is nan there and 0 on CUDA.
+    on_cpu = None if weight is None else weight.cpu()
+    expected = F.cross_entropy(input.cpu(), target.cpu(), on_cpu, reduction=reduction)
     actual, (grad,) = gradients(lambda x: cross_entropy(x, target, **options), input)
     assert_close(actual, expected, 1e-6)
     assert actual.shape == expected.shape
@@ -173,8 +175,11 @@ def test_jagged_statistics(device):
 
 def test_jagged_with_something_else_is_refused(device):
     parts, targets = ragged(device, V)
-    other_lengths = jagged(targets[::-1])
-    for target in (torch.cat(targets), other_lengths):
+    refused = [torch.cat(targets), jagged(targets[1:])]
+    if torch.device(device).type == "cpu":
+        # On CUDA nobody waits to see that lengths of the same sum are other ones.
+        refused.append(jagged(targets[::-1]))
+    for target in refused:
         with pytest.raises(TypeError, match="target must (be jagged|have sequences as long)"):
             cross_entropy(jagged(parts), target)
     with pytest.raises(TypeError, match="target must be a dense tensor, or jagged"):

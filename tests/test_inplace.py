@@ -58,7 +58,7 @@ def test_a_loss_scale_goes_in_before_the_rounding(device):
     double = leaf.detach().double().requires_grad_()
     (F.cross_entropy(double, target) * scale).backward()
     error = (leaf.grad.double() - double.grad).abs() / double.grad.abs().clamp_min(1e-4)
-    # What 1 - p of a sure token loses to the rounding of its sum in float32 is in it: 1.2e-3 on CUDA.
+    # With what 1 - p of a sure token loses to the rounding of a sum in float32: 1.2e-3 on CUDA.
     assert error.max() < 2e-3
 
 

@@ -106,7 +106,16 @@ def _command() -> list[str]:
     asked = re.findall(r"\d+", os.environ.get("LLMLOSS_CUDA_ARCHS", "")) or list(ARCHITECTURES)
     nvcc = find_nvcc()
     assert nvcc is not None
-    command = [nvcc, "-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-c"]
+    command = [
+        nvcc,
+        "-std=c++20",
+        "-O3",
+        "-fmad=false",
+        "--expt-relaxed-constexpr",
+        "-Xptxas",
+        "-v",
+        "-c",
+    ]
     known = known_architectures(nvcc)
     chosen = [arch for arch in asked if not known or arch in known]
     if not chosen:
