@@ -138,29 +138,28 @@ def _check(layer: Any) -> None:
             )
 
 
-_SKIPS_FORWARD = torch.__version__ < (2, 13)
-_NO_HOOK = -1
-
-
-def _does_nothing(_module: Any, _arguments: Any) -> None:
-    """A hook."""
+_MISSES_FORWARD = torch.__version__ < (2, 13)
+"""Whether torch's compiler misses a forward that is replaced in what it compiles: 2.11 does."""
 
 
 @contextmanager
 def replaced_forward(layer: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Within it, calls of the layer run ``forward`` between their hooks."""
     own = vars(layer).get("forward")  # where another library has replaced it for good
+    if own is None and _MISSES_FORWARD and torch.compiler.is_compiling():
+        # As the first hook instead: what the layer computed before it is no part of the graph.
+        hooks = layer._forward_hooks
+        layer._forward_hooks = {-1: lambda _layer, inputs, _output: forward(*inputs), **hooks}
+        try:
+            yield
+        finally:
+            layer._forward_hooks = hooks
+        return
     layer.forward = forward
-    hooks = layer._forward_pre_hooks
-    # The compiler of 2.11 does not see a new forward, unless hooks keep it from looking for a short
-    # way to the class's.
-    if _SKIPS_FORWARD and torch.compiler.is_compiling():
-        hooks[_NO_HOOK] = _does_nothing
     try:
         yield
     finally:
-        hooks.pop(_NO_HOOK, None)
-        if own is not None:
+        if own is None:
+            vars(layer).pop("forward", None)
+        else:
             layer.forward = own
-        elif "forward" in vars(layer):
-            del layer.forward
