@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
+from torch._vmap_internals import _vmap
 
 from llmloss_ext import cross_entropy, linear_cross_entropy, linear_log_probs, token_stats
 
@@ -46,6 +48,22 @@ def test_vectorised_jacobians(name):
     rows = torch.autograd.functional.jacobian(LOSSES[name], hidden)
     vectorised = torch.autograd.functional.jacobian(LOSSES[name], hidden, vectorize=True)
     assert_close(vectorised, rows, 1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_vectorised_backward_in_a_thread_of_its_own(name):
+    """As on a CUDA device: that thread is in no vmap, whatever its gradients are of."""
+    hidden = torch.randn(N, D, requires_grad=True)
+    loss = LOSSES[name](hidden)
+    upstream = torch.randn(3, *loss.shape)
+    with ThreadPoolExecutor(1) as pool:
+
+        def gradient(v):
+            done = pool.submit(torch.autograd.grad, loss, hidden, v, retain_graph=True)
+            return done.result()[0]
+
+        together = _vmap(gradient)(upstream)
+        assert_close(together, torch.stack([gradient(v) for v in upstream]), 1e-6)
 
 
 def test_several_gradients_at_once():
