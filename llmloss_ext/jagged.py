@@ -57,17 +57,20 @@ def call_jagged(
 
 
 def _values(name: str, tensor: Any, first: Tensor) -> Tensor:
-    """(tokens, ...) of a tensor whose sequences have the lengths of the first's."""
+    """(tokens, ...) of a tensor whose sequences have the lengths of the first's.
+
+    Where that would wait for a device, only their number and their sum are compared.
+    """
     is_jagged = isinstance(tensor, Tensor) and tensor.is_nested and tensor.layout is torch.jagged
     if not is_jagged:
         raise TypeError(f"{name} must be jagged like the other arguments, got {type(tensor)}")
     if tensor.lengths() is not None or tensor._ragged_idx != 1:
         raise TypeError(f"{name} must be jagged in dimension 1, without holes: (B, j, ...)")
     values: Tensor = tensor.values()
-    theirs = first.offsets()  # type: ignore[attr-defined]
-    fits = values.shape[0] == first.values().shape[0]
-    if fits and tensor.offsets() is not theirs and can_read(theirs):
-        fits = torch.equal(tensor.offsets(), theirs)
+    offsets, theirs = tensor.offsets(), first.offsets()  # type: ignore[attr-defined]
+    fits = values.shape[0] == first.values().shape[0] and offsets.shape == theirs.shape
+    if fits and offsets is not theirs and can_read(theirs):
+        fits = torch.equal(offsets, theirs)
     if not fits:
         raise TypeError(f"{name} must have sequences as long as those of the other arguments")
     return values

@@ -62,7 +62,8 @@ def test_without_classes_or_without_tokens(device, reduction, shape, weighted):
     columns = shape[1] if len(shape) > 1 else shape[0]
     weight = torch.rand(columns, device=device) if weighted else None
     options = {"reduction": reduction, "weight": weight}
-    # A CPU's: of one ignored token of no classes, torch's mean is nan there and 0 on CUDA.
+    # A CPU's. Of one ignored token without a batch, torch's mean is nan there and 0 on CUDA; in a
+    # batch of one it is nan on both. Ours is nan.
     on_cpu = None if weight is None else weight.cpu()
     expected = F.cross_entropy(input.cpu(), target.cpu(), on_cpu, reduction=reduction)
     actual, (grad,) = gradients(lambda x: cross_entropy(x, target, **options), input)
@@ -175,9 +176,13 @@ def test_jagged_statistics(device):
 
 def test_jagged_with_something_else_is_refused(device):
     parts, targets = ragged(device, V)
-    refused = [torch.cat(targets), jagged(targets[1:])]
+    refused = [
+        torch.cat(targets),
+        jagged(targets[1:]),
+        jagged([torch.cat(targets[:2]), targets[2]]),
+    ]
     if torch.device(device).type == "cpu":
-        # On CUDA nobody waits to see that lengths of the same sum are other ones.
+        # On CUDA nobody waits to see that as many lengths, of the same sum, are other ones.
         refused.append(jagged(targets[::-1]))
     for target in refused:
         with pytest.raises(TypeError, match="target must (be jagged|have sequences as long)"):
