@@ -46,11 +46,11 @@ QUIET := 2>&1 | { grep -v '^WARNING: Location' || true; }
 needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
-.PHONY: help setup build quick debug demo demo-distributed test test-frameworks kernel-repo check format lint types \
-  style cpp-test sanitize mutants bench bench-readme clean
+.PHONY: help setup build quick debug demo demo-distributed test test-frameworks test-torch-211 \
+  kernel-repo check format lint types style cpp-test sanitize mutants bench bench-readme clean
 
 help:  ## What can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 # torch first: the rest must not choose its version. Versions of the rest: pyproject.toml.
 .venv/.setup: pyproject.toml
@@ -77,6 +77,14 @@ help:  ## What can be made
 	  > .venv-frameworks/requirements.txt
 	@.venv-frameworks/bin/python -m pip --disable-pip-version-check install -q --no-deps \
 	  -r .venv-frameworks/requirements.txt $(QUIET)
+	@touch $@
+
+# A third, with the oldest torch that is supported.
+.venv-torch-211/.setup: .venv/.setup
+	@echo "Setting up .venv-torch-211: torch 2.11 and the tools (once; some minutes, 3 GB)"
+	@python3 -m venv .venv-torch-211
+	@.venv-torch-211/bin/python -m pip --disable-pip-version-check install -q torch==2.11.0 \
+	  -r .venv/requirements.txt $(QUIET)
 	@touch $@
 
 build/.setup-external: build/.built-for
@@ -121,6 +129,13 @@ test: build  ## Every check: style, types, C++ tests, Python tests
 
 test-frameworks: build kernel-repo $(FRAMEWORKS)  ## The losses inside the trainers that people use (under 8 minutes)
 	@OMP_NUM_THREADS=1 $(FRAMEWORKS_PY) -m pytest -q -p no:cacheprovider tests/frameworks
+
+# Not in CI, for which it takes too long. What has nothing to do with torch is left out; the library in
+# place is built for this torch, until the next make build.
+test-torch-211: .venv-torch-211/.setup  ## The Python tests under torch 2.11, the oldest one supported (20 minutes)
+	@$(MAKE) --no-print-directory build PYTHON=$(CURDIR)/.venv-torch-211/bin/python LLMLOSS_CUDA=0
+	@OMP_NUM_THREADS=1 .venv-torch-211/bin/python -m pytest -q -p no:cacheprovider \
+	  --ignore-glob='*/test_simt_*' --ignore=tests/test_core.py --ignore=tests/frameworks
 
 # Links what was built under another name, which takes seconds.
 $(KERNEL_REPO): $(EXTENSION) tools/kernel_repo.py $(shell find llmloss_ext -name '*.py')
