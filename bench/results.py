@@ -90,8 +90,8 @@ class Row:
     def share_of_ceiling(self, who: str = "llmloss") -> float | None:
         """The time at the machine's limit over the measured time.
 
-        From logits, the limit is the bandwidth of a copy, or of a read for forward alone. From
-        hidden states, it is the rate of the matrix products at their best chunk size.
+        From logits, the limit is the bandwidth of a copy, or for forward alone that of a read (on a
+        GPU of a copy, where torch's read is slower than its copy). From hidden states, it is the rate of the matrix products at their best chunk size.
         """
         seconds, limit = self._median(who), self.limit_seconds
         return limit / seconds if seconds and limit else None
@@ -108,9 +108,12 @@ class Row:
         if self.case.is_linear:
             rates = [c.rate for c in self.ceilings.values() if c.flops]
             return self.case.flops / max(rates) if rates else None
-        name = "copy" if self.case.has_backward else "read"
-        ceiling = self.ceilings.get(name)
-        return self.case.bytes / ceiling.rate if ceiling else None
+        if self.case.has_backward:
+            names = ["copy"]
+        else:
+            names = ["read"] if self.case.device == "cpu" else ["read", "copy"]
+        rates = [self.ceilings[name].rate for name in names if name in self.ceilings]
+        return self.case.bytes / max(rates) if rates else None
 
     def _median(self, name: str) -> float | None:
         measurement = self.contenders.get(name)
