@@ -91,7 +91,8 @@ class Row:
         """The time at the machine's limit over the measured time.
 
         From logits, the limit is the bandwidth of a copy, or for forward alone that of a read (on a
-        GPU of a copy, where torch's read is slower than its copy). From hidden states, it is the rate of the matrix products at their best chunk size.
+        GPU of a copy, where torch's read is slower than its copy). From hidden states, it is the
+        rate of the matrix products at their best chunk size.
         """
         seconds, limit = self._median(who), self.limit_seconds
         return limit / seconds if seconds and limit else None

@@ -138,7 +138,7 @@ def _check(layer: Any) -> None:
             )
 
 
-_SKIPS_FORWARD = torch.__version__ < (2, 13)
+_SKIPS_FORWARD = torch.__version__ < "2.13"  # a version, not its letters
 _NO_HOOK = -1
 
 
