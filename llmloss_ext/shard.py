@@ -390,7 +390,7 @@ def process_group(given: Any) -> Any:
     if not isinstance(given, DeviceMesh):  # which every torch's compiler can ask
         return given
     if given.ndim != 1:
-        names: Sequence[Any] = given.mesh_dim_names or range(given.ndim)
+        names: tuple[str | int, ...] = given.mesh_dim_names or tuple(range(given.ndim))
         raise ValueError(f"group is a DeviceMesh of several dimensions: give mesh[{names[-1]!r}]")
     return given.get_group()
 

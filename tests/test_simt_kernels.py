@@ -475,7 +475,11 @@ def test_focal_losses(kernels: Any, dtype: str, gamma: float, option: str) -> No
         for device in ((1, 227 << 10, 1), (1, 16 << 10, 8)):
             fused = Case(kernels, dtype, p, gap=3, focal_gamma=gamma, device=device)
             wanted = PLAIN if p.label_smoothing == 0 else (*PLAIN, "mean_log_prob")
-            np.testing.assert_array_equal(fused.fused(wanted)[1], separate)
+            grad = fused.fused(wanted)[1]
+            if p.softcap:  # then the operators never fuse: a kernel with another formula
+                np.testing.assert_allclose(grad, separate, rtol=tolerance, atol=tolerance)
+            else:
+                np.testing.assert_array_equal(grad, separate)
 
 
 @pytest.mark.parametrize(("dtype", "columns"), SIZES)

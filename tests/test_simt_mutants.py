@@ -41,8 +41,8 @@ MUTANTS = {
     ),
     "a batch read beyond the end": (
         "kernels/chunks.cuh",
-        "if (batch + batch_columns<T> <= end &&",
-        "if ((MUTANT ? batch < end : batch + batch_columns<T> <= end) &&",
+        "const bool is_whole = batch + batch_columns<T> <= end;",
+        "const bool is_whole = MUTANT ? batch < end : batch + batch_columns<T> <= end;",
     ),
     "a vector counted beyond the end": (
         "device/vector.cuh",
@@ -56,28 +56,43 @@ MUTANTS = {
     ),
     "a missing column asked for": (
         "kernels/chunks.cuh",
-        "return column < end;",
-        "return MUTANT || column < end;",
+        "sum_shifted += is_whole || column + i < end ?",
+        "sum_shifted += is_whole || MUTANT || column + i < end ?",
+    ),
+    "a missing column capped": (
+        "kernels/chunks.cuh",
+        "if (!(first + v * stride + i < end)) x[v][i]",
+        "if (!MUTANT && !(first + v * stride + i < end)) x[v][i]",
     ),
     "no order among equal logits": (
         "kernels/chunks.cuh",
-        "const bool is_before = column + i < target;",
-        "const bool is_before = !MUTANT && column + i < target;",
+        "const bool wins_ties = column + i < target;",
+        "const bool wins_ties = !MUTANT && column + i < target;",
     ),
     "sums not moved to a new maximum": (
         "kernels/chunks.cuh",
         "return factor;",
         "return MUTANT ? Real(1) : factor;",
     ),
-    "the target's column with another thread": (
-        "device/vector.cuh",
-        "return int(unsigned(unit) % unsigned(threads));",
-        "return int(unsigned(MUTANT ? unit + 1 : unit) % unsigned(threads));",
+    "the target not found in a vector": (
+        "kernels/gradient.cuh",
+        "if (unsigned(place) < unsigned(width)) {",
+        "if (!MUTANT && unsigned(place) < unsigned(width)) {",
+    ),
+    "the target not found beside the vectors": (
+        "kernels/gradient.cuh",
+        "if (begin + at == target) {",
+        "if (!MUTANT && begin + at == target) {",
+    ),
+    "one group's pieces by all": (
+        "kernels/gradient.cuh",
+        "int first = part.index * piece + part.thread;",
+        "int first = (MUTANT ? 0 : part.index) * piece + part.thread;",
     ),
     "the last chunk not merged": (
         "kernels/chunks.cuh",
-        "i < count;",
-        "i < count - (MUTANT ? 1 : 0);",
+        "copy_fields(chunks[i], chunk, wanted);",
+        "if (!MUTANT || i + 1 < count) copy_fields(chunks[i], chunk, wanted);",
     ),
     "the last chunk not reduced": (
         "kernels/row_stats.cuh",
@@ -101,8 +116,23 @@ MUTANTS = {
     ),
     "states for the own block only": (
         "kernels/fused.cuh",
-        "if (simt::lane() < blocks) *simt::peer_shared",
-        "if (MUTANT ? simt::lane() == rank : simt::lane() < blocks) *simt::peer_shared",
+        "if (simt::lane() < blocks) {",
+        "if (MUTANT ? simt::lane() == rank : simt::lane() < blocks) {",
+    ),
+    "a chunk not copied": (
+        "kernels/fused.cuh",
+        "chunk < staged_chunk; chunk += warps, ++later",
+        "chunk < staged_chunk - (MUTANT ? 1 : 0); chunk += warps, ++later",
+    ),
+    "a group of copies too few waited for": (
+        "kernels/fused.cuh",
+        "simt::wait_for_copies(later--);",
+        "simt::wait_for_copies(MUTANT ? 1 + later-- : later--);",
+    ),
+    "what does not fit in shared memory not written": (
+        "kernels/fused.cuh",
+        "if (staged_end < end) {",
+        "if (!MUTANT && staged_end < end) {",
     ),
     "a row of losses too many": (
         "kernels/reduce.cuh",
@@ -135,8 +165,8 @@ def test_every_barrier_and_shuffle_is_needed_and_tested(kernels: Any) -> None:
     assert find_fault(kernels, DTYPE) is None
     sites = kernels.sites()
     kinds = {kind for kind, *_ in sites}
-    assert kinds == {"block_sync", "cluster_sync", "cluster_arrive", "cluster_wait", "shuffle_xor",
-                     "wait_for_copies"}  # fmt: skip
+    assert kinds == {"block_sync", "warp_sync", "cluster_sync", "cluster_arrive", "cluster_wait",
+                     "shuffle_xor", "wait_for_copies"}  # fmt: skip
     not_caught = []
     for kind, *place in sites:
         kernels.set_mutation(*place)

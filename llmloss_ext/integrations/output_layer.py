@@ -138,7 +138,7 @@ def _check(layer: Any) -> None:
             )
 
 
-_MISSES_FORWARD = torch.__version__ < "2.13"
+_MISSES_FORWARD = torch.__version__ < "2.13"  # a version, not its letters
 """Whether torch's compiler misses a forward that is replaced in what it compiles: 2.11 does."""
 
 

@@ -64,12 +64,13 @@ def missing() -> str:
     return "" if shutil.which("c++filt") else "c++filt is not installed"
 
 
-def read(binary: Path, cache: Path = CACHE) -> list[Kernel]:
-    """All kernels of a library or an object, for each architecture that it was compiled for.
+def read(binary: Path, cache: Path = CACHE, without: tuple[bytes, ...] = ()) -> list[Kernel]:
+    """The kernels of a library or an object, for each architecture that it was compiled for.
 
     Args:
         binary: The file.
         cache: A folder that keeps what was read, by the machine code's hash.
+        without: What is compiled together with a kernel of such a mangled name is left out.
     """
     cuobjdump = find("cuobjdump")
     assert cuobjdump is not None
@@ -80,6 +81,7 @@ def read(binary: Path, cache: Path = CACHE) -> list[Kernel]:
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         # The largest first: they take longest.
         cubins = sorted(Path(folder).glob("*.cubin"), key=lambda path: -path.stat().st_size)
+        cubins = [path for path in cubins if not any(n in path.read_bytes() for n in without)]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             read = list(pool.map(lambda cubin: _functions(cubin, cache), cubins))
     names = _short_names([f["name"] for functions in read for f in functions])

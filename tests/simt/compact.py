@@ -47,6 +47,10 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
             for wanted in (("log_prob", "lse"), STATISTICS):
                 case = Case(kernels, dtype, _problem(columns, rows), skew, device=device)
                 yield from ((0, *pair) for pair in _stats(case, wanted))
+    # Logits at the lower cap, where a column too many counts as much as any other.
+    capped = _problem(2 * tile - 1, softcap=5.0)
+    capped.logits[...] -= 400
+    yield from ((0, *pair) for pair in _stats(Case(kernels, dtype, capped), ("log_prob", "lse")))
     # Columns that do not take part, in the last tile.
     for wanted in (("log_prob", "lse"), STATISTICS):
         case = Case(kernels, dtype, _problem(4 * tile, vocab_size=4 * tile - 3))
@@ -66,10 +70,12 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
         size = np.abs(expected.scale).max() + 1
         yield 1, grad, expected.logits
         yield 1, scale / size, expected.scale / size
-    for columns in (61, 17 * tile + 5):
-        for device in ((1, 227 << 10, 1), clusters, (1, 1 << 10, 1)):
+    # In the last two a part of the row, or all of it, does not fit in shared memory.
+    devices = ((1, 227 << 10, 1), clusters, (1, 24 << 10, 1), (1, 1 << 10, 1))
+    for columns, skew in ((61, 0), (61, 1), (17 * tile + 5, 0), (17 * tile + 5, 1)):
+        for device in devices:
             p = _problem(columns, vocab_size=columns - 3)
-            case = Case(kernels, dtype, p, 1, gap=1, device=device)
+            case = Case(kernels, dtype, p, skew, gap=1, device=device)
             out, grad = case.fused(("log_prob", "lse"))
             yield 0, out["log_prob"], row_stats(case.problem).log_prob
             yield 1, grad, cross_entropy_gradient(case.problem).logits

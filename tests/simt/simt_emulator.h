@@ -375,6 +375,7 @@ class Cluster {
     self.threads_[self.current_].context.arrived(self.host_);
     self.body_(self.argument_);
     Thread& thread = self.threads_[self.current_];
+    if (!thread.copies.empty()) self.stop("a thread has ended before its copies have arrived");
     thread.state = Thread::State::ended;
     ++self.ended_;
     if (--self.running_[self.rank()] == 0) self.shared_[self.rank()].fill(self.poison_);
