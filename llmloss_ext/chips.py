@@ -36,7 +36,7 @@ class Chip(NamedTuple):
 
     @property
     def limits(self) -> tuple[int, int, int, int]:
-        """The arguments of torch.ops.llmloss.launch_plan that describe the device."""
+        """The arguments of the operator launch_plan that describe the device."""
         shared = (self.shared_per_block, self.shared_per_multiprocessor)
         return (self.multiprocessors, *shared, self.max_cluster)
 

@@ -81,7 +81,7 @@ def predict(chip: Chip, plan: str, rows: int, columns: int, element_bytes: int) 
 
     Args:
         chip: The GPU.
-        plan: Of torch.ops.llmloss.launch_plan for its limits.
+        plan: Of the operator launch_plan for its limits.
         rows: Tokens.
         columns: Vocabulary size.
         element_bytes: 2 or 4.

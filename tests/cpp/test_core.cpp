@@ -401,21 +401,25 @@ void test_a_shard_of_minus_infinity() {
 }
 
 void test_transform() {
+  const auto tanh = [](double x) { return tanh_of(x); };
+  const auto resolved = [](double scale, double cap) {
+    return LogitTransform<double>{scale, cap}.resolved();
+  };
   for (const double at : {30.0, 0.5}) {
     for (const double z : {-50.0, -1.0, 0.0, 0.3, 40.0}) {
-      const LogitTransform<double> cap{1.7, at};
-      const auto t = cap.with_derivatives(z);
+      const auto cap = resolved(1.7, at);
+      const auto t = cap.with_derivatives(z, tanh);
       CHECK_CLOSE(t.x, at * std::tanh(1.7 * z / at), 1e-15);
-      CHECK_CLOSE(t.x, cap.apply(z), 0);
+      CHECK_CLOSE(t.x, cap.apply(z, tanh), 0);
       const double h = 1e-6;
-      CHECK_CLOSE(t.dx_dz, (cap.apply(z + h) - cap.apply(z - h)) / (2 * h), 1e-8);
-      const LogitTransform<double> up{1.7 + h, at}, down{1.7 - h, at};
-      CHECK_CLOSE(t.dx_dscale, (up.apply(z) - down.apply(z)) / (2 * h), 1e-8);
+      CHECK_CLOSE(t.dx_dz, (cap.apply(z + h, tanh) - cap.apply(z - h, tanh)) / (2 * h), 1e-8);
+      const auto up = resolved(1.7 + h, at), down = resolved(1.7 - h, at);
+      CHECK_CLOSE(t.dx_dscale, (up.apply(z, tanh) - down.apply(z, tanh)) / (2 * h), 1e-8);
     }
     CHECK((LogitTransform<double>{1.0, at}.kind() == TransformKind::softcap));
   }
   CHECK(LogitTransform<double>().kind() == TransformKind::identity);
-  const auto flat = LogitTransform<double>{1.0, 30.0}.with_derivatives(-inf);
+  const auto flat = resolved(1.0, 30.0).with_derivatives(-inf, tanh);
   CHECK(flat.x == -30.0 && flat.dx_dz == 0 && flat.dx_dscale == 0);
   const double learned = 2.0;
   const LogitTransform<double> by_pointer{1.0, 0.0, &learned};

@@ -107,11 +107,12 @@ void run(cpu::Isa isa, const Case<T>& c) {
       for (int64_t i = 0; i < c.columns; ++i) CHECK(to_real(g[i]) == 0);
       continue;
     }
-    const LogitTransform<double> transform{double(c.scale), double(c.cap)};
+    const auto transform = LogitTransform<double>{double(c.scale), double(c.cap)}.resolved();
+    const auto tanh = [](double x) { return tanh_of(x); };
     std::vector<double> x(size_t(c.vocab_size));
     double max = -INFINITY, sum = 0, entropy = 0, squares = 0, mean = 0, weights = 0;
     for (int64_t i = 0; i < c.vocab_size; ++i) {
-      x[size_t(i)] = transform.apply(to_real(first[row * c.stride + i]));
+      x[size_t(i)] = transform.apply(to_real(first[row * c.stride + i]), tanh);
       max = std::fmax(max, x[size_t(i)]);
     }
     for (const double v : x) sum += std::exp(v - max);
@@ -143,7 +144,7 @@ void run(cpu::Isa isa, const Case<T>& c) {
                   up[Stat::log_prob][r] * ((i == targets[r]) - p);
       if (p > 0) dx -= up[Stat::entropy][r] * p * (log_p(i) + entropy);
       dx += up[Stat::log_sum_sq_probs][r] * 2 * p * (p / squares - 1);
-      const auto chain = transform.with_derivatives(to_real(first[row * c.stride + i]));
+      const auto chain = transform.with_derivatives(to_real(first[row * c.stride + i]), tanh);
       CHECK_CLOSE(to_real(g[i]), dx * chain.dx_dz, store_tolerance<T>() * 20);
       if (chain.dx_dscale > -INFINITY && dx != 0) expected_scale += dx * chain.dx_dscale;
     }
