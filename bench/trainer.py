@@ -89,7 +89,7 @@ def _cells(measured: list[Measured], stock: list[Measured]) -> list[str]:
     if not all(peaks):
         return [f"{seconds:.2f} s", f"{seconds / of_stock:.2f}", "-", "-"]
     peak, stock_peak = (statistics.median(x) for x in peaks)
-    memory = [f"{peak / 2**20:,.0f} MiB", f"{peak / stock_peak:.2f}"]
+    memory = [f"{peak / 2**20:,.0f} MiB", f"{peak / stock_peak:.2f}" if stock_peak else "-"]
     return [f"{seconds:.2f} s", f"{seconds / of_stock:.2f}", *memory]
 
 
