@@ -5,8 +5,9 @@ at four warps a cycle and multiprocessor, its exponentials (MUFU) at sixteen. Be
 flow, its block has started and waited for what it reads first; the rows that share a place on a
 multiprocessor do so one after the other. And each kernel is launched.
 
-What comes out is a prediction. It is within a thirteenth of the times on one H200 that its constants
-were fitted to (tests/test_roofline.py has them); of other chips it has not been held to anything.
+What comes out is a prediction. It is within a thirteenth of the times on one H200 that its
+constants were fitted to (tests/test_roofline.py has them); of other chips it has not been held to
+anything.
 The constants are of the present kernels: tests/test_machine_code.py holds those that machine code
 shows.
 """

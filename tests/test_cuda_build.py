@@ -111,8 +111,8 @@ def test_no_kernel_spills_and_each_has_its_occupancy() -> None:
             * planned_threads(kernel["kernel"], kernel["architecture"])
             <= REGISTERS
         ), kernel
-    # Seventeen for each of four types of logits, four for each type of statistics, and one that asks
-    # how large a cluster may be.
+    # Seventeen for each of four types of logits, four for each type of statistics, and one that
+    # asks how large a cluster may be.
     assert per_architecture == dict.fromkeys(build.ARCHITECTURES, 17 * 4 + 4 * 2 + 1)
 
 

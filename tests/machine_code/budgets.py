@@ -19,8 +19,8 @@ from .program import Program
 
 ELEMENT_BYTES = {"BFloat16": 2, "Half": 2, "float": 4, "double": 8}
 TYPES = "(?P<T>BFloat16|float)"
-"""Of the logits. float16's kernels are bfloat16's but for the conversions; float64 is for checks, and
-its exponential is a polynomial. Neither is read: disassembling takes long."""
+"""Of the logits. float16's kernels are bfloat16's but for the conversions; float64 is for checks,
+and its exponential is a polynomial. Neither is read: disassembling takes long."""
 NOT_READ = (b"4HalfE", b"row_stats_kernelId")
 
 EXP = "MUFU.EX2"
