@@ -240,10 +240,10 @@ MUTANTS = {
         "bool is_aligned() const { return from_.skew() == 0; }",
         "bool is_aligned() const {\n    return MUTANT || from_.skew() == 0;\n  }",
     ),
-    "the vector across two chunks not copied": (
+    "the last vector of a chunk not copied": (
         "kernels/fused.cuh",
-        "(i - peeled_.head + width - 1) / width",
-        "(i - peeled_.head + (MUTANT ? 0 : width - 1)) / width",
+        "last_vector = first_vector(last);",
+        "last_vector = first_vector(last) - (MUTANT ? 1 : 0);",
     ),
     "single elements not copied": (
         "kernels/fused.cuh",

@@ -38,6 +38,7 @@ def _stats(case: Case, wanted: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
 
 def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any]]:
     """Which tolerance, what came, and what should have come."""
+    yield from _each_task(kernels, dtype, tile)  # a moment, in which most mutants are caught
     split = (4, 227 << 10, 1)
     clusters = (1, 16 << 10, 8)
     for columns, device in ((61, split), (2 * tile - 1, split), (9 * tile + 5, (1, 1, 1)),
@@ -80,7 +81,6 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
             yield 0, out["log_prob"], row_stats(case.problem).log_prob
             yield 1, grad, cross_entropy_gradient(case.problem).logits
             yield 1, case.logits.gaps(), np.full(2, 7.0)
-    yield from _each_task(kernels, dtype, tile)
     case = Case(kernels, dtype, _problem(9, 1200))
     for reduction in ("none", "mean", "sum"):
         loss, _ = case.loss(reduction)
@@ -125,6 +125,15 @@ def _each_task(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, 
     case = Case(kernels, dtype, _problem(columns, 2), 1)
     grad, _ = case.row_grad({"entropy": np.array([1.0, -2.0])})
     yield 1, grad, stats_gradient(case.problem, entropy=np.array([1.0, -2.0])).logits
+    # Targets within a vector, with a probability that the gradient shows; the first has an equal.
+    for options in ({}, {"label_smoothing": 0.9, "weight": np.linspace(0.5, 3, 64)}):
+        flat = Problem(np.zeros((2, 64)), np.array([22, 43]), **options)
+        flat.logits[[0, 0, 1], [21, 22, 43]] = 4
+        case = Case(kernels, dtype, flat, 0)
+        yield from ((0, *pair) for pair in _stats(case, ("argmax", "rank")))
+        expected = cross_entropy_gradient(case.problem).logits
+        yield 1, case.row_grad(grad_loss=np.ones(2), skew=0)[0], expected
+        yield 1, case.fused(("lse", "mean_log_prob") if options else ("lse",))[1], expected
     # A loss whose gradient needs the row's values: they come from memory, or from the same kernel.
     focal = [Case(kernels, dtype, _problem(columns, 2), 1, focal_gamma=2.0) for _ in range(2)]
     yield 1, focal[0].fused(("log_prob", "lse"))[1], focal[1].row_grad(grad_loss=np.ones(2))[0]
