@@ -81,6 +81,11 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
             yield 0, out["log_prob"], row_stats(case.problem).log_prob
             yield 1, grad, cross_entropy_gradient(case.problem).logits
             yield 1, case.logits.gaps(), np.full(2, 7.0)
+    # Chunks of two tiles, some of which a block keeps.
+    case = Case(kernels, dtype, _problem(260 * tile, 1), 0, device=(1, 64 << 10, 4))
+    out, grad = case.fused(("log_prob", "lse"))
+    yield 0, out["log_prob"], row_stats(case.problem).log_prob
+    yield 1, grad, cross_entropy_gradient(case.problem).logits
     case = Case(kernels, dtype, _problem(9, 1200))
     for reduction in ("none", "mean", "sum"):
         loss, _ = case.loss(reduction)
