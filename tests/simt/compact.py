@@ -139,6 +139,12 @@ def _each_task(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, 
         expected = cross_entropy_gradient(case.problem).logits
         yield 1, case.row_grad(grad_loss=np.ones(2), skew=0)[0], expected
         yield 1, case.fused(("lse", "mean_log_prob") if options else ("lse",))[1], expected
+    # The scale's gradient, of a loss that needs nothing else.
+    case = Case(kernels, dtype, _problem(61, 2, scale=0.1), 0)
+    expected = cross_entropy_gradient(case.problem)
+    _, scale = case.row_grad(grad_loss=np.ones(2), skew=0, with_scale=True)
+    size = np.abs(expected.scale).max() + 1
+    yield 1, scale / size, expected.scale / size
     # A loss whose gradient needs the row's values: they come from memory, or from the same kernel.
     focal = [Case(kernels, dtype, _problem(columns, 2), 1, focal_gamma=2.0) for _ in range(2)]
     yield 1, focal[0].fused(("log_prob", "lse"))[1], focal[1].row_grad(grad_loss=np.ones(2))[0]
