@@ -178,6 +178,59 @@ def test_plans_of_common_sizes() -> None:
     assert plan(100_000, 300, 2)["row_stats"].startswith("a warp for each row")
 
 
+NO_CLUSTERS = (108, 163 << 10, 164 << 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "element_bytes", "blocks"),
+    [
+        (4096, 2, 0),  # 8 KB: a warp
+        (16384, 2, 1),
+        (32767, 2, 1),
+        (32768, 2, 2),  # 64 KB
+        (128256, 2, 7),
+        (128256, 4, 15),
+        (262144, 4, 32),
+    ],
+)
+def test_a_block_writes_at_least_32_kb_of_a_gradient(
+    vocab_size: int, element_bytes: int, blocks: int
+) -> None:
+    share = plan(8192, vocab_size, element_bytes)["row_grad"]
+    words = "a warp" if blocks == 0 else f"{blocks} block{'s' if blocks > 1 else ''} of"
+    assert share.startswith(words)
+    if blocks > 1:
+        assert f"; {8192 * blocks} blocks of 256 threads" in share
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "element_bytes", "device", "cluster", "threads", "rest"),
+    [
+        # Three blocks of 256 threads fit in a multiprocessor, or two of 384.
+        (32000, 2, info.H100, "one block", 256, "the row is kept there"),
+        (50257, 2, info.H100, "one block", 384, "the row is kept there"),
+        (128256, 2, info.H100, "a cluster of 4 blocks", 256, "the row is kept there"),
+        (1000, 2, info.H100, "one block", 32, "the row is kept there"),
+        (32000, 2, NO_CLUSTERS, "one block", 384, "the row is kept there"),
+        (128256, 2, NO_CLUSTERS, "one block", 384, "23 of 63 chunks are read twice"),
+        (262144, 4, NO_CLUSTERS, "one block", 384, "218 of 256 chunks are read twice"),
+    ],
+)
+def test_blocks_that_keep_a_row_in_shared_memory(
+    vocab_size: int, element_bytes: int, device: Any, cluster: str, threads: int, rest: str
+) -> None:
+    fused = plan(8192, vocab_size, element_bytes, device)["fused"].split("; ")
+    assert fused[0] == f"{cluster} for each row"
+    assert fused[1].endswith(f" blocks of {threads} threads")
+    assert fused[3] == rest
+    bytes_of_block = int(fused[2].split()[0])
+    _, of_block, of_multiprocessor, _ = device
+    assert bytes_of_block <= of_block
+    if "kept" in rest:
+        resident = 3 if threads < 384 else 2
+        assert resident * (bytes_of_block + 1024) <= of_multiprocessor
+
+
 def test_few_rows_do_not_run_on_one_multiprocessor() -> None:
     for vocab_size in (32000, 262144):
         few = plan(1, vocab_size, 2)
@@ -186,9 +239,8 @@ def test_few_rows_do_not_run_on_one_multiprocessor() -> None:
         assert not few["row_grad"].startswith("1 block")
     assert plan(1, 128256, 2)["fused"].startswith("a cluster of 16 blocks")
     assert plan(4, 32000, 2)["fused"].startswith("a cluster of 8 blocks")
-    no_clusters = (108, 163 << 10, 164 << 10, 1)
-    assert plan(1, 32000, 2, no_clusters)["fused"] == "row_stats, then row_grad in place"
-    assert plan(1, 262144, 2, no_clusters)["fused"] == "row_stats, then row_grad in place"
+    assert plan(1, 32000, 2, NO_CLUSTERS)["fused"] == "row_stats, then row_grad in place"
+    assert plan(1, 262144, 2, NO_CLUSTERS)["fused"] == "row_stats, then row_grad in place"
 
 
 def test_a_rows_chunks_do_not_depend_on_the_number_of_rows() -> None:

@@ -134,6 +134,197 @@ MUTANTS = {
         "if (staged_end < end) {",
         "if (!MUTANT && staged_end < end) {",
     ),
+    "the last of equal logits": (
+        "kernels/chunks.cuh",
+        "place = x[v][i] == largest ? i : place;",
+        "place = x[v][i] == largest && !(MUTANT && place > 0) ? i : place;",
+    ),
+    "a squared sum moved once": (
+        "kernels/chunks.cuh",
+        "state.sum_sq_exp *= factor * factor;",
+        "state.sum_sq_exp *= MUTANT ? factor : factor * factor;",
+    ),
+    "an entropy's sum not moved": (
+        "kernels/chunks.cuh",
+        "state.sum_x_exp = factor == Real(0) ? Real(0) : moved;",
+        "if (!MUTANT) state.sum_x_exp = factor == Real(0) ? Real(0) : moved;",
+    ),
+    "a mean's sum not moved": (
+        "kernels/chunks.cuh",
+        "fma_of(state.sum_weights, reference_before - state.reference(), state.sum_weighted);",
+        "fma_of(MUTANT ? Real(0) : state.sum_weights, reference_before - state.reference(),\n"
+        "                 state.sum_weighted);",
+    ),
+    "a weight of the column before": (
+        "kernels/chunks.cuh",
+        "? in.weights.at(row, column + i) : Real(0)",
+        "? in.weights.at(row, column + (MUTANT ? 0 : i)) : Real(0)",
+    ),
+    "equal weights not multiplied in": (
+        "kernels/chunks.cuh",
+        "state.sum_weighted *= in.weights.beta;",
+        "state.sum_weighted *= MUTANT ? Real(1) : in.weights.beta;",
+    ),
+    "no entropy in a copied state": (
+        "kernels/chunks.cuh",
+        "if (wanted.floats[Stat::entropy]) to.sum_x_exp",
+        "if (!MUTANT && wanted.floats[Stat::entropy]) to.sum_x_exp",
+    ),
+    "no squares in a copied state": (
+        "kernels/chunks.cuh",
+        "if (wanted.floats[Stat::log_sum_sq_probs]) to.sum_sq_exp",
+        "if (!MUTANT && wanted.floats[Stat::log_sum_sq_probs]) to.sum_sq_exp",
+    ),
+    "no mean in a copied state": (
+        "kernels/chunks.cuh",
+        "if (wanted.floats[Stat::mean_log_prob]) {",
+        "if (!MUTANT && wanted.floats[Stat::mean_log_prob]) {",
+    ),
+    "no order in a copied state": (
+        "kernels/chunks.cuh",
+        "if (wanted.order()) {",
+        "if (!MUTANT && wanted.order()) {",
+    ),
+    "pieces that overlap": (
+        "kernels/gradient.cuh",
+        "first += part.count * piece) {",
+        "first += part.count * piece - (MUTANT ? part.threads : 0)) {",
+    ),
+    "single elements by every group": (
+        "kernels/gradient.cuh",
+        "if (part.index == 0) {",
+        "if (MUTANT || part.index == 0) {",
+    ),
+    "another column for the target": (
+        "kernels/gradient.cuh",
+        "at_target = element_at<T>(loaded[i], place);",
+        "at_target = element_at<T>(loaded[i], MUTANT ? 0 : place);",
+    ),
+    "no logit for a target beside the vectors": (
+        "kernels/gradient.cuh",
+        "at_target = z;",
+        "at_target = MUTANT ? Real(0) : z;",
+    ),
+    "an unaligned copy as an aligned one": (
+        "kernels/gradient.cuh",
+        "if (skew_of(out) == skew_of(logits.at(begin))) {",
+        "if (MUTANT || skew_of(out) == skew_of(logits.at(begin))) {",
+    ),
+    "the gradient of a capped logit not chained": (
+        "kernels/gradient.cuh",
+        "return g * logit.dx_dz;",
+        "return MUTANT ? g : g * logit.dx_dz;",
+    ),
+    "one weight for all columns of a gradient": (
+        "kernels/gradient.cuh",
+        ": in.weights.at(row, column);",
+        ": in.weights.at(row, MUTANT ? 0 : column);",
+    ),
+    "the coefficients of another warp's row": (
+        "kernels/row_grad.cuh",
+        "(share.is_warp() ? simt::warp_index() : 0);",
+        "(share.is_warp() && !MUTANT ? simt::warp_index() : 0);",
+    ),
+    "the coefficients by another warp": (
+        "kernels/fused.cuh",
+        "if (warp == 0) {\n    total",
+        "if (warp == (MUTANT ? 1 : 0)) {\n    total",
+    ),
+    "the first chunk not copied": (
+        "kernels/fused.cuh",
+        "if (chunk < staged_chunk) staged.start(",
+        "if (!MUTANT && chunk < staged_chunk) staged.start(",
+    ),
+    "an unaligned row waited for by its own warp": (
+        "kernels/fused.cuh",
+        "bool is_aligned() const { return from_.skew() == 0; }",
+        "bool is_aligned() const {\n    return MUTANT || from_.skew() == 0;\n  }",
+    ),
+    "the last vector of a chunk not copied": (
+        "kernels/fused.cuh",
+        "last_vector = first_vector(last);",
+        "last_vector = first_vector(last) - (MUTANT ? 1 : 0);",
+    ),
+    "single elements not copied": (
+        "kernels/fused.cuh",
+        "if (at >= first && at < last) to_[at]",
+        "if (!MUTANT && at >= first && at < last) to_[at]",
+    ),
+    "half of a copy's rounds": (
+        "kernels/fused.cuh",
+        "v += tile_vectors * stride) {",
+        "v += (MUTANT ? 2 : 1) * tile_vectors * stride) {",
+    ),
+    "a chunk too many in shared memory": (
+        "kernels/fused.cuh",
+        "const bool is_staged = chunk < staged_chunk;",
+        "const bool is_staged = chunk < staged_chunk + (MUTANT ? 1 : 0);",
+    ),
+    "a part that is not there written from shared memory": (
+        "kernels/fused.cuh",
+        "gradient.write(*coefficients, others,",
+        "gradient.write(*coefficients, MUTANT ? columns : others,",
+    ),
+    "no values for a gradient that reads them": (
+        "kernels/fused.cuh",
+        "if (source.options.gradient_reads_values()) {",
+        "if (!MUTANT && source.options.gradient_reads_values()) {",
+    ),
+    "no weights for a fused gradient": (
+        "kernels/fused.cuh",
+        "known.state[StateField::sum_weights] = total.sum_weights;",
+        "known.state[StateField::sum_weights] = MUTANT ? Real(0) : total.sum_weights;",
+    ),
+    "a mean without its task": (
+        "kernels/tasks.cuh",
+        "if (wanted.floats[Stat::mean_log_prob]) needed",
+        "if (!MUTANT && wanted.floats[Stat::mean_log_prob]) needed",
+    ),
+    "unequal weights as equal ones": (
+        "kernels/tasks.cuh",
+        "needed |= in.weights.is_constant() ? mean : rest;",
+        "needed |= MUTANT || in.weights.is_constant() ? mean : rest;",
+    ),
+    "entropy without its task": (
+        "kernels/tasks.cuh",
+        "if (wanted.floats[Stat::entropy]) needed",
+        "if (!MUTANT && wanted.floats[Stat::entropy]) needed",
+    ),
+    "squares without their task": (
+        "kernels/tasks.cuh",
+        "if (wanted.floats[Stat::log_sum_sq_probs]) needed",
+        "if (!MUTANT && wanted.floats[Stat::log_sum_sq_probs]) needed",
+    ),
+    "order without its task": (
+        "kernels/tasks.cuh",
+        "if (wanted.order()) needed",
+        "if (!MUTANT && wanted.order()) needed",
+    ),
+    "a gradient of entropy without its task": (
+        "kernels/tasks.cuh",
+        "if (Stat::needs_more_sums(stat) && source.has(stat)) needed",
+        "if (!MUTANT && Stat::needs_more_sums(stat) && source.has(stat)) needed",
+    ),
+    "a gradient of unequal weights as of equal ones": (
+        "kernels/tasks.cuh",
+        "if (!in.weights.is_constant() && source",
+        "if (!MUTANT && !in.weights.is_constant() && source",
+    ),
+    "a gradient of the scale without its task": (
+        "kernels/tasks.cuh",
+        "if (with_scale) needed",
+        "if (!MUTANT && with_scale) needed",
+    ),
+    "a kernel that lacks a task": (
+        "kernels/tasks.cuh",
+        "if (is_found || task::has(needed, ~tasks)) return;",
+        "if (is_found || (!MUTANT && task::has(needed, ~tasks))) return;",
+    ),
+    "gradient blocks of one row on the next": (
+        "kernels/share.cuh",
+        "int(simt::block_index_x() % unsigned(blocks_per_row)), blocks_per_row};",
+        "int(simt::block_index_x() % unsigned(blocks_per_row + int(MUTANT))), blocks_per_row};",
+    ),
     "a row of losses too many": (
         "kernels/reduce.cuh",
         "if (row < rows.rows) loss[row]",

@@ -18,6 +18,7 @@ from .program import registers
 ARITHMETIC = ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "DADD", "DMUL", "DFMA", "HADD2",
               "HMUL2", "HFMA2", "MUFU", "F2FP", "F2F")  # fmt: skip
 EXACT = ("FMNMX", "FMNMX3", "HMNMX2", "VHMNMX", "HSETP2", "FSETP", "FSEL")
+OF_INTEGERS = ("I2F", "I2FP")  # a number that no arithmetic of this path has made
 NUMBER = "x"
 
 
@@ -42,7 +43,7 @@ def opcodes(path: HotPath) -> Counter[str]:
 
 
 def _shape(instruction: Instruction, shapes: dict[str, str]) -> str:
-    if instruction.kind in EXACT:
+    if instruction.kind in (*EXACT, *OF_INTEGERS):
         return NUMBER
     taken = [_of_operand(operand, shapes) for operand in _sources(instruction)]
     if instruction.kind in ARITHMETIC:

@@ -73,8 +73,21 @@ BUDGETS = (
            instructions={2: 10.9, 4: 19.1}, branches=6, mufu=SUM_MUFU, chain=2, waits=0),
     Budget(f"row_stats_kernel<{TYPES}, 1u>", REDUCE, vectors=4,
            instructions={2: 8.3, 4: 15.0}, branches=8, mufu=SUM_MUFU, chain=2, waits=0),
+    # The capped logits' branch has two MUFU more, the other none: these are not counted.
+    Budget(f"row_stats_kernel<{TYPES}, 3u>", REDUCE, vectors=4,
+           instructions={2: 9.9, 4: 17.8}, branches=8, chain=2, waits=0),
+    Budget(f"row_stats_kernel<{TYPES}, 14u>", REDUCE, vectors=4,
+           instructions={2: 22.6, 4: 30.8}, branches=10, mufu=SUM_MUFU, chain=2, waits=0),
+    Budget(f"row_stats_kernel<{TYPES}, 15u>", REDUCE, vectors=4,
+           instructions={2: 16.6, 4: 25.9}, branches=11, chain=3, waits=0),
+    Budget(f"row_stats_kernel<{TYPES}, 31u>", REDUCE, vectors=4,
+           instructions={2: 17.6, 4: 27.1}, branches=19, chain=2, waits=0),
     Budget(f"row_grad_kernel<{TYPES}, 0u>", WRITE, vectors=4,
            instructions={2: 8.6, 4: 17.5}, branches=12, mufu=GRAD_MUFU, chain=3, waits=1),
+    Budget(f"row_grad_kernel<{TYPES}, 1u>", WRITE, vectors=4,
+           instructions={2: 12.2, 4: 20.6}, branches=44, mufu=GRAD_MUFU, chain=3, waits=1),
+    Budget(f"row_grad_kernel<{TYPES}, 31u>", WRITE, vectors=4,
+           instructions={2: 27.9, 4: 38.5}, branches=76, mufu=GRAD_MUFU, chain=2, waits=1),
     Budget(f"row_grad_kernel<{TYPES}, 4u>", WRITE, vectors=4,
            instructions={2: 16.6, 4: 25.5}, branches=12, mufu=GRAD_MUFU, chain=3, waits=1),
     Budget(f"fused_kernel<{TYPES}, 0u, 0u>", REDUCE, vectors=4,
@@ -83,6 +96,10 @@ BUDGETS = (
            instructions={2: 8.8, 4: 16.8}, branches=6, mufu=SUM_MUFU, chain=2, waits=0),
     Budget(f"fused_kernel<{TYPES}, [02]u, 0u>", WRITE, vectors=4,
            instructions={2: 8.2, 4: 16.6}, branches=12, mufu=GRAD_MUFU),
+    Budget(f"fused_kernel<{TYPES}, 31u, 31u>", REDUCE, vectors=4,
+           instructions={2: 17.5, 4: 27.2}, branches=19, chain=6, waits=0),
+    Budget(f"fused_kernel<{TYPES}, 31u, 31u>", WRITE, vectors=4,
+           instructions={2: 22.3, 4: 34.6}, branches=48, mufu=GRAD_MUFU),
     Budget(f"scale_kernel<{TYPES}>", MULTIPLY, vectors=1,
            instructions={2: 4.0, 4: 3.2}, branches=1, chain=1, waits=1),
 )  # fmt: skip
@@ -91,6 +108,7 @@ BUDGETS = (
 # They are of the same type and architecture.
 EQUAL = (
     (f"row_stats_kernel<{TYPES}, 0u>", f"fused_kernel<{TYPES}, 0u, 0u>", REDUCE),
+    (f"row_stats_kernel<{TYPES}, 2u>", f"fused_kernel<{TYPES}, 2u, 0u>", REDUCE),
     (f"row_grad_kernel<{TYPES}, 0u>", f"fused_kernel<{TYPES}, 0u, 0u>", WRITE),
     (f"row_grad_kernel<{TYPES}, 0u>", f"fused_kernel<{TYPES}, 2u, 0u>", WRITE),
 )

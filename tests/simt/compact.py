@@ -38,6 +38,7 @@ def _stats(case: Case, wanted: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
 
 def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any]]:
     """Which tolerance, what came, and what should have come."""
+    yield from _each_task(kernels, dtype, tile)  # a moment, in which most mutants are caught
     split = (4, 227 << 10, 1)
     clusters = (1, 16 << 10, 8)
     for columns, device in ((61, split), (2 * tile - 1, split), (9 * tile + 5, (1, 1, 1)),
@@ -80,6 +81,11 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
             yield 0, out["log_prob"], row_stats(case.problem).log_prob
             yield 1, grad, cross_entropy_gradient(case.problem).logits
             yield 1, case.logits.gaps(), np.full(2, 7.0)
+    # Chunks of two tiles, some of which a block keeps.
+    case = Case(kernels, dtype, _problem(260 * tile, 1), 0, device=(1, 64 << 10, 4))
+    out, grad = case.fused(("log_prob", "lse"))
+    yield 0, out["log_prob"], row_stats(case.problem).log_prob
+    yield 1, grad, cross_entropy_gradient(case.problem).logits
     case = Case(kernels, dtype, _problem(9, 1200))
     for reduction in ("none", "mean", "sum"):
         loss, _ = case.loss(reduction)
@@ -96,6 +102,52 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
         expected = case.logits.values() * 0.5
         yield 1, case.scaled(0.5), expected
         yield 1, case.logits.gaps(), np.full(2, 7.0)
+
+
+def _each_task(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any]]:
+    """Kernels that are compiled for a few tasks: each is asked for what is just enough for it."""
+    columns = 2 * tile + 5
+    weight = np.linspace(0.5, 3, columns)
+    for options in ({}, {"softcap": 50.0}, {"label_smoothing": 0.1, "weight": weight}):
+        for wanted in (("log_prob", "lse"), ("mean_log_prob",), ("entropy",), ("argmax", "rank"),
+                       ("log_sum_sq_probs",)):  # fmt: skip
+            if "weight" not in options or wanted == ("mean_log_prob",):
+                case = Case(kernels, dtype, _problem(columns, 2, **options), 1)
+                yield from ((0, *pair) for pair in _stats(case, wanted))
+    few = (1, 16 << 10, 1)
+    for options in ({"softcap": 50.0}, {"label_smoothing": 0.1}, {"z_loss": 0.01},
+                    {"label_smoothing": 0.1, "weight": weight}):  # fmt: skip
+        p = _problem(columns, 2, **options)
+        case = Case(kernels, dtype, p, 1)
+        expected = cross_entropy_gradient(case.problem).logits
+        size = np.abs(expected).max() + 1
+        yield 1, case.row_grad(grad_loss=np.ones(2), skew=2)[0] / size, expected / size
+        # In clusters, and where a part of the row is read twice.
+        for device in ((1, 6 << 10, 4), few):
+            case = Case(kernels, dtype, p, 1, device=device)
+            wanted = ("log_prob", "lse", "mean_log_prob") if p.label_smoothing else ("lse",)
+            yield 1, case.fused(wanted)[1] / size, expected / size
+    case = Case(kernels, dtype, _problem(columns, 2), 1)
+    grad, _ = case.row_grad({"entropy": np.array([1.0, -2.0])})
+    yield 1, grad, stats_gradient(case.problem, entropy=np.array([1.0, -2.0])).logits
+    # Targets within a vector, with a probability that the gradient shows; the first has an equal.
+    for options in ({}, {"label_smoothing": 0.9, "weight": np.linspace(0.5, 3, 64)}):
+        flat = Problem(np.zeros((2, 64)), np.array([22, 43]), **options)
+        flat.logits[[0, 0, 1], [21, 22, 43]] = 4
+        case = Case(kernels, dtype, flat, 0)
+        yield from ((0, *pair) for pair in _stats(case, ("argmax", "rank")))
+        expected = cross_entropy_gradient(case.problem).logits
+        yield 1, case.row_grad(grad_loss=np.ones(2), skew=0)[0], expected
+        yield 1, case.fused(("lse", "mean_log_prob") if options else ("lse",))[1], expected
+    # The scale's gradient, of a loss that needs nothing else.
+    case = Case(kernels, dtype, _problem(61, 2, scale=0.1), 0)
+    expected = cross_entropy_gradient(case.problem)
+    _, scale = case.row_grad(grad_loss=np.ones(2), skew=0, with_scale=True)
+    size = np.abs(expected.scale).max() + 1
+    yield 1, scale / size, expected.scale / size
+    # A loss whose gradient needs the row's values: they come from memory, or from the same kernel.
+    focal = [Case(kernels, dtype, _problem(columns, 2), 1, focal_gamma=2.0) for _ in range(2)]
+    yield 1, focal[0].fused(("log_prob", "lse"))[1], focal[1].row_grad(grad_loss=np.ones(2))[0]
 
 
 def find_fault(kernels: Any, dtype: str) -> str | None:
