@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import llmloss_ext
+from llmloss_ext.chips import A100
 from llmloss_ext.cli import info, main
 from llmloss_ext.ops.library import LIBRARY
 
@@ -178,7 +179,7 @@ def test_plans_of_common_sizes() -> None:
     assert plan(100_000, 300, 2)["row_stats"].startswith("a warp for each row")
 
 
-NO_CLUSTERS = (108, 163 << 10, 164 << 10, 1)
+NO_CLUSTERS = A100.limits
 
 
 @pytest.mark.parametrize(
