@@ -125,13 +125,14 @@ def _each_task(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, 
         # In clusters, and where a part of the row is read twice.
         for device in ((1, 6 << 10, 4), few):
             case = Case(kernels, dtype, p, 1, device=device)
-            wanted = ("log_prob", "lse", "mean_log_prob") if p.label_smoothing else ("lse",)
-            yield 1, case.fused(wanted)[1] / size, expected / size
+            reads = ("log_prob", "lse", "mean_log_prob") if p.label_smoothing else ("lse",)
+            yield 1, case.fused(reads)[1] / size, expected / size
     case = Case(kernels, dtype, _problem(columns, 2), 1)
     grad, _ = case.row_grad({"entropy": np.array([1.0, -2.0])})
     yield 1, grad, stats_gradient(case.problem, entropy=np.array([1.0, -2.0])).logits
     # Targets within a vector, with a probability that the gradient shows; the first has an equal.
-    for options in ({}, {"label_smoothing": 0.9, "weight": np.linspace(0.5, 3, 64)}):
+    smoothed: dict[str, Any] = {"label_smoothing": 0.9, "weight": np.linspace(0.5, 3, 64)}
+    for options in ({}, smoothed):
         flat = Problem(np.zeros((2, 64)), np.array([22, 43]), **options)
         flat.logits[[0, 0, 1], [21, 22, 43]] = 4
         case = Case(kernels, dtype, flat, 0)
@@ -141,10 +142,10 @@ def _each_task(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, 
         yield 1, case.fused(("lse", "mean_log_prob") if options else ("lse",))[1], expected
     # The scale's gradient, of a loss that needs nothing else.
     case = Case(kernels, dtype, _problem(61, 2, scale=0.1), 0)
-    expected = cross_entropy_gradient(case.problem)
+    by_scale = cross_entropy_gradient(case.problem).scale
     _, scale = case.row_grad(grad_loss=np.ones(2), skew=0, with_scale=True)
-    size = np.abs(expected.scale).max() + 1
-    yield 1, scale / size, expected.scale / size
+    size = np.abs(by_scale).max() + 1
+    yield 1, scale / size, by_scale / size
     # A loss whose gradient needs the row's values: they come from memory, or from the same kernel.
     focal = [Case(kernels, dtype, _problem(columns, 2), 1, focal_gamma=2.0) for _ in range(2)]
     yield 1, focal[0].fused(("log_prob", "lse"))[1], focal[1].row_grad(grad_loss=np.ones(2))[0]

@@ -3,10 +3,10 @@
 //
 // A kernel's `tasks` are a sum of the bits below. Not every sum is compiled: TaskList chooses the
 // first kernel of a list, the cheapest first, that does all that is needed (launch.cuh has the
-// lists). The arithmetic of a statistic does not depend on what else is computed: every product that
-// is fused with a sum is written as fma_of, and the compiler may fuse no other (-fmad=false). So
-// kernels of different tasks agree bit by bit. A gradient with the task `entropy` has a formula of
-// its own: the fused and the separate kernels that a loss may run agree in whether they have it.
+// lists). The arithmetic of a statistic does not depend on what else is computed: every product
+// that is fused with a sum is written as fma_of, and the compiler may fuse no other (-fmad=false).
+// So kernels of different tasks agree bit by bit. A gradient with the task `entropy` has a formula
+// of its own: the fused and the separate kernels that a loss may run agree in whether they have it.
 #pragma once
 
 #include "../../core/params.h"
