@@ -131,6 +131,8 @@ class Case:
     focal_gamma: float = 0.0
     logits: Rows = field(init=False)
     told: dict[str, Any] = field(init=False, default_factory=dict)
+    _parts: dict[int, list[Any]] = field(init=False, default_factory=dict)
+    """The arrays that lie from an address on."""
 
     def __post_init__(self) -> None:
         self.real = np.float64 if self.dtype == "float64" else np.float32
@@ -152,12 +154,40 @@ class Case:
         memory = GuardedMemory(array.nbytes)
         memory.bytes[...] = array.reshape(-1).view(np.uint8)
         self._keep.append(memory)
-        return int(memory.bytes.ctypes.data)
+        return self._address_of(memory.bytes)
+
+    def _address_of(self, array: Any) -> int:
+        address = int(array.ctypes.data)
+        self._parts[address] = [array]
+        return address
+
+    def _address_of_rows(self, rows: Rows) -> int:
+        few = rows.rows <= 8
+        parts = [rows.row(i) for i in range(rows.rows)] if few else [rows.array]
+        self._parts[rows.address] = parts
+        return rows.address
+
+    def _run(self, kernel: str, arguments: dict[str, Any], *more: int) -> Any:
+        """Calls a binding of kernels.cpp, which knows the arrays by the arguments' names.
+
+        Where accesses are seen, the arrays are watched by these names: a few rows as "logits 0" and so on.
+        """
+        if hasattr(self.kernels, "watch"):
+            self.kernels.forget_all()
+            watched: set[int] = set()
+            for name, value in arguments.items():
+                if type(value) is int and value in self._parts and value not in watched:
+                    watched.add(value)
+                    parts = self._parts[value]
+                    for i, part in enumerate(parts):
+                        of_part = f"{name} {i}" if len(parts) > 1 else name
+                        self.kernels.watch(of_part, int(part.ctypes.data), part.nbytes)
+        return getattr(self.kernels, kernel)(arguments, *more)
 
     def _arguments(self) -> dict[str, Any]:
         p = self.problem
         d: dict[str, Any] = {
-            "logits": self.logits.address,
+            "logits": self._address_of_rows(self.logits),
             "layout": self.logits.layout,
             "rows": p.rows,
             "columns": p.columns,
@@ -179,7 +209,7 @@ class Case:
             d["targets"] = self._address(p.target, np.int64 if self.int64 else np.int32)
             d["is_int64"] = self.int64
         else:
-            d["probabilities"] = self._probabilities.address
+            d["probabilities"] = self._address_of_rows(self._probabilities)
             d["probabilities_layout"] = self._probabilities.layout
             d["alpha"] = 1 - p.label_smoothing
             d["beta"] = p.label_smoothing / p.vocab
@@ -197,14 +227,13 @@ class Case:
             for name in names
         }
 
-    @staticmethod
-    def _addresses(arrays: dict[str, Any]) -> dict[str, int]:
-        return {name: int(array.ctypes.data) for name, array in arrays.items()}
+    def _addresses(self, arrays: dict[str, Any]) -> dict[str, int]:
+        return {name: self._address_of(array) for name, array in arrays.items()}
 
     def row_stats(self, wanted: tuple[str, ...] = STATISTICS) -> dict[str, Any]:
         """The asked statistics, and what backward needs."""
         out = self._outputs((*wanted, *STATE))
-        self.told = self.kernels.row_stats({**self._arguments(), **self._addresses(out)})
+        self.told = self._run("row_stats", {**self._arguments(), **self._addresses(out)})
         return out
 
     def _gradient(self, arguments: dict[str, Any], with_scale: bool, **where: int | None) -> Any:
@@ -217,9 +246,9 @@ class Case:
             else Rows(np.full((p.rows, p.columns), 3.0), self.dtype, skew, 0)
         )
         scale = np.full(p.rows, 77, self.real)
-        arguments |= {"grad": out.address, "grad_layout": out.layout}
+        arguments |= {"grad": self._address_of_rows(out), "grad_layout": out.layout}
         if with_scale:
-            arguments["grad_scale"] = int(scale.ctypes.data)
+            arguments["grad_scale"] = self._address_of(scale)
         return arguments, out, scale
 
     def row_grad(
@@ -244,7 +273,7 @@ class Case:
         if mean is not None:
             arguments["denominator"] = self._address(mean, self.real)
         arguments, out, scale = self._gradient(arguments, with_scale, skew=skew)
-        self.told = self.kernels.row_grad(arguments)
+        self.told = self._run("row_grad", arguments)
         return out.values(), scale
 
     def fused(
@@ -258,11 +287,11 @@ class Case:
         if mean is not None:
             arguments["denominator"] = self._address(mean, self.real)
         arguments, rows, _ = self._gradient(arguments, False, skew=None)
-        self.told = self.kernels.fused(arguments)
+        self.told = self._run("fused", arguments)
         return out, rows.values()
 
     def scaled(self, factor: float) -> Any:
-        self.kernels.scale(self._arguments() | {"factor": self._address([factor], self.real)})
+        self._run("scale", self._arguments() | {"factor": self._address([factor], self.real)})
         return self.logits.values()
 
     def merged(self, bounds: list[int]) -> tuple[dict[str, Any], Any]:
@@ -287,8 +316,8 @@ class Case:
         owners = np.full(p.rows, 77, self.real)
         arguments = self._arguments() | self._addresses(out)
         arguments |= {"shard_stats": self._address(shards, self.real), "ranks": len(shards)}
-        arguments["owners"] = int(owners.ctypes.data)
-        self.kernels.merge_shards(arguments)
+        arguments["owners"] = self._address_of(owners)
+        self._run("merge_shards", arguments)
         return out, owners
 
     def loss(self, reduction: str, num_items: float | None = None) -> Any:
@@ -300,11 +329,11 @@ class Case:
         arguments = self._arguments() | self._addresses(stats)
         loss = np.full(self.problem.rows if reduction == "none" else 1, 77, self.real)
         denominator = np.full(2, 77, self.real)
-        arguments["loss"] = int(loss.ctypes.data)
+        arguments["loss"] = self._address_of(loss)
         if reduction == "mean":
-            arguments["denominator"] = int(denominator.ctypes.data)
+            arguments["denominator"] = self._address_of(denominator)
             if num_items is not None:
                 arguments["num_items"] = self._address([num_items], self.real)
-            self.kernels.denominator(arguments)
-        self.kernels.reduce_loss(arguments, ["none", "mean", "sum"].index(reduction))
+            self._run("denominator", arguments)
+        self._run("reduce_loss", arguments, ["none", "mean", "sum"].index(reduction))
         return (loss if reduction == "none" else loss[0]), denominator

@@ -125,6 +125,9 @@ py::dict row_stats(const py::dict& d) {
   const auto plan =
       cuda::plan_stats(in.rows, in.vocab_size, sizeof(T), Row::state_bytes, limits(d));
   auto memory = workspace(plan.workspace_bytes);
+  if constexpr (simt::emulator::accesses::are_seen) {
+    simt::emulator::accesses::watch("workspace", memory.data(), memory.size());
+  }
   Row::row_stats(in, outputs(d), plan, memory.data(), nullptr);
   py::dict told;
   told["warps_per_row"] = plan.share.warps_per_row;
@@ -156,6 +159,9 @@ py::dict fused(const py::dict& d) {
   told["is_fused"] = plan.is_fused;
   told["cluster"] = plan.cluster;
   told["is_staged"] = plan.staged_chunks == plan.slice_chunks;
+  told["threads"] = plan.threads;
+  told["chunk_columns"] = plan.chunks.columns;
+  told["staged_columns"] = plan.staged_chunks * plan.chunks.columns;  // of each block
   return told;
 }
 

@@ -13,8 +13,8 @@
 // - any one barrier can be taken away and any one shuffle altered at run time, by its place in the
 //   source: mutants that need no compiler.
 //
-// What it cannot show: races between threads of one warp that run in lockstep on hardware between
-// two waits, memory ordering weaker than the host's, and speed.
+// Compiled so that every access is seen (accesses.h), it counts bytes and finds races, also where no
+// schedule would show a wrong value. What it cannot show is speed.
 #pragma once
 
 #include <algorithm>
@@ -34,6 +34,7 @@
 #include <utility>
 #include <vector>
 
+#include "accesses.h"
 #include "core/dtypes.h"
 #include "fiber.h"
 
@@ -114,7 +115,7 @@ inline Settings& settings() {
 }
 
 // Sixteen bytes in one instruction, which faults on the device where the address is not aligned.
-struct alignas(16) Words {
+struct alignas(16) [[gnu::may_alias]] Words {
   uint32_t at[4];
 };
 
@@ -123,6 +124,7 @@ struct PendingCopy {
   void* to;
   Words words;
   size_t group;
+  size_t number;  // of accesses.h
 };
 
 struct Thread {
@@ -233,13 +235,16 @@ class Cluster {
       set_ready(t);
     }
     active() = this;
+    begin_accesses();
     while (ended_ < threads_.size()) {
       const int64_t next = choose();
       if (next < 0) fail("threads wait for others that never come");
       current_ = unsigned(next);
       ready_[current_ / 64] &= ~(uint64_t{1} << (current_ % 64));
       begin_thread();
+      accesses::enter(current_, stacks()[current_], stack_bytes);
       Context::switch_to(host_, threads_[current_].context);
+      accesses::leave();
       if (!error_.empty()) fail(error_);
     }
     for (unsigned b = 0; b < blocks_; ++b) {
@@ -285,7 +290,11 @@ class Cluster {
       group.arrived = 0;
       check_together(group);
       record(wait, place, argument);
-      if (is_shuffle) exchange(group, bytes);
+      if (is_shuffle) {
+        exchange(group, bytes);
+      } else {
+        accesses::barrier(group.first, group.size);
+      }
       for (unsigned t = group.first; t < group.first + group.size; ++t) set_ready(t);
     }
     Context::switch_to(thread.context, host_);
@@ -316,9 +325,13 @@ class Cluster {
     Context::switch_to(thread.context, host_);
   }
 
-  void copy_later(void* to, const Words& words) {
+  void copy_later(void* to, const void* from, size_t number) {
     Thread& thread = threads_[current_];
-    thread.copies.push_back({to, words, thread.groups_of_copies});
+    accesses::hide(true);
+    Words words;
+    std::memcpy(&words, from, sizeof(Words));
+    accesses::hide(false);
+    thread.copies.push_back({to, words, thread.groups_of_copies, number});
   }
   void close_group_of_copies() { ++threads_[current_].groups_of_copies; }
 
@@ -331,7 +344,10 @@ class Cluster {
         thread.groups_of_copies - std::min(size_t(later), thread.groups_of_copies);
     std::erase_if(thread.copies, [&](const PendingCopy& copy) {
       if (copy.group >= finished) return false;
+      accesses::finish_copy(copy.number);
+      accesses::hide(true);
       std::memcpy(copy.to, &copy.words, sizeof(Words));
+      accesses::hide(false);
       return true;
     });
   }
@@ -374,19 +390,31 @@ class Cluster {
     Cluster& self = *active();
     self.threads_[self.current_].context.arrived(self.host_);
     self.body_(self.argument_);
+    accesses::end_thread();
     Thread& thread = self.threads_[self.current_];
     if (!thread.copies.empty()) self.stop("a thread has ended before its copies have arrived");
     thread.state = Thread::State::ended;
     ++self.ended_;
-    if (--self.running_[self.rank()] == 0) self.shared_[self.rank()].fill(self.poison_);
+    if (--self.running_[self.rank()] == 0) self.forget_shared(self.rank());
     Context::switch_to(thread.context, self.host_, true);
     std::abort();
+  }
+
+  void begin_accesses() {
+    std::vector<unsigned char*> shared;
+    for (const SharedMemory& memory : shared_) shared.push_back(memory.data());
+    accesses::begin_cluster(first_x_, shared);
+  }
+
+  void forget_shared(unsigned rank) {
+    shared_[rank].fill(poison_);
+    accesses::begin_block(shared_[rank].data());
   }
 
   void begin_thread() {
     Thread& thread = threads_[current_];
     if (thread.state == Thread::State::fresh && running_[rank()] == 0) {
-      shared_[rank()].fill(poison_);  // what a peer wrote before is lost
+      forget_shared(rank());  // what a peer wrote before is lost
       running_[rank()] = block_threads_;
     }
     thread.state = Thread::State::ready;
@@ -579,6 +607,10 @@ inline std::vector<unsigned> order_of(unsigned count) {
   return order;
 }
 
+__attribute__((used)) inline void accesses::stop(const std::string& message) {
+  Cluster::active()->stop(message);
+}
+
 template <typename T>
 T shuffled(Wait wait, T value, unsigned argument, const Place& place) {
   static_assert(std::is_trivially_copyable_v<T>);
@@ -603,6 +635,12 @@ void launch(void (*kernel)(Parameters...), Grid grid, unsigned block_threads,
     std::apply(call.kernel, call.arguments);
   };
   emulator::Cluster cluster(grid, block_threads, cluster_blocks, shared_bytes);
+  emulator::accesses::begin_launch({reinterpret_cast<const void*>(kernel),
+                                    grid.x,
+                                    block_threads,
+                                    cluster_blocks,
+                                    shared_bytes,
+                                    {}});
   const std::vector<unsigned> order = emulator::order_of(grid.x / cluster_blocks);
   emulator::FaultGuard{}([&] {
     for (unsigned i : order) cluster.run(i * cluster_blocks, body, &call);
@@ -676,22 +714,23 @@ inline void check_aligned(const void* pointer, size_t bytes) {
   }
 }
 
-inline Words load_words(const void* from) {
+// One access each, inlined, so that accesses.h sees the kernel's place.
+__forceinline__ Words load_words(const void* from) {
   check_aligned(from, sizeof(Words));
-  Words words;
-  std::memcpy(&words, from, sizeof(Words));
-  return words;
+  return *static_cast<const Words*>(from);
 }
 
-inline void store_words(void* to, const Words& words) {
+__forceinline__ void store_words(void* to, const Words& words) {
   check_aligned(to, sizeof(Words));
-  std::memcpy(to, &words, sizeof(Words));
+  *static_cast<Words*>(to) = words;
 }
 
 // Asynchronous copies arrive as late as the hardware may let them: when their thread waits.
-inline void copy_async(void* shared, const void* global) {
+__forceinline__ void copy_async(void* shared, const void* global) {
   check_aligned(shared, sizeof(Words));
-  emulator::Cluster::active()->copy_later(shared, load_words(global));
+  check_aligned(global, sizeof(Words));
+  const size_t number = emulator::accesses::start_copy(shared, global);
+  emulator::Cluster::active()->copy_later(shared, global, number);
 }
 
 inline void close_group_of_copies() { emulator::Cluster::active()->close_group_of_copies(); }
