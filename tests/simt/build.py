@@ -89,7 +89,7 @@ class Library:
             objects = [self._object(self.source, self.flags, unfinished)]
             objects += [self._object(source, ("-O2",), unfinished) for source in self._others()]
             flags = [flag for flag in self.flags if flag != "-fsanitize=thread"]
-            _run(COMPILER, "-shared", *flags, *objects, "-o", unfinished, "-ldl")
+            run(COMPILER, "-shared", *flags, *objects, "-o", unfinished, "-ldl")
             for made in objects:
                 made.unlink()
             unfinished.replace(path)
@@ -99,11 +99,11 @@ class Library:
     def _object(self, source: Path, flags: Sequence[str], beside: Path) -> Path:
         made = beside.with_suffix(f".{source.stem}.o")
         includes = (f"-I{place}" for place in self.includes())
-        _run(COMPILER, "-c", *FLAGS, *flags, *includes, source, "-o", made)
+        run(COMPILER, "-c", *FLAGS, *flags, *includes, source, "-o", made)
         return made
 
 
-def _run(*command: str | Path) -> None:
+def run(*command: str | Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[:8000]}")

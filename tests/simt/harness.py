@@ -170,7 +170,7 @@ class Case:
     def _run(self, kernel: str, arguments: dict[str, Any], *more: int) -> Any:
         """Calls a binding of kernels.cpp, which knows the arrays by the arguments' names.
 
-        Where accesses are seen, the arrays are watched by these names: a few rows as "logits 0" and so on.
+        Where accesses are seen, the arrays are watched by these names; a few rows as "logits 0".
         """
         if hasattr(self.kernels, "watch"):
             self.kernels.forget_all()

@@ -13,8 +13,8 @@
 // - any one barrier can be taken away and any one shuffle altered at run time, by its place in the
 //   source: mutants that need no compiler.
 //
-// Compiled so that every access is seen (accesses.h), it counts bytes and finds races, also where no
-// schedule would show a wrong value. What it cannot show is speed.
+// Compiled so that every access is seen (accesses.h), it counts bytes and finds races, also where
+// no schedule would show a wrong value. What it cannot show is speed.
 #pragma once
 
 #include <algorithm>
@@ -107,6 +107,7 @@ struct Settings {
   uint64_t seed = 0;
   Mutation mutation;
   std::vector<Site> sites;  // visited since they were last cleared
+  void (*on_launch)(const void* kernel) = nullptr;
 };
 
 inline Settings& settings() {
@@ -635,6 +636,8 @@ void launch(void (*kernel)(Parameters...), Grid grid, unsigned block_threads,
     std::apply(call.kernel, call.arguments);
   };
   emulator::Cluster cluster(grid, block_threads, cluster_blocks, shared_bytes);
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  if (emulator::settings().on_launch != nullptr) emulator::settings().on_launch(address);
   emulator::accesses::begin_launch({reinterpret_cast<const void*>(kernel),
                                     grid.x,
                                     block_threads,
