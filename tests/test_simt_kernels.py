@@ -342,6 +342,34 @@ def test_fused(kernels: Any, dtype: str, name: str, schedule: Any) -> None:
             np.testing.assert_array_equal(grad, grad_after)
 
 
+# The same where rows begin at multiples of 16 bytes: what does not fit stays in registers.
+HELD = {"one block": ((1, 100 << 10, 16), 1), "two blocks": ((1, 16 << 10, 16), 2)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", HELD)
+def test_fused_with_chunks_in_registers(
+    kernels: Any, dtype: str, name: str, schedule: Any
+) -> None:
+    kernels.set_schedule(*schedule)
+    device, cluster = HELD[name]
+    for options in ({}, {"label_smoothing": 0.1, "vocab_size": 39 * TILE[dtype] + 9}):
+        p = problem(40 * TILE[dtype], **options)
+        case = Case(kernels, dtype, p, 0, device=device)
+        out, grad = case.fused()
+        holds = dtype != "float64"
+        assert case.told["holds"] == holds
+        assert not holds or (case.told["cluster"], case.told["is_staged"]) == (cluster, False)
+        check_stats(case, out)
+        check_gradient(case, grad, cross_entropy_gradient(case.problem).logits)
+        other = Case(kernels, dtype, p, 0)
+        stats = other.row_stats(("log_prob", "lse", "mean_log_prob"))
+        for key, values in out.items():
+            np.testing.assert_array_equal(values, stats[key], key)
+        grad_after, _ = other.row_grad(grad_loss=np.ones(p.rows))
+        np.testing.assert_array_equal(grad, grad_after)
+
+
 @pytest.mark.parametrize(("dtype", "columns"), SIZES)
 def test_fused_at_every_kind_of_size(kernels: Any, dtype: str, columns: int) -> None:
     for skew in (None, 0, 1, 3):

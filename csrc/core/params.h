@@ -54,6 +54,39 @@ struct Targets {
   }
 };
 
+// A row's target. It is read here, and nobody waits for it before it is used: kernels do other work
+// in between.
+class RowTarget {
+ public:
+  LLMLOSS_HD RowTarget(const Targets& targets, int64_t row, int64_t vocab_size)
+      : targets_(targets), vocab_size_(vocab_size) {
+    if (!targets.are_indices()) return;
+    const auto* words =
+        static_cast<const uint32_t*>(targets.data) + (targets.is_int64 ? 2 : 1) * row;
+    low_ = words[0];
+    if (targets.is_int64) high_ = words[1];
+  }
+
+  LLMLOSS_HD int64_t value() const {
+    return targets_.is_int64 ? int64_t(uint64_t{high_} << 32 | low_) : int64_t{int32_t(low_)};
+  }
+  LLMLOSS_HD bool is_ignored() const {
+    return targets_.are_indices() && value() == targets_.ignore_index;
+  }
+  LLMLOSS_HD bool is_elsewhere() const { return targets_.of_shard && value() == -1; }
+  LLMLOSS_HD bool is_active() const {
+    const bool is_in_range = !targets_.are_indices() || uint64_t(value()) < uint64_t(vocab_size_);
+    return !is_ignored() && (is_in_range || is_elsewhere());
+  }
+  // Whether the target of an active row is one of its columns.
+  LLMLOSS_HD bool is_here() const { return targets_.are_indices() && !is_elsewhere(); }
+
+ private:
+  const Targets& targets_;
+  int64_t vocab_size_;
+  uint32_t low_ = 0, high_ = 0;
+};
+
 // The weights a_i of the weighted mean of log-probabilities:
 //   class indices:         a_i = w_i beta                     (beta = 1 / vocab_size)
 //   probability targets q: a_i = w_i (alpha q_i + beta)       (alpha = 1 - eps, beta = eps /
@@ -137,15 +170,25 @@ struct GradSource {
     return loss_upstream(denominator.options(options), of_loss(row), values, target_weight);
   }
 
+  // What `vanishes` looks at.
+  struct Row {
+    Real share = 0, denominator = 1;
+    FloatStats<Real> grads;
+  };
+  LLMLOSS_HD Row read(int64_t row) const {
+    if (from_loss) return {share(row), denominator.value(), {}};
+    return {0, 1, values_of_row(grads, row)};
+  }
+
   // Whether the row's gradient is 0 whatever its logits hold: nan there must not spoil it.
-  LLMLOSS_HD bool vanishes(int64_t row) const {
-    if (from_loss) return share(row) == Real(0) || denominator.value() == infinity<Real>();
-    const FloatStats<Real> upstream = values_of_row(grads, row);
+  LLMLOSS_HD bool vanishes(const Row& row) const {
+    if (from_loss) return row.share == Real(0) || row.denominator == infinity<Real>();
     bool vanishes = true;
     LLMLOSS_UNROLL
-    for (int stat = 0; stat < Stat::float_count; ++stat) vanishes &= upstream[stat] == Real(0);
+    for (int stat = 0; stat < Stat::float_count; ++stat) vanishes &= row.grads[stat] == Real(0);
     return vanishes;
   }
+  LLMLOSS_HD bool vanishes(int64_t row) const { return vanishes(read(row)); }
 
   // dL/d(loss of the row), which does not depend on the row's statistics.
   LLMLOSS_HD Real of_loss(int64_t row) const {

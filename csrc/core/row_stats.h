@@ -51,6 +51,16 @@ struct PartialState {
             .rank = rank};
   }
 
+  // Adds sums that are relative to the same maximum.
+  LLMLOSS_HD void add(const PartialState& other) {
+    sum_exp += other.sum_exp;
+    sum_x_exp += other.sum_x_exp;
+    sum_sq_exp += other.sum_sq_exp;
+    sum_weighted += other.sum_weighted;
+    sum_weights += other.sum_weights;
+    rank += other.rank;
+  }
+
   // Makes the sums relative to a new maximum, new_max >= max.
   LLMLOSS_HD void rebase(Real new_max) {
     if (new_max == max) return;
@@ -78,12 +88,7 @@ LLMLOSS_HD PartialState<Real> merge(PartialState<Real> a, PartialState<Real> b) 
   const Real max = max_of(a.max, b.max);
   a.rebase(max);
   b.rebase(max);
-  a.sum_exp += b.sum_exp;
-  a.sum_x_exp += b.sum_x_exp;
-  a.sum_sq_exp += b.sum_sq_exp;
-  a.sum_weighted += b.sum_weighted;
-  a.sum_weights += b.sum_weights;
-  a.rank += b.rank;
+  a.add(b);
   return a;
 }
 
@@ -100,20 +105,26 @@ struct RowStats {
   }
 };
 
+// Those statistics that are not wanted and cost a division or a logarithm are 0.
 template <typename Real>
 LLMLOSS_HD RowStats<Real> finalize(const PartialState<Real>& state, Real target_logit,
-                                   int64_t vocab_size) {
+                                   int64_t vocab_size,
+                                   const Wanted& wanted = Wanted::everything()) {
   const Real reference = state.reference();
   const Real log_sum = log_of(state.sum_exp);
-  const Real entropy = log_sum - state.sum_x_exp / state.sum_exp;
-  const Real log_sum_sq = log_of(state.sum_sq_exp) - Real(2) * log_sum;
   const bool is_nan = !(state.sum_exp == state.sum_exp);
   RowStats<Real> stats;
   stats.floats[Stat::log_prob] = (target_logit - reference) - log_sum;
   stats.floats[Stat::lse] = reference + log_sum;
-  stats.floats[Stat::entropy] = entropy < Real(0) ? Real(0) : entropy;  // rounding; nan stays nan
+  if (wanted.floats[Stat::entropy]) {
+    const Real entropy = log_sum - state.sum_x_exp / state.sum_exp;
+    stats.floats[Stat::entropy] = entropy < Real(0) ? Real(0) : entropy;  // rounding; nan stays nan
+  }
   stats.floats[Stat::mean_log_prob] = state.sum_weighted - state.sum_weights * log_sum;
-  stats.floats[Stat::log_sum_sq_probs] = log_sum_sq > Real(0) ? Real(0) : log_sum_sq;  // likewise
+  if (wanted.floats[Stat::log_sum_sq_probs]) {
+    const Real log_sum_sq = log_of(state.sum_sq_exp) - Real(2) * log_sum;
+    stats.floats[Stat::log_sum_sq_probs] = log_sum_sq > Real(0) ? Real(0) : log_sum_sq;  // likewise
+  }
   stats.integers[Stat::argmax] = is_nan ? -1 : state.argmax;
   stats.integers[Stat::rank] = is_nan ? vocab_size : state.rank;
   stats.state[StateField::reference] = reference;

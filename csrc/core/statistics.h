@@ -100,6 +100,14 @@ struct Wanted {
     return {out.floats.template as<bool>(), out.integers.template as<bool>()};
   }
 
+  static LLMLOSS_HD Wanted everything() {
+    Wanted all;
+    LLMLOSS_UNROLL
+    for (int stat = 0; stat < Stat::float_count; ++stat) all.floats[stat] = true;
+    all.integers[Stat::argmax] = all.integers[Stat::rank] = true;
+    return all;
+  }
+
   // Whether argmax or rank, which compare columns, is requested.
   LLMLOSS_HD bool order() const { return integers[Stat::argmax] || integers[Stat::rank]; }
 

@@ -623,15 +623,15 @@ void test_losses_of_rows() {
   rows.targets = {ids, false, -100};
   rows.vocab_size = 2;
   rows.stats[Stat::log_prob] = rows.stats[Stat::lse] = log_prob;
-  CHECK(rows.loss(0) == 2 && rows.share(0) == 1);
+  CHECK(rows.loss(rows.read(0)) == 2 && rows.share(rows.read(0)) == 1);
   rows.class_weight = class_weight;
-  CHECK(rows.loss(0) == 6 && rows.share(0) == 3);
+  CHECK(rows.loss(rows.read(0)) == 6 && rows.share(rows.read(0)) == 3);
   rows.token_weight = token_weight;
-  CHECK(rows.loss(0) == 30 && rows.share(0) == 15);
-  CHECK(rows.loss(1) == 0 && rows.share(1) == 0);
-  CHECK(std::isnan(rows.loss(2)) && rows.share(2) == 7);
+  CHECK(rows.loss(rows.read(0)) == 30 && rows.share(rows.read(0)) == 15);
+  CHECK(rows.loss(rows.read(1)) == 0 && rows.share(rows.read(1)) == 0);
+  CHECK(std::isnan(rows.loss(rows.read(2))) && rows.share(rows.read(2)) == 7);
   rows.targets = {};  // probability targets, whose weights mean_log_prob contains
-  CHECK(rows.target_weight(0) == 1 && rows.share(0) == 5);
+  CHECK(rows.target_weight(rows.read(0)) == 1 && rows.share(rows.read(0)) == 5);
 }
 
 // What two ranks send for their columns becomes what one rank has for all of them.

@@ -43,9 +43,9 @@ void test_rows_that_do_not_count_are_nothing() {
   const double weights[] = {1, 4, 0, 0, 2}, shares[] = {0.5, 12, 0, 0, 4};
   const double losses[] = {0.5 + 0.1, 4 * (6 + 0.4), 0, 0, 2 * (6 + 0.9)};
   for (int row = 0; row < 5; ++row) {
-    CHECK_CLOSE(rows.weight(row), weights[row], 0);
-    CHECK_CLOSE(rows.share(row), shares[row], 0);
-    CHECK_CLOSE(rows.loss(row), losses[row], 1e-15);
+    CHECK_CLOSE(rows.weight(rows.read(row)), weights[row], 0);
+    CHECK_CLOSE(rows.share(rows.read(row)), shares[row], 0);
+    CHECK_CLOSE(rows.loss(rows.read(row)), losses[row], 1e-15);
   }
 }
 
@@ -56,14 +56,14 @@ void test_the_z_loss_has_a_mean_of_its_own() {
     CHECK(rows.counts_weights() == weighted);
     double shares = 0, weights = 0, numbers[2];
     for (int row = 0; row < 5; ++row) {
-      shares += rows.share(row);
-      weights += rows.weight(row);
+      shares += rows.share(rows.read(row));
+      weights += rows.weight(rows.read(row));
     }
     rows.write_denominator(shares, weights, numbers);
     CHECK_CLOSE(numbers[0], weighted ? 16.5 : 7, 1e-15);
     rows.denominator = {numbers};
     double total = 0;
-    for (int row = 0; row < 5; ++row) total += rows.loss(row);
+    for (int row = 0; row < 5; ++row) total += rows.loss(rows.read(row));
     const double ce = weighted ? (0.5 + 24 + 12) / 16.5 : (1 + 8 + 6) / 7.0;
     CHECK_CLOSE(total / rows.denominator.value(), ce + 0.1 * (1 + 4 * 4 + 2 * 9) / 7, 1e-14);
   }

@@ -296,6 +296,19 @@ class Case:
 
         The denominator is followed by the factor of the z-loss.
         """
+        loss, denominator, arguments = self._loss(reduction, num_items)
+        if reduction == "mean":
+            self.kernels.denominator(arguments)
+        self.kernels.reduce_loss(arguments, ["none", "mean", "sum"].index(reduction))
+        return (loss if reduction == "none" else loss[0]), denominator
+
+    def mean_loss(self, num_items: float | None = None) -> Any:
+        """The mean loss and its denominator, from one kernel."""
+        loss, denominator, arguments = self._loss("mean", num_items)
+        self.kernels.mean_loss(arguments)
+        return loss[0], denominator
+
+    def _loss(self, reduction: str, num_items: float | None) -> Any:
         stats = self.row_stats(("log_prob", "lse", "mean_log_prob"))
         arguments = self._arguments() | self._addresses(stats)
         loss = np.full(self.problem.rows if reduction == "none" else 1, 77, self.real)
@@ -305,6 +318,4 @@ class Case:
             arguments["denominator"] = int(denominator.ctypes.data)
             if num_items is not None:
                 arguments["num_items"] = self._address([num_items], self.real)
-            self.kernels.denominator(arguments)
-        self.kernels.reduce_loss(arguments, ["none", "mean", "sum"].index(reduction))
-        return (loss if reduction == "none" else loss[0]), denominator
+        return loss, denominator, arguments
