@@ -56,8 +56,8 @@ MUTANTS = {
     ),
     "a missing column asked for": (
         "kernels/chunks.cuh",
-        "exponents += is_whole || column + i < end ?",
-        "exponents += is_whole || MUTANT || column + i < end ?",
+        "exponents[v] += is_whole || column + i < end ?",
+        "exponents[v] += is_whole || MUTANT || column + i < end ?",
     ),
     "a missing column capped": (
         "kernels/chunks.cuh",
@@ -147,8 +147,8 @@ MUTANTS = {
     ),
     "a weight of the column before": (
         "kernels/chunks.cuh",
-        "? in.weights.at(row, column + i) : Real(0)",
-        "? in.weights.at(row, column + (MUTANT ? 0 : i)) : Real(0)",
+        "? in.weights.at(row, column) : Real(0)",
+        "? in.weights.at(row, column - (MUTANT ? i : 0)) : Real(0)",
     ),
     "equal weights not multiplied in": (
         "kernels/chunks.cuh",

@@ -209,7 +209,7 @@ struct ColumnReducer {
 
   // The state of all lanes.
   __device__ __forceinline__ State merged(State& state) const {
-    if (has(task::mean) && in.weights.is_constant()) {
+    if (has(task::mean) && has_equal_weights()) {
       state.sum_weighted *= in.weights.beta;
       state.sum_weights *= in.weights.beta;
     }
@@ -228,12 +228,12 @@ struct ColumnReducer {
     const Real factor = rebase(state, max);
     const Real reference = state.reference();
     const ExpFrom<T> from(reference);
-    Real sums[batch_vectors];
+    Real sums[batch_vectors], exponents[batch_vectors];
     Real sum_x_exp = 0, sum_sq_exp = 0;
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
       const int column = first + v * stride;
-      Real exponents = 0;
+      exponents[v] = 0;
 #pragma unroll
       for (int i = 0; i < width; ++i) {
         const Real exponent = from.exponent(x[v][i]);
@@ -244,12 +244,26 @@ struct ColumnReducer {
         }
         if constexpr (has(task::rest)) sum_sq_exp = fma_of(exp, exp, sum_sq_exp);
         if constexpr (has(task::mean)) {
-          exponents += is_whole || column + i < end ? exponent : Real(0);
+          exponents[v] += is_whole || column + i < end ? exponent : Real(0);
         }
       }
-      if constexpr (has(task::mean)) {
-        const int count = is_whole ? width : clamp_of(end - column, 0, width);
-        add_weighted(state, x[v], reference, from.natural(exponents, Real(count)), column, count);
+    }
+    if constexpr (has(task::mean)) {
+      if (has_equal_weights()) {
+        // They are multiplied in later.
+        int count = batch_vectors * width;
+        if (!is_whole) {
+          count = 0;
+#pragma unroll
+          for (int v = 0; v < batch_vectors; ++v) {
+            count += clamp_of(end - (first + v * stride), 0, width);
+          }
+        }
+        const Real all = (exponents[0] + exponents[1]) + (exponents[2] + exponents[3]);
+        state.sum_weighted += from.natural(all, Real(count));
+        state.sum_weights += Real(count);
+      } else {
+        add_weighted(state, x, reference, first, end);
       }
     }
     const Real sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -331,20 +345,23 @@ struct ColumnReducer {
     return factor;
   }
 
-  // Adds one vector to the weighted mean. Weights that all columns share are multiplied in later.
-  // sum_shifted: of x - reference, over the first `count` columns, which are there.
-  __device__ __forceinline__ void add_weighted(State& state, const Real (&x)[width], Real reference,
-                                               Real sum_shifted, int column, int count) const {
-    if (!task::has(tasks, task::rest) || in.weights.is_constant()) {
-      state.sum_weighted += sum_shifted;
-      state.sum_weights += Real(count);
-    } else {
+  // Whether all columns have the same weight in the mean.
+  __device__ __forceinline__ bool has_equal_weights() const {
+    return !task::has(tasks, task::rest) || in.weights.is_constant();
+  }
+
+  // Adds a batch to a mean whose columns have weights of their own. One of weight 0 adds nothing,
+  // even if its logit is -inf.
+  __device__ __forceinline__ void add_weighted(State& state, const Batch& x, Real reference,
+                                               int first, int end) const {
+#pragma unroll
+    for (int v = 0; v < batch_vectors; ++v) {
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        // A column of weight 0 adds nothing, even if its logit is -inf.
-        const Real a = i < count ? in.weights.at(row, column + i) : Real(0);
+        const int column = first + v * stride + i;
+        const Real a = column < end ? in.weights.at(row, column) : Real(0);
         if (a == Real(0)) continue;
-        state.sum_weighted = fma_of(a, x[i] - reference, state.sum_weighted);
+        state.sum_weighted = fma_of(a, x[v][i] - reference, state.sum_weighted);
         state.sum_weights += a;
       }
     }
