@@ -125,7 +125,9 @@ struct ColumnReducer {
 #pragma unroll
         for (int v = 0; v < batch_vectors; ++v) vectors[v] = columns.load(first + v * stride, end);
       }
-      if (!looks_at_columns || is_whole) {
+      // The same in every lane.
+      const bool has_target = unsigned(target - batch) < unsigned(batch_columns<T>);
+      if ((!looks_at_columns || is_whole) && !has_target) {
         add<true>(state, vectors, first, end);
       } else {
         add<false>(state, vectors, first, end);
@@ -146,38 +148,43 @@ struct ColumnReducer {
 
   using Batch = Real[batch_vectors][width];
 
-  // Adds a batch to a lane's state. is_whole: every column is there.
-  template <bool is_whole>
+  // Adds a batch to a lane's state. is_plain: every column is there, and none is the target's,
+  // which the sums of exponentials leave out.
+  template <bool is_plain>
   __device__ __forceinline__ void add(State& state, const Words (&vectors)[batch_vectors],
                                       int first, int end) const {
     Batch x;
     read(vectors, x);
-    if constexpr (has(task::transformed) && !is_whole) hide_missing(x, first, end);
-    if constexpr (has(task::order)) add_order<is_whole>(state, x, first, end);
+    // Columns are known by how far they are from `first`.
+    const int to_end = end - first, to_target = target - first;
+    if constexpr (has(task::transformed) && !is_plain) hide_missing(x, to_end);
+    if constexpr (has(task::order)) add_order<is_plain>(state, x, first, to_end, to_target);
     const Real max = has(task::transformed) ? largest_of(x) : largest<T>(vectors);
     const Real factor = rebase(state, max);
     const Real reference = state.reference();
     Real sums[batch_vectors];
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
-      const int column = first + v * stride;
       Real sum_x_exp = 0, sum_sq_exp = 0, sum_shifted = 0;
 #pragma unroll
       for (int i = 0; i < width; ++i) {
         const Real shifted = x[v][i] - reference;
-        const Real exp = exp_for<T>(shifted);
+        const bool is_target = !is_plain && v * stride + i == to_target;
+        const Real exp = is_target ? Real(0) : exp_for<T>(shifted);
         sums[v] = i == 0 ? exp : sums[v] + exp;
         if constexpr (has(task::entropy)) {
           sum_x_exp = fma_of(larger(lowest_log_prob<Real>(), shifted), exp, sum_x_exp);
         }
         if constexpr (has(task::rest)) sum_sq_exp = fma_of(exp, exp, sum_sq_exp);
         if constexpr (has(task::mean)) {
-          sum_shifted += is_whole || column + i < end ? shifted : Real(0);
+          sum_shifted += is_plain || v * stride + i < to_end ? shifted : Real(0);
         }
       }
       if constexpr (has(task::entropy)) state.sum_x_exp += sum_x_exp;
       if constexpr (has(task::rest)) state.sum_sq_exp += sum_sq_exp;
-      if constexpr (has(task::mean)) add_weighted(state, x[v], reference, sum_shifted, column, end);
+      if constexpr (has(task::mean)) {
+        add_weighted(state, x[v], reference, sum_shifted, first + v * stride, end);
+      }
     }
     state.sum_exp = fma_of(state.sum_exp, factor, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
@@ -208,12 +215,12 @@ struct ColumnReducer {
     }
   }
 
-  static __device__ __forceinline__ void hide_missing(Batch& x, int first, int end) {
+  static __device__ __forceinline__ void hide_missing(Batch& x, int to_end) {
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        if (!(first + v * stride + i < end)) x[v][i] = -infinity<Real>();
+        if (!(v * stride + i < to_end)) x[v][i] = -infinity<Real>();
       }
     }
   }
@@ -269,27 +276,27 @@ struct ColumnReducer {
   }
 
   // Adds a batch to argmax and rank.
-  template <bool is_whole>
-  __device__ __forceinline__ void add_order(State& state, const Batch& x, int first,
-                                            int end) const {
+  template <bool is_plain>
+  __device__ __forceinline__ void add_order(State& state, const Batch& x, int first, int to_end,
+                                            int to_target) const {
     Real max = state.max;
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
-      const int column = first + v * stride;
+      const int before_v = v * stride;
       Real largest = x[v][0];
 #pragma unroll
       for (int i = 1; i < width; ++i) largest = larger(largest, x[v][i]);
-      if ((is_whole || column < end) && (largest > max || state.argmax < 0)) {
+      if ((is_plain || before_v < to_end) && (largest > max || state.argmax < 0)) {
         int place = 0;
 #pragma unroll
         for (int i = width - 1; i >= 0; --i) place = x[v][i] == largest ? i : place;
-        state.argmax = column + place;
+        state.argmax = first + before_v + place;
       }
       max = larger(max, largest);
       int before = 0;  // fewer instructions than with 64 bits
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        const bool wins_ties = column + i < target;
+        const bool wins_ties = before_v + i < to_target;
         before += x[v][i] > target_logit || (wins_ties && x[v][i] == target_logit);
       }
       state.rank += before;
@@ -315,11 +322,22 @@ __device__ __forceinline__ PartialState<Real> merge_chunks(const PartialState<Re
   return warp_merge(state, wanted);
 }
 
-// In double: these are few operations per row, and their rounding errors do not matter then.
+// What a gradient needs of a row.
+template <typename Real>
+__device__ __forceinline__ StateFields<Real> row_state(const PartialState<Real>& state,
+                                                       Real target_logit) {
+  return state_fields(state, state.relative(target_logit));
+}
+
+// In double: these are few operations per row, and their rounding errors do not matter then. Not so
+// the state: the fused kernel, where all threads of the row wait for it, shall compute the same.
 template <typename Real>
 __device__ __forceinline__ RowStats<double> finalize_row(const PartialState<Real>& state,
                                                          Real target_logit, int64_t vocab_size) {
-  return finalize(state.template as<double>(), double(target_logit), vocab_size);
+  const PartialState<double> exact = state.template as<double>();
+  RowStats<double> stats = finalize(exact, exact.relative(double(target_logit)), vocab_size);
+  stats.state = row_state(state, target_logit).template as<double>();
+  return stats;
 }
 
 // The target of an active row, without its logit.

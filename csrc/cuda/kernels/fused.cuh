@@ -162,9 +162,7 @@ __global__ void __launch_bounds__(fused_block_size, (fused_blocks<T, stats_tasks
     if (source.options.gradient_reads_values()) {
       known = finalize_row(total, target.logit, in.vocab_size).template as<Real>();
     }
-    known.state[StateField::reference] = total.reference();
-    known.state[StateField::sum_exp] = total.sum_exp;
-    known.state[StateField::sum_weights] = total.sum_weights;
+    known.state = row_state(total, target.logit);
     const GradRow<Real> computed = grad_row(in, source, row, known, target.weight);
     if (simt::lane() == 0) *coefficients = computed;
   }
