@@ -16,9 +16,9 @@ LLMLOSS_HD bool is_active(const RowInputs<T>& in, int64_t row) {
 // The target of a row. Read it before writing the gradient, which may overwrite the logits.
 template <typename Real>
 struct Target {
-  int64_t column = -1;  // -1: in another shard, or probability targets
-  Real logit = 0;       // transformed
-  Real weight = 1;      // of its class
+  int64_t column = -1;             // -1: in another shard, or probability targets
+  Real logit = -infinity<Real>();  // transformed; -inf if there is none
+  Real weight = 1;                 // of its class
 };
 
 // Whether the target of an active row is one of its columns.
@@ -87,8 +87,8 @@ LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const RowStats<re
                                        const UpstreamOf& upstream_of) {
   using Real = real_t<T>;
   const Real reference = stats.state[StateField::reference];
-  const Real sum_exp = stats.state[StateField::sum_exp];
-  const Real log_sum = log_of(sum_exp);
+  const Real excess = stats.state[StateField::excess];
+  const Real log_sum = log1p_of(excess), sum_exp = Real(1) + excess;
   FloatStats<Real> values = stats.floats;
   values[Stat::lse] = reference + log_sum;  // cheaper than loading what forward wrote
   GradRow<Real> grad{

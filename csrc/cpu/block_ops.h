@@ -111,8 +111,8 @@ inline void with_flag(bool flag, const Body& body) {
 // there; exps may be x. `next` is what will be read after this block: this pass computes and reads
 // the L1 cache alone, so that memory would idle.
 //
-// target: the target's column in the block, or -1. Its exponential, which is 1 where the model is
-// confident, is added in double at the end: the small ones are never rounded to its steps.
+// target: the target's column in the block, or -1; the sums leave it out (see PartialState), and
+// what is kept for it is 0.
 template <bool with_entropy, bool with_squares, bool keep, typename Real, typename T, typename Next>
 inline void block_exp_sums(const T* x, int n, Real reference, int target, Real* exps,
                            const Next* next, PartialState<double>& part) {
@@ -149,33 +149,23 @@ inline void block_exp_sums(const T* x, int n, Real reference, int target, Real* 
       if constexpr (keep) store_part<Real>(exps + i, part, e);
     }
   };
-  Real at_target = 0, e_target = 0;
   if (target < 0) {
     walk(0, n);
   } else {
     // The vector that holds the target, without it.
     const int begin = target / V::width * V::width;
     const int count = n - begin < V::width ? n - begin : V::width;
-    Real lanes[V::width], exp_lanes[V::width];
+    Real lanes[V::width];
     V::store(lanes, load_part<Real>(x + begin, count, -infinity<Real>()));
-    at_target = lanes[target - begin] - reference;
-    V::store(exp_lanes, exp_nonpositive<Real>(V::broadcast(at_target)));
-    e_target = exp_lanes[0];
     lanes[target - begin] = -infinity<Real>();
     walk(0, begin);
     const Reg<Real> e = step(0, V::load(lanes));
-    if constexpr (keep) {
-      store_part<Real>(exps + begin, count, e);
-      exps[target] = e_target;
-    }
+    if constexpr (keep) store_part<Real>(exps + begin, count, e);
     walk(begin + count, n);
   }
-  part.sum_exp = sum_exp.sum() + double(e_target);
-  if constexpr (with_entropy) {
-    const double shifted = max_of(lowest_log_prob<Real>(), at_target);
-    part.sum_x_exp = sum_x_exp.sum() + shifted * e_target;
-  }
-  if constexpr (with_squares) part.sum_sq_exp = sum_sq_exp.sum() + double(e_target) * e_target;
+  part.sum_exp = sum_exp.sum();
+  if constexpr (with_entropy) part.sum_x_exp = sum_x_exp.sum();
+  if constexpr (with_squares) part.sum_sq_exp = sum_sq_exp.sum();
 }
 
 // Exponentials are kept only where no other sum is asked for.

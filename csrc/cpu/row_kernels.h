@@ -119,7 +119,7 @@ RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, co
     state = merge(state, reader.is_identity() ? state_of(reader.raw(column))
                                               : state_of(reader.transformed(column, n)));
   }
-  return finalize(state, double(target.logit), in.vocab_size);
+  return finalize(state, state.relative(double(target.logit)), in.vocab_size);
 }
 
 template <typename T>

@@ -34,7 +34,7 @@ STATISTICS = (
     *("log_prob", "lse", "entropy", "mean_log_prob", "log_sum_sq_probs"),
     *("argmax", "rank"),
 )
-STATE = ("reference", "sum_exp", "sum_weights")
+STATE = ("reference", "excess", "sum_weights")
 SCHEDULES = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1)}
 
 

@@ -200,7 +200,9 @@ struct ColumnReducer {
   __device__ __forceinline__ void add(State& state, const Words (&vectors)[batch_vectors],
                                       int batch, int end) const {
     const int first = lane_column<T>(batch, 0);
-    if (!looks_at_columns || batch + batch_columns<T> <= end) {
+    const bool is_whole = !looks_at_columns || batch + batch_columns<T> <= end;
+    const bool has_target = unsigned(target - batch) < unsigned(batch_columns<T>);
+    if (is_whole && !has_target) {  // the same in every lane
       add_columns<true>(state, vectors, first, end);
     } else {
       add_columns<false>(state, vectors, first, end);
@@ -216,14 +218,17 @@ struct ColumnReducer {
     return warp_merge(state, wanted());
   }
 
-  // is_whole: every column is there.
-  template <bool is_whole>
+  // is_plain: every column is there, and none is the target's, which the sums of exponentials leave
+  // out.
+  template <bool is_plain>
   __device__ __forceinline__ void add_columns(State& state, const Words (&vectors)[batch_vectors],
                                               int first, int end) const {
     Batch x;
     read(vectors, x);
-    if constexpr (has(task::transformed) && !is_whole) hide_missing(x, first, end);
-    if constexpr (has(task::order)) add_order<is_whole>(state, x, first, end);
+    // Columns are known by how far they are from `first`.
+    const int to_end = end - first, to_target = target - first;
+    if constexpr (has(task::transformed) && !is_plain) hide_missing(x, to_end);
+    if constexpr (has(task::order)) add_order<is_plain>(state, x, first, to_end, to_target);
     const Real max = has(task::transformed) ? largest_of(x) : largest<T>(vectors);
     const Real factor = rebase(state, max);
     const Real reference = state.reference();
@@ -232,19 +237,19 @@ struct ColumnReducer {
     Real sum_x_exp = 0, sum_sq_exp = 0;
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
-      const int column = first + v * stride;
       exponents[v] = 0;
 #pragma unroll
       for (int i = 0; i < width; ++i) {
         const Real exponent = from.exponent(x[v][i]);
-        const Real exp = from.exp(exponent);
+        const bool is_target = !is_plain && v * stride + i == to_target;
+        const Real exp = is_target ? Real(0) : from.exp(exponent);
         sums[v] = i == 0 ? exp : sums[v] + exp;
         if constexpr (has(task::entropy)) {
           sum_x_exp = fma_of(larger(lowest_log_prob<Real>(), exponent), exp, sum_x_exp);
         }
         if constexpr (has(task::rest)) sum_sq_exp = fma_of(exp, exp, sum_sq_exp);
         if constexpr (has(task::mean)) {
-          exponents[v] += is_whole || column + i < end ? exponent : Real(0);
+          exponents[v] += is_plain || v * stride + i < to_end ? exponent : Real(0);
         }
       }
     }
@@ -252,12 +257,10 @@ struct ColumnReducer {
       if (has_equal_weights()) {
         // They are multiplied in later.
         int count = batch_vectors * width;
-        if (!is_whole) {
+        if (!is_plain) {
           count = 0;
 #pragma unroll
-          for (int v = 0; v < batch_vectors; ++v) {
-            count += clamp_of(end - (first + v * stride), 0, width);
-          }
+          for (int v = 0; v < batch_vectors; ++v) count += clamp_of(to_end - v * stride, 0, width);
         }
         const Real all = (exponents[0] + exponents[1]) + (exponents[2] + exponents[3]);
         state.sum_weighted += from.natural(all, Real(count));
@@ -303,12 +306,12 @@ struct ColumnReducer {
     }
   }
 
-  static __device__ __forceinline__ void hide_missing(Batch& x, int first, int end) {
+  static __device__ __forceinline__ void hide_missing(Batch& x, int to_end) {
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        if (!(first + v * stride + i < end)) x[v][i] = -infinity<Real>();
+        if (!(v * stride + i < to_end)) x[v][i] = -infinity<Real>();
       }
     }
   }
@@ -368,27 +371,27 @@ struct ColumnReducer {
   }
 
   // Adds a batch to argmax and rank.
-  template <bool is_whole>
-  __device__ __forceinline__ void add_order(State& state, const Batch& x, int first,
-                                            int end) const {
+  template <bool is_plain>
+  __device__ __forceinline__ void add_order(State& state, const Batch& x, int first, int to_end,
+                                            int to_target) const {
     Real max = state.max;
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
-      const int column = first + v * stride;
+      const int before_v = v * stride;
       Real largest = x[v][0];
 #pragma unroll
       for (int i = 1; i < width; ++i) largest = larger(largest, x[v][i]);
-      if ((is_whole || column < end) && (largest > max || state.argmax < 0)) {
+      if ((is_plain || before_v < to_end) && (largest > max || state.argmax < 0)) {
         int place = 0;
 #pragma unroll
         for (int i = width - 1; i >= 0; --i) place = x[v][i] == largest ? i : place;
-        state.argmax = column + place;
+        state.argmax = first + before_v + place;
       }
       max = larger(max, largest);
       int before = 0;  // fewer instructions than with 64 bits
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        const bool wins_ties = column + i < target;
+        const bool wins_ties = before_v + i < to_target;
         before += x[v][i] > target_logit || (wins_ties && x[v][i] == target_logit);
       }
       state.rank += before;
@@ -417,12 +420,24 @@ __device__ __forceinline__ PartialState<Real> merge_chunks(const PartialState<Re
   return warp_join(state, wanted);
 }
 
-// In double: these are few operations per row, and their rounding errors do not matter then.
+// What a gradient needs of a row.
+template <typename Real>
+__device__ __forceinline__ StateFields<Real> row_state(const PartialState<Real>& state,
+                                                       Real target_logit) {
+  return state_fields(state, state.relative(target_logit));
+}
+
+// In double: these are few operations per row, and their rounding errors do not matter then. Not so
+// the state: the fused kernel, where all threads of the row wait for it, shall compute the same.
 template <typename Real>
 __device__ __forceinline__ RowStats<double> finalize_row(const PartialState<Real>& state,
                                                          Real target_logit, int64_t vocab_size,
                                                          const Wanted& wanted) {
-  return finalize(state.template as<double>(), double(target_logit), vocab_size, wanted);
+  const PartialState<double> exact = state.template as<double>();
+  const double at_target = exact.relative(double(target_logit));
+  RowStats<double> stats = finalize(exact, at_target, vocab_size, wanted);
+  stats.state = row_state(state, target_logit).template as<double>();
+  return stats;
 }
 
 // The target of an active row, without its logit.
@@ -435,15 +450,22 @@ __device__ __forceinline__ Target<real_t<T>> target_class(const RowInputs<T>& in
 
 // The target's logit as it is stored: nobody waits for it before it is used.
 template <typename T>
-__device__ __forceinline__ T raw_logit(const RowInputs<T>& in, int64_t row, int64_t column) {
-  return column < 0 ? T{} : in.logits[in.layout.offset(row) + column];
-}
+struct StoredTarget {
+  bool is_here;
+  T logit;
 
-template <typename T>
-__device__ __forceinline__ real_t<T> transformed(T raw,
-                                                 const LogitTransform<real_t<T>>& transform) {
-  const real_t<T> z = to_real(raw);
-  return transform.kind() == TransformKind::identity ? z : transform.apply(z, TanhFor<T>{});
-}
+  __device__ __forceinline__ StoredTarget(const RowInputs<T>& in, int64_t row, int64_t column)
+      : is_here(column >= 0), logit() {
+    if (is_here) logit = in.logits[in.layout.offset(row) + column];
+  }
+
+  // -inf if there is none.
+  __device__ __forceinline__ real_t<T> transformed(
+      const LogitTransform<real_t<T>>& transform) const {
+    if (!is_here) return -infinity<real_t<T>>();
+    const real_t<T> z = to_real(logit);
+    return transform.kind() == TransformKind::identity ? z : transform.apply(z, TanhFor<T>{});
+  }
+};
 
 }  // namespace llmloss::cuda

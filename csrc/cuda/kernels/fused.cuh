@@ -155,10 +155,9 @@ __global__ void __launch_bounds__(fused_block_size<holds>,
   if constexpr (task::has(stats_tasks, task::transformed)) transform = in.transform.resolved();
   const Target<Real> target = target_class(in, read_target);
   // Before the gradient overwrites it. Only ranks need it now, and nobody else waits for it.
-  const T raw_target = raw_logit(in, row, target.column);
+  const StoredTarget<T> stored(in, row, target.column);
   constexpr bool needs_target = task::has(stats_tasks, task::order | task::rest);
-  const Reducer reducer{in, transform, row,
-                        needs_target ? transformed(raw_target, transform) : Real(0),
+  const Reducer reducer{in, transform, row, needs_target ? stored.transformed(transform) : Real(0),
                         int(target.column)};
   simt::block_sync();    // all copies have been started
   simt::cluster_wait();  // the other blocks have started: their shared memory can be written
@@ -183,26 +182,22 @@ __global__ void __launch_bounds__(fused_block_size<holds>,
   }
   simt::cluster_sync();  // all states have arrived, and no block reads the row any more
 
-  // One warp computes what is the same for the row's gradient, while another one writes its
-  // statistics. Most losses need only the state for their gradient; for the others it has the same
-  // bits as what row_grad_kernel loads.
+  // One warp computes what is the same for the row's gradient. Most losses need only the state for
+  // it; for the others it has the same bits as what row_grad_kernel loads.
   const bool writes_statistics = rank == 0 && warp == warps - 1;
+  State total;
   if (warp == 0 || writes_statistics) {
-    const State total = merge_chunks(states, chunks.count, Reducer::wanted());
-    const auto finalized = [&] {
-      return finalize_row(total, transformed(raw_target, transform), in.vocab_size,
-                          Reducer::wanted());
-    };
-    if (writes_statistics && simt::lane() == 0) write_statistics(out, row, finalized());
-    if (warp == 0) {
-      RowStats<Real> known;
-      if (source.options.gradient_reads_values()) known = finalized().template as<Real>();
-      known.state[StateField::reference] = total.reference();
-      known.state[StateField::sum_exp] = total.sum_exp;
-      known.state[StateField::sum_weights] = total.sum_weights;
-      const GradRow<Real> computed = grad_row(in, source, row, known, target.weight);
-      if (simt::lane() == 0) *coefficients = computed;
-    }
+    total = merge_chunks(states, chunks.count, Reducer::wanted());
+  }
+  const auto finalized = [&] {
+    return finalize_row(total, stored.transformed(transform), in.vocab_size, Reducer::wanted());
+  };
+  if (warp == 0) {
+    RowStats<Real> known;
+    if (source.options.gradient_reads_values()) known = finalized().template as<Real>();
+    known.state = row_state(total, stored.transformed(transform));
+    const GradRow<Real> computed = grad_row(in, source, row, known, target.weight);
+    if (simt::lane() == 0) *coefficients = computed;
   }
   simt::block_sync();
   const ColumnGradient<T, grad_tasks> gradient{in, transform, row, int(target.column), false};
@@ -216,6 +211,8 @@ __global__ void __launch_bounds__(fused_block_size<holds>,
   }
   gradient.write(*coefficients, columns, grad + begin, begin, staged_end, {thread, threads});
   if (rank == blocks - 1) write_zeros(grad, vocab_size, int(in.columns), thread, threads);
+  // Last, when no tile is in registers any more; the last warp is the first to have none.
+  if (writes_statistics && simt::lane() == 0) write_statistics(out, row, finalized());
 }
 
 }  // namespace llmloss::cuda

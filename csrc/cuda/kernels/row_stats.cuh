@@ -39,10 +39,9 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
   // Only ranks need the target's logit now; nobody else waits for it before the end.
   constexpr bool needs_target = task::has(tasks, task::order | task::rest);
   const bool is_read = needs_target || (!is_split && share.warp() == 0);
-  const T raw_target = raw_logit(in, row, is_read ? target : -1);
+  const StoredTarget<T> stored(in, row, is_read ? target : -1);
   const Reducer reducer{in, transform, row,
-                        needs_target ? transformed(raw_target, transform) : real_t<T>(0),
-                        int(target)};
+                        needs_target ? stored.transformed(transform) : real_t<T>(0), int(target)};
   const Columns<T> columns = logits_of(in, row);
   const auto state_of = [&](int chunk) {
     const int begin = chunk * chunks.columns, end = begin + chunks.columns;
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
   if (simt::lane() != 0) return;
   write_statistics(
       out, row,
-      finalize_row(total, transformed(raw_target, transform), in.vocab_size, Reducer::wanted()));
+      finalize_row(total, stored.transformed(transform), in.vocab_size, Reducer::wanted()));
 }
 
 // Reads the workspace and writes the statistics of rows that several blocks have shared; one warp
@@ -88,11 +87,11 @@ __global__ void __launch_bounds__(block_size)
     write_statistics(out, row, absent_statistics<double>(read_target.is_ignored(), in.vocab_size));
     return;
   }
-  const T raw_target = raw_logit(in, row, target_class(in, read_target).column);
+  const StoredTarget<T> stored(in, row, target_class(in, read_target).column);
   const Wanted wanted = Wanted::by(out);
   const auto total = merge_chunks(workspace + row * chunks.count, chunks.count, wanted);
   if (simt::lane() != 0) return;
-  const real_t<T> target = transformed(raw_target, in.transform.resolved());
+  const real_t<T> target = stored.transformed(in.transform.resolved());
   write_statistics(out, row, finalize_row(total, target, in.vocab_size, wanted));
 }
 
