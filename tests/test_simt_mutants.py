@@ -56,18 +56,28 @@ MUTANTS = {
     ),
     "a missing column asked for": (
         "kernels/chunks.cuh",
-        "sum_shifted += is_whole || column + i < end ?",
-        "sum_shifted += is_whole || MUTANT || column + i < end ?",
+        "sum_shifted += is_plain || v * stride + i < to_end ?",
+        "sum_shifted += is_plain || MUTANT || v * stride + i < to_end ?",
     ),
     "a missing column capped": (
         "kernels/chunks.cuh",
-        "if (!(first + v * stride + i < end)) x[v][i]",
-        "if (!MUTANT && !(first + v * stride + i < end)) x[v][i]",
+        "if (!(v * stride + i < to_end)) x[v][i]",
+        "if (!MUTANT && !(v * stride + i < to_end)) x[v][i]",
+    ),
+    "the target in the sum of the others": (
+        "kernels/chunks.cuh",
+        "const bool is_target = !is_plain &&",
+        "const bool is_target = !MUTANT && !is_plain &&",
+    ),
+    "the target's batch as any other": (
+        "kernels/chunks.cuh",
+        "is_whole) && !has_target) {",
+        "is_whole) && (MUTANT || !has_target)) {",
     ),
     "no order among equal logits": (
         "kernels/chunks.cuh",
-        "const bool wins_ties = column + i < target;",
-        "const bool wins_ties = !MUTANT && column + i < target;",
+        "const bool wins_ties = before_v + i < to_target;",
+        "const bool wins_ties = !MUTANT && before_v + i < to_target;",
     ),
     "sums not moved to a new maximum": (
         "kernels/chunks.cuh",

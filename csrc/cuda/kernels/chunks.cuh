@@ -127,10 +127,17 @@ struct ColumnReducer {
       }
       // The same in every lane.
       const bool has_target = unsigned(target - batch) < unsigned(batch_columns<T>);
-      if ((!looks_at_columns || is_whole) && !has_target) {
-        add<true>(state, vectors, first, end);
+      // It counts in the maximum, but not in the sums of exponentials.
+      const Real max = has(task::transformed) ? Real(0) : largest<T>(vectors);
+      if constexpr (looks_at_columns) {
+        if (is_whole && !has_target) {
+          add<true>(state, vectors, max, first, end);
+        } else {
+          add<false>(state, vectors, max, first, end);
+        }
       } else {
-        add<false>(state, vectors, first, end);
+        if (has_target) hide(vectors, target - first);
+        add<true>(state, vectors, max, first, end);
       }
     }
     if (has(task::mean) && in.weights.is_constant()) {
@@ -148,10 +155,16 @@ struct ColumnReducer {
 
   using Batch = Real[batch_vectors][width];
 
-  // Adds a batch to a lane's state. is_plain: every column is there, and none is the target's,
-  // which the sums of exponentials leave out.
+  // Puts -inf in the place of a column, which may be none of this lane's.
+  static __device__ __forceinline__ void hide(Words (&vectors)[batch_vectors], int column) {
+#pragma unroll
+    for (int v = 0; v < batch_vectors; ++v) hide_element<T>(vectors[v], column - v * stride);
+  }
+
+  // Adds a batch to a lane's state. is_plain: every column is there, and none is the target's; or
+  // what is not to be counted is -inf, and nobody looks at columns.
   template <bool is_plain>
-  __device__ __forceinline__ void add(State& state, const Words (&vectors)[batch_vectors],
+  __device__ __forceinline__ void add(State& state, const Words (&vectors)[batch_vectors], Real max,
                                       int first, int end) const {
     Batch x;
     read(vectors, x);
@@ -159,7 +172,7 @@ struct ColumnReducer {
     const int to_end = end - first, to_target = target - first;
     if constexpr (has(task::transformed) && !is_plain) hide_missing(x, to_end);
     if constexpr (has(task::order)) add_order<is_plain>(state, x, first, to_end, to_target);
-    const Real max = has(task::transformed) ? largest_of(x) : largest<T>(vectors);
+    if constexpr (has(task::transformed)) max = largest_of(x);
     const Real factor = rebase(state, max);
     const Real reference = state.reference();
     Real sums[batch_vectors];
@@ -326,7 +339,7 @@ __device__ __forceinline__ PartialState<Real> merge_chunks(const PartialState<Re
 template <typename Real>
 __device__ __forceinline__ StateFields<Real> row_state(const PartialState<Real>& state,
                                                        Real target_logit) {
-  return state_fields(state, state.relative(target_logit));
+  return state_fields(state, exp_of(state.relative(target_logit)));
 }
 
 // In double: these are few operations per row, and their rounding errors do not matter then. Not so
