@@ -71,8 +71,18 @@ MUTANTS = {
     ),
     "the target's batch as any other": (
         "kernels/chunks.cuh",
-        "is_whole) && !has_target) {",
-        "is_whole) && (MUTANT || !has_target)) {",
+        "if (is_whole && !has_target) {",
+        "if (is_whole && (MUTANT || !has_target)) {",
+    ),
+    "the target not hidden": (
+        "kernels/chunks.cuh",
+        "if (has_target) hide(",
+        "if (!MUTANT && has_target) hide(",
+    ),
+    "another element hidden": (
+        "device/vector.cuh",
+        "if (k == i) from_real(",
+        "if (k == (MUTANT ? i + 1 : i)) from_real(",
     ),
     "no order among equal logits": (
         "kernels/chunks.cuh",
@@ -282,8 +292,9 @@ MUTANTS = {
     ),
     "no weights for a fused gradient": (
         "kernels/fused.cuh",
-        "known.state[StateField::sum_weights] = total.sum_weights;",
-        "known.state[StateField::sum_weights] = MUTANT ? Real(0) : total.sum_weights;",
+        "known.state = row_state(total, target.logit);",
+        "known.state = row_state(total, target.logit);\n"
+        "    if (MUTANT) known.state[StateField::sum_weights] = Real(0);",
     ),
     "a mean without its task": (
         "kernels/tasks.cuh",
