@@ -348,9 +348,7 @@ HELD = {"one block": ((1, 100 << 10, 16), 1), "two blocks": ((1, 16 << 10, 16), 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", HELD)
-def test_fused_with_chunks_in_registers(
-    kernels: Any, dtype: str, name: str, schedule: Any
-) -> None:
+def test_fused_with_chunks_in_registers(kernels: Any, dtype: str, name: str, schedule: Any) -> None:
     kernels.set_schedule(*schedule)
     device, cluster = HELD[name]
     for options in ({}, {"label_smoothing": 0.1, "vocab_size": 39 * TILE[dtype] + 9}):

@@ -56,18 +56,38 @@ MUTANTS = {
     ),
     "a missing column asked for": (
         "kernels/chunks.cuh",
-        "exponents[v] += is_whole || column + i < end ?",
-        "exponents[v] += is_whole || MUTANT || column + i < end ?",
+        "exponents[v] += is_plain || v * stride + i < to_end ?",
+        "exponents[v] += is_plain || MUTANT || v * stride + i < to_end ?",
     ),
     "a missing column capped": (
         "kernels/chunks.cuh",
-        "if (!(first + v * stride + i < end)) x[v][i]",
-        "if (!MUTANT && !(first + v * stride + i < end)) x[v][i]",
+        "if (!(v * stride + i < to_end)) x[v][i]",
+        "if (!MUTANT && !(v * stride + i < to_end)) x[v][i]",
+    ),
+    "the target in the sum of the others": (
+        "kernels/chunks.cuh",
+        "const bool is_target = !is_plain &&",
+        "const bool is_target = !MUTANT && !is_plain &&",
+    ),
+    "the target's batch as any other": (
+        "kernels/chunks.cuh",
+        "if (batch + batch_columns<T> <= end && !has_target) {",
+        "if (batch + batch_columns<T> <= end && (MUTANT || !has_target)) {",
+    ),
+    "the target not hidden": (
+        "kernels/chunks.cuh",
+        "if (has_target) {",
+        "if (!MUTANT && has_target) {",
+    ),
+    "another element hidden": (
+        "device/vector.cuh",
+        "if (k == i) from_real(",
+        "if (k == (MUTANT ? i + 1 : i)) from_real(",
     ),
     "no order among equal logits": (
         "kernels/chunks.cuh",
-        "const bool wins_ties = column + i < target;",
-        "const bool wins_ties = !MUTANT && column + i < target;",
+        "const bool wins_ties = before_v + i < to_target;",
+        "const bool wins_ties = !MUTANT && before_v + i < to_target;",
     ),
     "sums not moved to a new maximum": (
         "kernels/chunks.cuh",
@@ -258,8 +278,9 @@ MUTANTS = {
     ),
     "no weights for a fused gradient": (
         "kernels/fused.cuh",
-        "known.state[StateField::sum_weights] = total.sum_weights;",
-        "known.state[StateField::sum_weights] = MUTANT ? Real(0) : total.sum_weights;",
+        "known.state = row_state(total, stored.transformed(transform));",
+        "known.state = row_state(total, stored.transformed(transform));\n"
+        "    if (MUTANT) known.state[StateField::sum_weights] = Real(0);",
     ),
     "a mean without its task": (
         "kernels/tasks.cuh",

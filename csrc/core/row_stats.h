@@ -111,28 +111,29 @@ struct RowStats {
   }
 };
 
-// What backward needs of a whole row. at_target: state.relative(the target's logit), -inf if no
-// column is the target.
+// What backward needs of a whole row. target_exp: the target's e^(x - m), 0 if no column is the
+// target.
 template <typename Real>
-LLMLOSS_HD StateFields<Real> state_fields(const PartialState<Real>& state, Real at_target) {
+LLMLOSS_HD StateFields<Real> state_fields(const PartialState<Real>& state, Real target_exp) {
   StateFields<Real> fields;
   fields[StateField::reference] = state.reference();
   // Exactly sum_exp if the target is the largest; otherwise the largest's 1 is in sum_exp.
-  fields[StateField::excess] = state.sum_exp + expm1_of(at_target);
+  fields[StateField::excess] = state.sum_exp + (target_exp - Real(1));
   fields[StateField::sum_weights] = state.sum_weights;
   return fields;
 }
 
-// Those statistics that are not wanted and cost a division or a logarithm are 0.
+// at_target: state.relative(the target's logit), -inf if no column is the target. Those statistics
+// that are not wanted and cost a division or a logarithm are 0.
 template <typename Real>
 LLMLOSS_HD RowStats<Real> finalize(const PartialState<Real>& state, Real at_target,
                                    int64_t vocab_size,
                                    const Wanted& wanted = Wanted::everything()) {
+  const Real target_exp = exp_of(at_target);
   RowStats<Real> stats;
-  stats.state = state_fields(state, at_target);
+  stats.state = state_fields(state, target_exp);
   const Real excess = stats.state[StateField::excess];
   const Real log_sum = log1p_of(excess);
-  const Real target_less_1 = expm1_of(at_target), target_exp = target_less_1 + Real(1);
   const bool is_nan = !(excess == excess);
   stats.floats[Stat::log_prob] = at_target - log_sum;
   stats.floats[Stat::lse] = stats.state[StateField::reference] + log_sum;
@@ -143,7 +144,7 @@ LLMLOSS_HD RowStats<Real> finalize(const PartialState<Real>& state, Real at_targ
   }
   stats.floats[Stat::mean_log_prob] = state.sum_weighted - state.sum_weights * log_sum;
   if (wanted.floats[Stat::log_sum_sq_probs]) {
-    const Real excess_sq = state.sum_sq_exp + target_less_1 * (target_exp + Real(1));
+    const Real excess_sq = state.sum_sq_exp + (target_exp * target_exp - Real(1));
     const Real log_sum_sq = log1p_of(excess_sq) - Real(2) * log_sum;
     stats.floats[Stat::log_sum_sq_probs] = log_sum_sq > Real(0) ? Real(0) : log_sum_sq;  // likewise
   }

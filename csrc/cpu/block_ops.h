@@ -149,19 +149,19 @@ inline void block_exp_sums(const T* x, int n, Real reference, int target, Real* 
       if constexpr (keep) store_part<Real>(exps + i, part, e);
     }
   };
-  if (target < 0) {
-    walk(0, n);
-  } else {
-    // The vector that holds the target, without it.
-    const int begin = target / V::width * V::width;
-    const int count = n - begin < V::width ? n - begin : V::width;
+  // Up to the vector that holds the target, that vector without it, and the rest: with one place
+  // that walks, whose accumulators stay in registers.
+  const int target_vector = target < 0 ? n : target / V::width * V::width;
+  for (int begin = 0, end = target_vector;; end = n) {
+    walk(begin, end);
+    if (end == n) break;
+    const int count = n - end < V::width ? n - end : V::width;
     Real lanes[V::width];
-    V::store(lanes, load_part<Real>(x + begin, count, -infinity<Real>()));
-    lanes[target - begin] = -infinity<Real>();
-    walk(0, begin);
+    V::store(lanes, load_part<Real>(x + end, count, -infinity<Real>()));
+    lanes[target - end] = -infinity<Real>();
     const Reg<Real> e = step(0, V::load(lanes));
-    if constexpr (keep) store_part<Real>(exps + begin, count, e);
-    walk(begin + count, n);
+    if constexpr (keep) store_part<Real>(exps + end, count, e);
+    begin = end + count;
   }
   part.sum_exp = sum_exp.sum();
   if constexpr (with_entropy) part.sum_x_exp = sum_x_exp.sum();

@@ -725,7 +725,7 @@ void test_shards() {
 // A row that is nearly sure of its target, whose others lie on the target's rank, on another, or on
 // both; a rank without columns sends zeros. The largest logit may be far from 0.
 void test_shards_of_a_confident_row() {
-  for (const double gap : {1.0, 9.0, 20.0}) {
+  for (const double gap : {1.0, 9.0, 20.0, 50.0}) {
     for (const double offset : {0.0, 1e4, -1e4}) {
       for (const int on_its_own : {0, 1, 3}) {
         constexpr int ranks = 3;

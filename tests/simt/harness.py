@@ -296,7 +296,7 @@ class Case:
 
         The denominator is followed by the factor of the z-loss.
         """
-        loss, denominator, arguments = self._loss(reduction, num_items)
+        loss, denominator, arguments, _stats = self._loss(reduction, num_items)
         if reduction == "mean":
             self.kernels.denominator(arguments)
         self.kernels.reduce_loss(arguments, ["none", "mean", "sum"].index(reduction))
@@ -304,7 +304,7 @@ class Case:
 
     def mean_loss(self, num_items: float | None = None) -> Any:
         """The mean loss and its denominator, from one kernel."""
-        loss, denominator, arguments = self._loss("mean", num_items)
+        loss, denominator, arguments, _stats = self._loss("mean", num_items)
         self.kernels.mean_loss(arguments)
         return loss[0], denominator
 
@@ -318,4 +318,4 @@ class Case:
             arguments["denominator"] = int(denominator.ctypes.data)
             if num_items is not None:
                 arguments["num_items"] = self._address([num_items], self.real)
-        return loss, denominator, arguments
+        return loss, denominator, arguments, stats  # arguments has their addresses alone

@@ -35,6 +35,20 @@ __device__ __forceinline__ real_t<T> element(const Words& words, int i) {
   }
 }
 
+// Puts -inf in the place of element i; of none, if i is not in the vector.
+template <typename T>
+__device__ __forceinline__ void hide_element(Words& words, int i) {
+  struct Elements {
+    T at[Vector<T>::size];
+  };
+  Elements elements = bit_cast<Elements>(words);
+#pragma unroll
+  for (int k = 0; k < Vector<T>::size; ++k) {
+    if (k == i) from_real(-infinity<real_t<T>>(), elements.at[k]);
+  }
+  words = bit_cast<Words>(elements);
+}
+
 // A vector of numbers, rounded to the storage type.
 template <typename T>
 __device__ __forceinline__ Words packed(const real_t<T> (&x)[Vector<T>::size]) {

@@ -200,12 +200,27 @@ struct ColumnReducer {
   __device__ __forceinline__ void add(State& state, const Words (&vectors)[batch_vectors],
                                       int batch, int end) const {
     const int first = lane_column<T>(batch, 0);
-    const bool is_whole = !looks_at_columns || batch + batch_columns<T> <= end;
+    // The same in every lane.
     const bool has_target = unsigned(target - batch) < unsigned(batch_columns<T>);
-    if (is_whole && !has_target) {  // the same in every lane
-      add_columns<true>(state, vectors, first, end);
+    // It counts in the maximum, but not in the sums of exponentials.
+    const Real max = has(task::transformed) ? Real(0) : largest<T>(vectors);
+    if constexpr (looks_at_columns) {
+      if (batch + batch_columns<T> <= end && !has_target) {
+        add_columns<true>(state, vectors, max, first, end);
+      } else {
+        add_columns<false>(state, vectors, max, first, end);
+      }
     } else {
-      add_columns<false>(state, vectors, first, end);
+      Words others[batch_vectors];
+#pragma unroll
+      for (int v = 0; v < batch_vectors; ++v) others[v] = vectors[v];
+      if (has_target) {
+#pragma unroll
+        for (int v = 0; v < batch_vectors; ++v) {
+          hide_element<T>(others[v], target - first - v * stride);
+        }
+      }
+      add_columns<true>(state, others, max, first, end);
     }
   }
 
@@ -218,18 +233,18 @@ struct ColumnReducer {
     return warp_merge(state, wanted());
   }
 
-  // is_plain: every column is there, and none is the target's, which the sums of exponentials leave
-  // out.
+  // is_plain: every column is there, and none is the target's; or what is not to be counted is
+  // -inf, and nobody looks at columns.
   template <bool is_plain>
   __device__ __forceinline__ void add_columns(State& state, const Words (&vectors)[batch_vectors],
-                                              int first, int end) const {
+                                              Real max, int first, int end) const {
     Batch x;
     read(vectors, x);
     // Columns are known by how far they are from `first`.
     const int to_end = end - first, to_target = target - first;
     if constexpr (has(task::transformed) && !is_plain) hide_missing(x, to_end);
     if constexpr (has(task::order)) add_order<is_plain>(state, x, first, to_end, to_target);
-    const Real max = has(task::transformed) ? largest_of(x) : largest<T>(vectors);
+    if constexpr (has(task::transformed)) max = largest_of(x);
     const Real factor = rebase(state, max);
     const Real reference = state.reference();
     const ExpFrom<T> from(reference);
@@ -424,7 +439,7 @@ __device__ __forceinline__ PartialState<Real> merge_chunks(const PartialState<Re
 template <typename Real>
 __device__ __forceinline__ StateFields<Real> row_state(const PartialState<Real>& state,
                                                        Real target_logit) {
-  return state_fields(state, state.relative(target_logit));
+  return state_fields(state, exp_of(state.relative(target_logit)));
 }
 
 // In double: these are few operations per row, and their rounding errors do not matter then. Not so
