@@ -39,7 +39,7 @@ constexpr int planned_blocks(unsigned tasks, size_t element_bytes) {
 #else
   if (tasks == task::plain) return 4;
 #endif
-  return tasks == task::transformed || !task::has(tasks, task::transformed) ? 3 : 2;
+  return tasks == task::transformed || tasks == task::mean ? 3 : 2;
 }
 
 // How a row is cut.

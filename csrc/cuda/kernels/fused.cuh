@@ -10,17 +10,19 @@ namespace llmloss::cuda {
 
 // Whether there is a kernel that holds tiles in registers.
 template <typename T, unsigned tasks>
-inline constexpr bool fused_can_hold = sizeof(T) < 8 && tasks != task::everything;
+inline constexpr bool fused_can_hold = sizeof(T) < 8 && tasks == task::plain;
 
 // The most threads of a block, and the number of such blocks that a multiprocessor should hold:
 // three of 256 threads fit, too. A block that holds tiles has a multiprocessor for itself.
 template <bool holds>
 inline constexpr int fused_block_size = holds ? 640 : 384;
 template <typename T, unsigned tasks>
-inline constexpr int fused_blocks =
-    // float16 would spill by a few bytes.
-    planned_blocks(tasks, sizeof(T)) > 2 && (tasks == task::plain || !std::is_same_v<T, Half>) ? 2
-                                                                                               : 1;
+constexpr int fused_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (sizeof(T) == 4) return 1;  // it would spill
+#endif
+  return sizeof(T) < 8 && tasks == task::plain ? 2 : 1;
+}
 
 // Columns of a row that warps copy to shared memory, a chunk at a time. They keep their offset from
 // a multiple of 16 bytes, so that whole vectors can be copied.
@@ -91,7 +93,7 @@ class StagedColumns {
 // those of all rows in flight fit there.
 template <typename T, unsigned stats_tasks, unsigned grad_tasks, bool holds>
 __global__ void __launch_bounds__(fused_block_size<holds>,
-                                  (holds ? 1 : fused_blocks<T, stats_tasks>))
+                                  (holds ? 1 : fused_blocks<T, stats_tasks>()))
     fused_kernel(const __grid_constant__ RowInputs<T> in,
                  const __grid_constant__ RowOutputs<real_t<T>> out,
                  const __grid_constant__ GradSource<real_t<T>> source,
