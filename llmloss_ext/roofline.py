@@ -31,8 +31,8 @@ class Cost(NamedTuple):
 
 
 # By the bytes of an element. The hot paths of the plain kernels, the most over the architectures.
-REDUCE = {2: Cost(6.7, 1.05), 4: Cost(13.7, 1.1)}
-WRITE = {2: Cost(8.6, 1.0), 4: Cost(17.5, 1.0)}
+REDUCE = {2: Cost(6.6, 1.07), 4: Cost(15.9, 1.07)}
+WRITE = {2: Cost(5.7, 1.0), 4: Cost(12.6, 1.0)}
 
 
 class Calibration(NamedTuple):

@@ -174,7 +174,7 @@ def test_plans_of_common_sizes() -> None:
     assert large["row_stats"].startswith("1 block of 4 warps for each row")
     assert large["fused"].startswith("one block")
     assert "8 of 63 chunks stay in registers" in large["fused"]
-    assert "a cluster of 16" in plan(8192, 262144, 4)["fused"]
+    assert "a cluster of 4" in plan(8192, 262144, 4)["fused"]
     assert large["vectors"].startswith("16 bytes, 8 columns")
     assert all("dynamic shared memory" in large[k] for k in ("row_stats", "row_grad", "fused"))
     # A factor of 1 need not start a block for each row.
