@@ -32,60 +32,51 @@ struct Targets {
   const void* data = nullptr;  // null: probability targets
   bool is_int64 = true;
   int64_t ignore_index = -100;
-  bool of_shard = false;  // the columns are only some of the classes: see is_elsewhere
+  bool of_shard = false;  // the columns are only some of the classes: see RowTarget::is_elsewhere
 
-  LLMLOSS_HD int64_t operator[](int64_t row) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[row]
-                    : int64_t{static_cast<const int32_t*>(data)[row]};
-  }
   LLMLOSS_HD bool are_indices() const { return data != nullptr; }
-  LLMLOSS_HD bool ignored(int64_t row) const {
-    return are_indices() && (*this)[row] == ignore_index;
-  }
-  LLMLOSS_HD bool in_range(int64_t row, int64_t vocab_size) const {
-    return !are_indices() || ((*this)[row] >= 0 && (*this)[row] < vocab_size);
-  }
-  // Whether the target is a column of another shard, which -1 stands for: the row has statistics,
-  // but no target column.
-  LLMLOSS_HD bool is_elsewhere(int64_t row) const { return of_shard && (*this)[row] == -1; }
-  // Whether the row has statistics and a gradient.
-  LLMLOSS_HD bool active(int64_t row, int64_t vocab_size) const {
-    return !ignored(row) && (in_range(row, vocab_size) || is_elsewhere(row));
-  }
+  LLMLOSS_HD int64_t operator[](int64_t row) const;
 };
 
-// A row's target. It is read here, and nobody waits for it before it is used: kernels do other work
-// in between.
+// A row's target. It is read here and converted later, so that nobody waits for it before it is
+// used: kernels do other work in between.
 class RowTarget {
  public:
-  LLMLOSS_HD RowTarget(const Targets& targets, int64_t row, int64_t vocab_size)
-      : targets_(targets), vocab_size_(vocab_size) {
+  LLMLOSS_HD RowTarget(const Targets& targets, int64_t row) : targets_(targets) {
     if (!targets.are_indices()) return;
-    const auto* words =
-        static_cast<const uint32_t*>(targets.data) + (targets.is_int64 ? 2 : 1) * row;
-    low_ = words[0];
-    if (targets.is_int64) high_ = words[1];
+    if (targets.is_int64) {
+      wide_ = static_cast<const int64_t*>(targets.data)[row];
+    } else {
+      narrow_ = static_cast<const int32_t*>(targets.data)[row];
+    }
   }
 
-  LLMLOSS_HD int64_t value() const {
-    return targets_.is_int64 ? int64_t(uint64_t{high_} << 32 | low_) : int64_t{int32_t(low_)};
-  }
+  LLMLOSS_HD int64_t value() const { return targets_.is_int64 ? wide_ : int64_t{narrow_}; }
   LLMLOSS_HD bool is_ignored() const {
     return targets_.are_indices() && value() == targets_.ignore_index;
   }
+  // Whether the target is a column of another shard, which -1 stands for: the row has statistics,
+  // but no target column.
   LLMLOSS_HD bool is_elsewhere() const { return targets_.of_shard && value() == -1; }
-  LLMLOSS_HD bool is_active() const {
-    const bool is_in_range = !targets_.are_indices() || uint64_t(value()) < uint64_t(vocab_size_);
-    return !is_ignored() && (is_in_range || is_elsewhere());
+  LLMLOSS_HD bool is_in_range(int64_t vocab_size) const {
+    return !targets_.are_indices() || uint64_t(value()) < uint64_t(vocab_size);
+  }
+  // Whether the row has statistics and a gradient: its target is neither ignored nor out of range.
+  LLMLOSS_HD bool is_active(int64_t vocab_size) const {
+    return !is_ignored() && (is_in_range(vocab_size) || is_elsewhere());
   }
   // Whether the target of an active row is one of its columns.
   LLMLOSS_HD bool is_here() const { return targets_.are_indices() && !is_elsewhere(); }
 
  private:
   const Targets& targets_;
-  int64_t vocab_size_;
-  uint32_t low_ = 0, high_ = 0;
+  int64_t wide_ = 0;
+  int32_t narrow_ = 0;
 };
+
+LLMLOSS_HD int64_t Targets::operator[](int64_t row) const {
+  return RowTarget(*this, row).value();
+}
 
 // The weights a_i of the weighted mean of log-probabilities:
 //   class indices:         a_i = w_i beta                     (beta = 1 / vocab_size)

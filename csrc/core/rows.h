@@ -7,10 +7,10 @@
 
 namespace llmloss {
 
-// Whether the row has statistics and a gradient: its target is neither ignored nor out of range.
+// Whether the row has statistics and a gradient.
 template <typename T>
 LLMLOSS_HD bool is_active(const RowInputs<T>& in, int64_t row) {
-  return in.targets.active(row, in.vocab_size);
+  return RowTarget(in.targets, row).is_active(in.vocab_size);
 }
 
 // The target of a row. Read it before writing the gradient, which may overwrite the logits.
@@ -20,12 +20,6 @@ struct Target {
   Real logit = -infinity<Real>();  // transformed; -inf if there is none
   Real weight = 1;                 // of its class
 };
-
-// Whether the target of an active row is one of its columns.
-template <typename T>
-LLMLOSS_HD bool target_is_here(const RowInputs<T>& in, int64_t row) {
-  return in.targets.are_indices() && !in.targets.is_elsewhere(row);
-}
 
 // Writes one number to each array that is not null.
 template <typename To, typename From, int first, int end>
@@ -56,11 +50,6 @@ LLMLOSS_HD RowStats<Real> absent_statistics(bool is_ignored, int64_t vocab_size)
   stats.integers[Stat::argmax] = -1;
   stats.integers[Stat::rank] = vocab_size;
   return stats;
-}
-
-template <typename Real, typename T>
-LLMLOSS_HD RowStats<Real> absent_statistics(const RowInputs<T>& in, int64_t row) {
-  return absent_statistics<Real>(in.targets.ignored(row), in.vocab_size);
 }
 
 // Whether the row has a gradient that is not 0.

@@ -70,7 +70,7 @@ LLMLOSS_HD void merge_shards(const ShardRows<Real>& in, const RowOutputs<Real>& 
   }
   if (columns != double(in.vocab_size)) count = -1;
   owners[row] = Real(count);
-  if (in.targets.ignored(row)) {
+  if (RowTarget(in.targets, row).is_ignored()) {
     write_statistics(out, row, absent_statistics<double>(true, in.vocab_size));
     return;
   }

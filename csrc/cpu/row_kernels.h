@@ -124,8 +124,9 @@ RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, co
 
 template <typename T>
 Target<real_t<T>> target_of(const RowReader<T>& reader, const RowInputs<T>& in, int64_t row) {
-  if (!is_active(in, row) || !target_is_here(in, row)) return {};
-  const int64_t column = in.targets[row];
+  const RowTarget target(in.targets, row);
+  if (!target.is_active(in.vocab_size) || !target.is_here()) return {};
+  const int64_t column = target.value();
   return {column, reader.logit(column), in.weights.of_class(column)};
 }
 
@@ -133,7 +134,10 @@ template <typename T>
 RowStats<double> statistics_of(RowReader<T>& reader, const RowInputs<T>& in, const Wanted& wanted,
                                int64_t row, const Target<real_t<T>>& target,
                                const KeptExps<real_t<T>>* kept = nullptr) {
-  if (!is_active(in, row)) return absent_statistics<double>(in, row);
+  const RowTarget read_target(in.targets, row);
+  if (!read_target.is_active(in.vocab_size)) {
+    return absent_statistics<double>(read_target.is_ignored(), in.vocab_size);
+  }
   return row_statistics(reader, in, wanted, target, kept);
 }
 

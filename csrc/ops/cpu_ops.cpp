@@ -18,7 +18,7 @@ struct RowOrder {
   explicit RowOrder(const RowInputs<T>& in) : rows(size_t(in.rows)) {
     int64_t front = 0, back = in.rows;
     for (int64_t row = 0; row < in.rows; ++row) {
-      rows[size_t(in.targets.ignored(row) ? --back : front++)] = row;
+      rows[size_t(RowTarget(in.targets, row).is_ignored() ? --back : front++)] = row;
     }
     active = front;
   }

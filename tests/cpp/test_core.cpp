@@ -520,18 +520,26 @@ void test_layouts_targets_and_weights() {
   const int32_t ids[] = {0, -100, 9, -1};
   const Targets targets{ids, false, -100};
   CHECK(targets[2] == 9 && targets.are_indices());
-  CHECK(targets.in_range(0, 9) && !targets.in_range(2, 9) && targets.in_range(2, 10));
-  CHECK(!targets.in_range(3, 9));
-  CHECK(targets.active(0, 9) && !targets.active(1, 9) && !targets.active(2, 9));
-  CHECK(targets.ignored(1) && !targets.ignored(0));
-  CHECK(!targets.is_elsewhere(3) && !targets.active(3, 9));
+  const auto of = [&](int row) { return RowTarget(targets, row); };
+  CHECK(of(0).is_in_range(9) && !of(2).is_in_range(9) && of(2).is_in_range(10));
+  CHECK(!of(3).is_in_range(9));
+  CHECK(of(0).is_active(9) && !of(1).is_active(9) && !of(2).is_active(9));
+  CHECK(of(1).is_ignored() && !of(0).is_ignored());
+  CHECK(!of(3).is_elsewhere() && !of(3).is_active(9) && of(0).is_here());
   const Targets of_shard{ids, false, -100, true};
-  CHECK(of_shard.is_elsewhere(3) && of_shard.active(3, 9) && !of_shard.is_elsewhere(0));
-  CHECK(!of_shard.active(2, 9) && !of_shard.active(1, 9));
+  const auto there = [&](int row) { return RowTarget(of_shard, row); };
+  CHECK(there(3).is_elsewhere() && there(3).is_active(9) && !there(3).is_here());
+  CHECK(!there(0).is_elsewhere() && there(0).is_here());
+  CHECK(!there(2).is_active(9) && !there(1).is_active(9));
   const Targets ignores_a_class{ids, false, 9};
-  CHECK(!ignores_a_class.active(2, 10));
+  CHECK(!RowTarget(ignores_a_class, 2).is_active(10));
+  const int64_t wide[] = {int64_t{1} << 32, -100};
+  const Targets of_64_bits{wide, true, -100};
+  CHECK(of_64_bits[0] == wide[0] && RowTarget(of_64_bits, 1).is_ignored());
+  CHECK(!RowTarget(of_64_bits, 0).is_active(9));
   const Targets probabilities{};
-  CHECK(!probabilities.are_indices() && !probabilities.ignored(0) && probabilities.active(0, 1));
+  const RowTarget none(probabilities, 0);
+  CHECK(!probabilities.are_indices() && !none.is_ignored() && none.is_active(1) && !none.is_here());
 
   const float q[] = {0.25f, 0.75f}, w[] = {2.0f, 4.0f};
   ColumnWeights<float> weights;
@@ -611,15 +619,16 @@ void test_rows_that_are_not_active() {
   in.vocab_size = in.columns = 5;
   in.targets.data = ids;
   CHECK(is_active(in, 0) && !is_active(in, 1) && !is_active(in, 2) && !is_active(in, 3));
-  CHECK(target_is_here(in, 0));
   in.targets.of_shard = true;
-  CHECK(is_active(in, 3) && !target_is_here(in, 3));
-  CHECK(!target_is_here(RowInputs<double>{}, 0));  // probability targets
+  CHECK(is_active(in, 3));
 
   Arrays arrays(3);
   RowOutputs<double> out = arrays.outputs();
   out.floats[Stat::lse] = nullptr;
-  for (const int64_t row : {1, 2}) write_statistics(out, row, absent_statistics<double>(in, row));
+  for (const int64_t row : {1, 2}) {
+    const bool is_ignored = RowTarget(in.targets, row).is_ignored();
+    write_statistics(out, row, absent_statistics<double>(is_ignored, in.vocab_size));
+  }
   for (int stat = 0; stat < Stat::float_count; ++stat) {
     const auto& values = arrays.floats[stat];
     CHECK(values[0] == -7);

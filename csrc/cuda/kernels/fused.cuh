@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(fused_block_size<holds>,
       {logits + begin, begin, staged_end - begin}, chunks, first_chunk,
       reinterpret_cast<Arrival*>(states + chunks.count), staged_chunks);
   // The first copies are on their way while the target is read, which may say that none is needed.
-  const RowTarget read_target(in.targets, row, in.vocab_size);
+  const RowTarget read_target(in.targets, row);
   const auto upstream = source.read(row);
   int chunk = first_chunk + warp;
   const bool has_copies = chunk < staged_chunk;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(fused_block_size<holds>,
 
   T* const grad = grads.grad + grads.layout.offset(row);
   const bool counts_nothing = source.vanishes(upstream) || read_target.is_ignored();
-  if (counts_nothing || !read_target.is_active()) {  // the same in all blocks of the cluster
+  if (counts_nothing || !read_target.is_active(in.vocab_size)) {  // the same in all blocks of the cluster
     if (rank == 0 && thread == 0) {
       write_statistics(out, row, absent_statistics<double>(counts_nothing, in.vocab_size));
     }

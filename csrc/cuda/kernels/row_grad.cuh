@@ -21,9 +21,9 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
   const int thread = share.thread();
   const int threads = share.threads();
   T* const grad = out.grad + out.layout.offset(row);
-  const RowTarget read_target(in.targets, row, in.vocab_size);
+  const RowTarget read_target(in.targets, row);
   const auto upstream = source.read(row);
-  if (!read_target.is_active() || source.vanishes(upstream)) {
+  if (!read_target.is_active(in.vocab_size) || source.vanishes(upstream)) {
     write_zeros(grad, 0, int(in.columns), thread, threads);
     if (out.grad_scale != nullptr && thread == 0) out.grad_scale[row] = 0;
     return;

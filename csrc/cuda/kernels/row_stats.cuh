@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
   const int64_t row = share.row();
   if (row >= in.rows) return;  // a warp with its own row: no block barrier waits for it
   const bool is_split = workspace != nullptr;
-  const RowTarget read_target(in.targets, row, in.vocab_size);
-  if (!read_target.is_active()) {
+  const RowTarget read_target(in.targets, row);
+  if (!read_target.is_active(in.vocab_size)) {
     if (!is_split && share.warp() == 0 && simt::lane() == 0) {
       write_statistics(out, row,
                        absent_statistics<double>(read_target.is_ignored(), in.vocab_size));
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(block_size)
                       const PartialState<real_t<T>>* workspace, const Chunks chunks) {
   const int64_t row = RowShare{1, 1}.row();
   if (row >= in.rows) return;
-  const RowTarget read_target(in.targets, row, in.vocab_size);
-  if (!read_target.is_active()) {
+  const RowTarget read_target(in.targets, row);
+  if (!read_target.is_active(in.vocab_size)) {
     if (simt::lane() != 0) return;
     write_statistics(out, row, absent_statistics<double>(read_target.is_ignored(), in.vocab_size));
     return;
