@@ -74,9 +74,7 @@ class RowTarget {
   int32_t narrow_ = 0;
 };
 
-LLMLOSS_HD int64_t Targets::operator[](int64_t row) const {
-  return RowTarget(*this, row).value();
-}
+LLMLOSS_HD int64_t Targets::operator[](int64_t row) const { return RowTarget(*this, row).value(); }
 
 // The weights a_i of the weighted mean of log-probabilities:
 //   class indices:         a_i = w_i beta                     (beta = 1 / vocab_size)
@@ -154,14 +152,10 @@ struct GradSource {
     return has(stat) && (of_loss || gradient_needs_value(stat));
   }
 
-  // dL/d(statistic) of a row. `values` holds the statistics for which needs_value is true, and lse.
-  LLMLOSS_HD FloatStats<Real> upstream(int64_t row, const FloatStats<Real>& values,
-                                       Real target_weight) const {
-    if (!from_loss) return values_of_row(grads, row);
-    return loss_upstream(denominator.options(options), of_loss(row), values, target_weight);
-  }
+  // Whether it needs lse, which follows from the state.
+  LLMLOSS_HD bool needs_lse() const { return from_loss && options.z_loss != Real(0); }
 
-  // What `vanishes` looks at.
+  // What is read of a row before anything is decided.
   struct Row {
     Real share = 0, denominator = 1;
     FloatStats<Real> grads;
@@ -179,15 +173,19 @@ struct GradSource {
     for (int stat = 0; stat < Stat::float_count; ++stat) vanishes &= row.grads[stat] == Real(0);
     return vanishes;
   }
-  LLMLOSS_HD bool vanishes(int64_t row) const { return vanishes(read(row)); }
 
   // dL/d(loss of the row), which does not depend on the row's statistics.
-  LLMLOSS_HD Real of_loss(int64_t row) const {
-    return denominator.given() ? share(row) / denominator.value() : share(row);
+  LLMLOSS_HD static Real of_loss(const Row& row) { return row.share / row.denominator; }
+
+  // dL/d(statistic). `values` holds the statistics for which needs_value or needs_lse is true.
+  LLMLOSS_HD FloatStats<Real> upstream(const Row& row, const FloatStats<Real>& values,
+                                       Real target_weight) const {
+    if (!from_loss) return row.grads;
+    return loss_upstream(denominator.options(options), of_loss(row), values, target_weight);
   }
 
  private:
-  // The same before it is divided.
+  // of_loss before it is divided.
   LLMLOSS_HD Real share(int64_t row) const {
     const Real grad = grad_loss ? grad_loss[row * grad_loss_stride] : Real(1);
     return token_weight ? grad * token_weight[row] : grad;

@@ -52,53 +52,39 @@ LLMLOSS_HD RowStats<Real> absent_statistics(bool is_ignored, int64_t vocab_size)
   return stats;
 }
 
-// Whether the row has a gradient that is not 0.
-template <typename T>
-LLMLOSS_HD bool has_gradient(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
-                             int64_t row) {
-  return is_active(in, row) && !source.vanishes(row);
-}
-
 // The inputs of a row's gradient: its coefficients, and how to compute p from x.
 template <typename Real>
 struct GradRow {
   RowCoefficients<Real> c;
   Real reference;
-  Real log_sum;
+  Real excess;       // of the state: sum e^(x - reference) - 1
   Real inverse_sum;  // 1 / sum e^(x - reference)
   Real p_of_exp;     // c.p / sum e^(x - reference)
   Real constant;     // c.weight times the column weight, if all columns share one
-};
 
-// upstream_of maps the values of the row's statistics to their upstream gradients.
-template <typename T, typename UpstreamOf>
-LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const RowStats<real_t<T>>& stats,
-                                       const UpstreamOf& upstream_of) {
-  using Real = real_t<T>;
-  const Real reference = stats.state[StateField::reference];
-  const Real excess = stats.state[StateField::excess];
-  const Real log_sum = log1p_of(excess), sum_exp = Real(1) + excess;
-  FloatStats<Real> values = stats.floats;
-  values[Stat::lse] = reference + log_sum;  // cheaper than loading what forward wrote
-  GradRow<Real> grad{
-      .c = collapse(upstream_of(values), values, stats.state[StateField::sum_weights]),
-      .reference = reference,
-      .log_sum = log_sum,
-      .inverse_sum = Real(1) / sum_exp,
-      .p_of_exp = 0,
-      .constant = 0};
-  grad.p_of_exp = grad.c.p * grad.inverse_sum;
-  if (grad.c.weight != Real(0)) grad.constant = grad.c.weight * in.weights.beta;
-  return grad;
-}
+  // log p = x - reference - log_sum(). Most columns do not need it.
+  LLMLOSS_HD Real log_sum() const { return log1p_of(excess); }
+};
 
 template <typename T>
 LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
-                                       int64_t row, const RowStats<real_t<T>>& stats,
-                                       real_t<T> target_weight) {
-  return grad_row(in, stats, [&](const FloatStats<real_t<T>>& values) {
-    return source.upstream(row, values, target_weight);
-  });
+                                       const typename GradSource<real_t<T>>::Row& read,
+                                       const RowStats<real_t<T>>& stats, real_t<T> target_weight) {
+  using Real = real_t<T>;
+  GradRow<Real> grad{.c = {},
+                     .reference = stats.state[StateField::reference],
+                     .excess = stats.state[StateField::excess],
+                     .inverse_sum = Real(1) / (Real(1) + stats.state[StateField::excess]),
+                     .p_of_exp = 0,
+                     .constant = 0};
+  FloatStats<Real> values = stats.floats;
+  // Cheaper than loading what forward wrote.
+  if (source.needs_lse()) values[Stat::lse] = grad.reference + grad.log_sum();
+  grad.c = collapse(source.upstream(read, values, target_weight), values,
+                    stats.state[StateField::sum_weights]);
+  grad.p_of_exp = grad.c.p * grad.inverse_sum;
+  if (grad.c.weight != Real(0)) grad.constant = grad.c.weight * in.weights.beta;
+  return grad;
 }
 
 }  // namespace llmloss

@@ -251,7 +251,8 @@ template <bool with_entropy, bool with_squares, bool with_weights, typename Real
 inline void block_gradient_of(const In* x, const Real* a, int n, const GradRow<Real>& row,
                               Out* out) {
   using V = Vec<Real>;
-  const Reg<Real> ref = V::broadcast(row.reference), log_sum = V::broadcast(row.log_sum);
+  const Reg<Real> ref = V::broadcast(row.reference);
+  const Reg<Real> log_sum = V::broadcast(with_entropy ? row.log_sum() : Real(0));
   const Reg<Real> c_p = V::broadcast((row.c.p - row.c.sq) * row.inverse_sum);
   const Reg<Real> c_plogp = V::broadcast(row.c.plogp * row.inverse_sum);
   const Reg<Real> c_sq = V::broadcast(row.c.sq_over_sum * row.inverse_sum * row.inverse_sum);

@@ -214,7 +214,7 @@ void write_gradient(RowReader<T>& reader, const RowInputs<T>& in,
       const Real weight = a != nullptr              ? a[target.column - column]
                           : row.c.weight != Real(0) ? in.weights.beta
                                                     : Real(0);
-      at_target = target_gradient(row.c, (target.logit - row.reference) - row.log_sum, weight);
+      at_target = target_gradient(row.c, (target.logit - row.reference) - row.log_sum(), weight);
     }
     if (kept != nullptr) {
       const Real reference = kept->references[column / block_columns];
@@ -246,13 +246,14 @@ void row_gradient(RowReader<T>& reader, const RowInputs<T>& in,
   using Real = real_t<T>;
   T* grad = out.grad + out.layout.offset(row);
   Real* grad_scale = out.grad_scale != nullptr ? out.grad_scale + row : nullptr;
-  if (!has_gradient(in, source, row)) {
+  const auto upstream = source.read(row);
+  if (!is_active(in, row) || source.vanishes(upstream)) {
     fill_zero(grad, in.columns);
     if (grad_scale != nullptr) *grad_scale = 0;
     return;
   }
-  write_gradient(reader, in, transform, grad_row(in, source, row, stats, target.weight), target,
-                 kept, grad, grad_scale);
+  write_gradient(reader, in, transform, grad_row(in, source, upstream, stats, target.weight),
+                 target, kept, grad, grad_scale);
 }
 
 template <typename T>

@@ -295,8 +295,8 @@ void test_confident_rows() {
 
       GradSource<float> source;
       source.from_loss = true;
-      const auto row = grad_row(RowInputs<float>(), source, 0, stats, 1.0f);
-      const float gradient = target_gradient(row.c, -row.log_sum, 0.0f);
+      const auto row = grad_row(RowInputs<float>(), source, source.read(0), stats, 1.0f);
+      const float gradient = target_gradient(row.c, -row.log_sum(), 0.0f);
       CHECK_CLOSE(gradient / -(others / (1 + others)), 1, 1e-6);
     }
   }
@@ -559,23 +559,25 @@ void test_layouts_targets_and_weights() {
 void test_sources_of_gradients() {
   const double grads[] = {2.0, 3.0}, weights[] = {5.0, 7.0}, denominator[] = {4.0, 1e9};
   GradSource<double> source;
-  CHECK(source.of_loss(1) == 1);
+  source.from_loss = true;
+  CHECK(source.of_loss(source.read(1)) == 1);
   source.grad_loss = grads;
-  CHECK(source.of_loss(1) == 2);  // one number for all rows
+  CHECK(source.of_loss(source.read(1)) == 2);  // one number for all rows
   source.grad_loss_stride = 1;
-  CHECK(source.of_loss(0) == 2 && source.of_loss(1) == 3);
+  CHECK(source.of_loss(source.read(0)) == 2 && source.of_loss(source.read(1)) == 3);
   source.token_weight = weights;
   source.denominator = {denominator};
-  CHECK(source.of_loss(1) == 3.0 * 7.0 / 4.0);
+  CHECK(source.of_loss(source.read(1)) == 3.0 * 7.0 / 4.0);
 
+  source.from_loss = false;
   source.grads[Stat::entropy] = grads;
   CHECK(source.has(Stat::entropy) && !source.has(Stat::lse));
-  const auto of_stats = source.upstream(1, loss_stats(-2.0, 3.0, -5.0), 1.0);
+  const auto of_stats = source.upstream(source.read(1), loss_stats(-2.0, 3.0, -5.0), 1.0);
   CHECK(of_stats[Stat::entropy] == 3 && of_stats[Stat::log_prob] == 0);
   source.from_loss = true;
   CHECK(!source.has(Stat::entropy) && source.has(Stat::lse) && source.has(Stat::log_prob));
   CHECK(!source.has(Stat::mean_log_prob));
-  const auto of_loss = source.upstream(1, loss_stats(-2.0, 3.0, -5.0), 1.5);
+  const auto of_loss = source.upstream(source.read(1), loss_stats(-2.0, 3.0, -5.0), 1.5);
   CHECK(of_loss[Stat::log_prob] == -3.0 * 7.0 / 4.0 * 1.5 && of_loss[Stat::entropy] == 0);
 
   SavedStats<double> saved;
@@ -652,13 +654,13 @@ void test_gradient_of_a_row() {
   GradSource<double> source;
   source.from_loss = true;
   source.options.z_loss = 0.5;
-  auto row = grad_row(in, source, 0, stats, 3.0);
-  CHECK(row.reference == 2 && row.log_sum == std::log1p(3.0) && row.inverse_sum == 0.25);
+  auto row = grad_row(in, source, source.read(0), stats, 3.0);
+  CHECK(row.reference == 2 && row.log_sum() == std::log1p(3.0) && row.inverse_sum == 0.25);
   CHECK(row.c.weight == 0 && row.constant == 0);
   CHECK_CLOSE(row.c.sure, 2 * 0.5 * (2.0 + std::log(4.0)), 1e-15);
   CHECK_CLOSE(row.c.p, 3.0 + row.c.sure, 1e-15);
   source.options.label_smoothing = 0.5;
-  row = grad_row(in, source, 0, stats, 3.0);
+  row = grad_row(in, source, source.read(0), stats, 3.0);
   CHECK_CLOSE(row.c.p - row.c.sure, 1.5, 1e-15);
   CHECK(row.c.weight == -0.5 && row.constant == -0.5 * 0.25);
 }

@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(fused_block_size<holds>,
 
   T* const grad = grads.grad + grads.layout.offset(row);
   const bool counts_nothing = source.vanishes(upstream) || read_target.is_ignored();
-  if (counts_nothing || !read_target.is_active(in.vocab_size)) {  // the same in all blocks of the cluster
+  if (counts_nothing ||
+      !read_target.is_active(in.vocab_size)) {  // the same in all blocks of the cluster
     if (rank == 0 && thread == 0) {
       write_statistics(out, row, absent_statistics<double>(counts_nothing, in.vocab_size));
     }
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(fused_block_size<holds>,
     RowStats<Real> known;
     if (source.options.gradient_reads_values()) known = finalized().template as<Real>();
     known.state = row_state(total, stored.transformed(transform));
-    const GradRow<Real> computed = grad_row(in, source, row, known, target.weight);
+    const GradRow<Real> computed = grad_row(in, source, source.read(row), known, target.weight);
     if (simt::lane() == 0) *coefficients = computed;
   }
   simt::block_sync();

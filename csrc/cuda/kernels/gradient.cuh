@@ -98,8 +98,9 @@ struct ColumnGradient {
   };
   struct Curve : GradRow<Real> {
     ExpFrom<T> from;
+    Real log_sum;
     __device__ __forceinline__ explicit Curve(const GradRow<Real>& row)
-        : GradRow<Real>(row), from(row.reference) {
+        : GradRow<Real>(row), from(row.reference), log_sum(row.log_sum()) {
       this->inverse_sum *= from.correction();
     }
   };
@@ -221,7 +222,7 @@ struct ColumnGradient {
                                                 double& sum) const {
     TransformedLogit<Real> logit{z, Real(1), Real(0)};
     if constexpr (has(task::transformed)) logit = transform.with_derivatives(z, TanhFor<T>{});
-    const Real log_p = (logit.x - grad.reference) - grad.log_sum;
+    const Real log_p = (logit.x - grad.reference) - grad.log_sum();
     return chained(target_gradient(grad.c, log_p, weight(grad, target)), logit, sum);
   }
 

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
   GradRow<Real>* const of_row = shared + (share.is_warp() ? simt::warp_index() : 0);
   if (share.is_warp() || simt::warp_index() == 0) {
     const Real target_weight = target_class(in, read_target).weight;
-    const GradRow<Real> computed = grad_row(in, source, row, saved.of_row(row), target_weight);
+    const GradRow<Real> computed = grad_row(in, source, upstream, saved.of_row(row), target_weight);
     if (simt::lane() == 0) *of_row = computed;
   }
   if (share.is_warp()) {
