@@ -39,7 +39,7 @@ class Chip(NamedTuple):
 
 
 H100 = Chip(
-    "H100", 132, 1.755e9, 3.0e12, 798e12,
+    "H100", 132, 1.755e9, 3.05e12, 798e12,
     shared_per_block=227 * KIB, shared_per_multiprocessor=228 * KIB,
     max_cluster=16, launch_seconds=2e-6, is_measured=False,
 )  # fmt: skip

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .options import MEAN, NONE, LogitOptions, LossOptions
@@ -19,6 +20,8 @@ from .statistics import FloatStats
 
 _LOWEST = 4
 """A logit of -inf stands as the lowest finite number over this: the difference of two is finite."""
+_LINEAR = 40
+"""From here on log(1 + e^x) is x, to float64's last place."""
 
 
 class ColumnWeights(NamedTuple):
@@ -77,7 +80,8 @@ def token_stats(
     x = x * (logit_scale.to(real) if logit_scale is not None else options.scale)
     if options.softcap > 0:
         x = options.softcap * torch.tanh(x / options.softcap)
-    x = x.clamp_min(torch.finfo(real).min / _LOWEST)
+    lowest = torch.finfo(real).min / _LOWEST
+    x = x.clamp_min(lowest)
     lse = torch.logsumexp(x, dim=-1)
     log_p = x - lse.unsqueeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
@@ -86,7 +90,10 @@ def token_stats(
     if is_indices(target):
         valid = target != options.ignore_index
         index = torch.where(is_class(target, options), target, 0).long().unsqueeze(-1)
-        log_prob = log_p.gather(-1, index).squeeze(-1)
+        # From a sum without the target, as the kernels do: it keeps its digits as p_y -> 1.
+        near_0 = x - x.detach().amax(-1, keepdim=True)
+        others = torch.logsumexp(near_0.scatter(-1, index, lowest), dim=-1)
+        log_prob = -F.softplus(others - near_0.gather(-1, index).squeeze(-1), threshold=_LINEAR)
         terms = log_p if class_weight is None else log_p * class_weight
         mean = terms.sum(-1) / options.vocab_size
         stats = FloatStats(log_prob, lse, entropy, mean, sum_sq)
@@ -323,4 +330,4 @@ def total(rows: Tensor) -> Tensor:
     flat = rows.flatten().double()
     if rows.device.type != "cpu":
         return flat.sum().to(rows.dtype)
-    return torch.nn.functional.pad(flat, (1, 0)).cumsum(0)[-1].to(rows.dtype)
+    return F.pad(flat, (1, 0)).cumsum(0)[-1].to(rows.dtype)

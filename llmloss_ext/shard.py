@@ -273,6 +273,8 @@ class ShardedRows:
         write("columns", self.shard.used)
         if not self.shard.used:
             return shard_stats
+        # Where the target is here, the merge takes its term out of the sum: log_prob says how.
+        wanted |= asked(("log_prob",))
         mine = RowStats.of(
             kernels.token_stats(
                 logits, column, self.weight, self.logit_scale, *pack(self.options), wanted

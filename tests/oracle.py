@@ -172,9 +172,9 @@ def row_stats(problem: Problem) -> Stats:
         log_p = (x - reference[:, None]) - log_sum[:, None]
         p = np.exp(log_p)
         a = problem.column_weights
-        # Without a target column the target's logit counts as 0.
+        # Without a target column the target's logit counts as -inf.
         rows = np.arange(problem.rows)
-        target_logit = np.where(problem.has_column, x[rows, problem.index], 0.0)
+        target_logit = np.where(problem.has_column, x[rows, problem.index], -np.inf)
         stats = {
             "log_prob": (target_logit - reference) - log_sum,
             "lse": reference + log_sum,

@@ -207,6 +207,41 @@ def test_fused_kernel_in_place(isa, dtype, gamma):
     assert not grad[2].any()
 
 
+# 2: one other column; 67: a vector that is not whole; 4099: three blocks.
+@pytest.mark.parametrize("columns", [2, 67, 4099])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_confident_rows(isa, dtype, columns):
+    """As p goes to 1, the loss and the target's gradient keep their relative precision."""
+    rng = np.random.default_rng(columns)
+    p = np.array([0.5, 0.99, 0.9999, 1 - 1e-6, 1 - 1e-9])
+    rows, targets = np.arange(5), rng.integers(0, columns, 5)
+    x = rng.normal(0, 2, (5, columns))
+    x[rows, targets] = -np.inf
+    x[rows, targets] = np.log(np.exp(x).sum(1) * p / (1 - p))
+    logits, x = stored(x, dtype)
+    others = np.exp(x - x[rows, targets][:, None])
+    others[rows, targets] = 0
+    others = others.sum(1)
+    loss, gradient = np.log1p(others), -others / (1 + others)
+
+    tolerance = VALUE.get(dtype, 3e-6)
+    stats = getattr(core, f"row_stats_{dtype}")(isa, logits, targets, columns)
+    np.testing.assert_allclose(-stats["log_prob"], loss, rtol=tolerance)
+    upstream = np.zeros((len(STATISTICS), 5))
+    scale = 2.0**15 if dtype == "float16" else 1.0  # or the gradient would be subnormal
+    upstream[STATISTICS.index("log_prob")] = -scale
+    grad = np.empty_like(logits)
+    getattr(core, f"row_grad_{dtype}")(isa, logits, targets, columns, upstream, grad)
+    grad = as_float64(grad[rows, targets], dtype) / scale
+    step = 6e-8 if dtype == "float16" else 0.0  # of its subnormal numbers
+    np.testing.assert_allclose(grad, gradient, rtol=GRADIENT[dtype], atol=step / scale)
+
+    stats = getattr(core, f"fused_{dtype}")(isa, logits, targets, columns, 0.0, 0.0, 0.0)
+    np.testing.assert_allclose(-stats["log_prob"], loss, rtol=tolerance)
+    grad = as_float64(logits[rows, targets], dtype)
+    np.testing.assert_allclose(grad, gradient, rtol=GRADIENT[dtype], atol=step)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_the_rows_around_it(isa, dtype):
     rng = np.random.default_rng(2)

@@ -185,7 +185,7 @@ OPTIONS = [
 def test_a_focal_loss_is_finite_where_the_plain_one_is(device, dtype, gamma, create_graph):
     """p_y of 1 and of 0, where (1 - p_y)^gamma or its derivative meets an infinity."""
     input = torch.zeros(4, 9, device=device, dtype=dtype)
-    input[0, 0], input[1, 0], input[2, 1], input[3] = 200.0, 20.0, 5000.0, -torch.inf
+    input[0, 0], input[1, 0], input[2, 1], input[3] = 2000.0, 20.0, 5000.0, -torch.inf
     input[3, 0] = 1.0
     target = torch.tensor([0, 0, 0, 0], device=device)
     leaf = input.clone().requires_grad_()

@@ -230,6 +230,9 @@ def test_edits_of_python(source, expected):
         ("x = std::min(a, b) + minimum;", ["x = std::max(a, b) + minimum;",
                                            "x = std::min(a, b) - minimum;"]),
         ("static_assert(a == 1);", []),
+        ("x = expm1_of(f(a));", ["x = (exp_of(f(a)) - 1);"]),
+        ("x = log1p_of(a);", ["x = log_of(1 + (a));"]),
+        ("float log1p_of(float x) {", []),
     ],
 )  # fmt: skip
 def test_edits_of_cpp(source, expected):

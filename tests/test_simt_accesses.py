@@ -88,8 +88,9 @@ def test_nothing_orders_blocks_without_a_cluster(races: Any) -> None:
 USES = {
     "after_wait": None,
     "before_wait": "reads byte 0 of the shared memory .* a copy writes that was not waited for",
-    "by_others": "thread 1 of block 0 reads .* thread 0 of block 0 has written with no barrier",
+    "by_others": "thread 1 of block 0 reads .* a copy writes that was not waited for",
     "by_others_after_sync": None,
+    "by_others_after_wait": None,
     "of_overwritten": "writes byte 0 of data .* of which a copy by thread 0 .* was used",
     "none_of_overwritten": None,
     "none_of_overwritten_element": None,
@@ -100,7 +101,7 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 def test_a_copy_arrives_when_it_was_waited_for(races: Any, use: str) -> None:
-    memory = GuardedMemory(32)  # which ends at a multiple of 16
+    memory = GuardedMemory(32 * 4)  # which ends at a multiple of 16
     data, out = memory.bytes.view(np.float32), np.zeros(32, np.float32)
     races.forget_all()
     races.watch("data", data.ctypes.data, data.nbytes)
@@ -113,7 +114,8 @@ def test_a_copy_arrives_when_it_was_waited_for(races: Any, use: str) -> None:
 
 
 def test_a_copy_of_what_was_overwritten_before_is_unknown(races: Any) -> None:
-    data, out = np.zeros(8, np.float32), np.zeros(32, np.float32)
+    memory = GuardedMemory(32 * 4)
+    data, out = memory.bytes.view(np.float32), np.zeros(32, np.float32)
     races.forget_all()
     races.watch("data", data.ctypes.data, data.nbytes)
     races.set_schedule(1, 0)  # the highest lane first
@@ -156,7 +158,7 @@ def pass_every_barrier(kernels: Any, dtype: str) -> str:
     return ""
 
 
-KINDS = ("block_sync", "warp_sync", "cluster_sync", "wait_for_copies")
+KINDS = ("block_sync", "warp_sync", "cluster_sync", "wait_for")
 """The two halves of the cluster's barrier order no memory: without them, other tests fail."""
 
 

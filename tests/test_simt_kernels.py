@@ -86,8 +86,8 @@ def check_stats(case: Case, out: dict[str, Any]) -> None:
     expected = row_stats(case.problem)
     tolerance = VALUE.get(case.dtype, 3e-6)
     for name, values in out.items():
-        if name == "sum_exp":
-            want = np.where(case.problem.valid, np.exp(expected.log_sum), 0.0)
+        if name == "excess":
+            want = np.where(case.problem.valid, np.expm1(expected.log_sum), 0.0)
         else:
             want = getattr(expected, name)
         want = (
@@ -342,6 +342,32 @@ def test_fused(kernels: Any, dtype: str, name: str, schedule: Any) -> None:
             np.testing.assert_array_equal(grad, grad_after)
 
 
+# The same where rows begin at multiples of 16 bytes: what does not fit stays in registers.
+HELD = {"one block": ((1, 100 << 10, 16), 1), "two blocks": ((1, 16 << 10, 16), 2)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", HELD)
+def test_fused_with_chunks_in_registers(kernels: Any, dtype: str, name: str, schedule: Any) -> None:
+    kernels.set_schedule(*schedule)
+    device, cluster = HELD[name]
+    for options in ({}, {"vocab_size": 39 * TILE[dtype] + 9}):
+        p = problem(40 * TILE[dtype], **options)
+        case = Case(kernels, dtype, p, 0, device=device)
+        out, grad = case.fused(("log_prob", "lse"))
+        holds = dtype != "float64"
+        assert case.told["holds"] == holds
+        assert not holds or (case.told["cluster"], case.told["is_staged"]) == (cluster, False)
+        check_stats(case, out)
+        check_gradient(case, grad, cross_entropy_gradient(case.problem).logits)
+        other = Case(kernels, dtype, p, 0)
+        stats = other.row_stats(("log_prob", "lse"))
+        for key, values in out.items():
+            np.testing.assert_array_equal(values, stats[key], key)
+        grad_after, _ = other.row_grad(grad_loss=np.ones(p.rows))
+        np.testing.assert_array_equal(grad, grad_after)
+
+
 @pytest.mark.parametrize(("dtype", "columns"), SIZES)
 def test_fused_at_every_kind_of_size(kernels: Any, dtype: str, columns: int) -> None:
     for skew in (None, 0, 1, 3):
@@ -432,6 +458,79 @@ def test_a_row_without_a_gradient_is_not_read(kernels: Any, dtype: str, option: 
         fused = [case.fused()[1] for case in cases]
         np.testing.assert_array_equal(*fused)
         assert (fused[1][1] == 0).all()
+
+
+def confident(rng: Any, dtype: str, columns: int, **options: Any) -> Problem:
+    """A row for each of these odds of its target, at each of these places of it."""
+    odds = np.array([1.0, 1e4, 1e9])
+    tile = TILE[dtype]
+    places = [0, columns - 1, tile // 2, tile - 1, tile, 3 * tile + tile // 3]
+    target = np.array([place for place in places if 0 <= place < columns for _ in odds])
+    odds = np.tile(odds, len(target) // len(odds))
+    rows = np.arange(len(target))
+    logits = rng.normal(0, 2, (len(target), columns))
+    logits[rows, target] = -np.inf
+    logits[rows, target] = np.log(np.exp(logits).sum(1) * odds)
+    return Problem(logits, target, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_confident_rows(kernels: Any, dtype: str) -> None:
+    """As p goes to 1, the loss and the target's gradient keep their relative precision."""
+    rng = np.random.default_rng(1)
+    tolerance = 1e-12 if dtype == "float64" else 1e-5
+    step = 6e-8 if dtype == "float16" else 0.0  # of its subnormal numbers
+    scale = 2.0**15 if dtype == "float16" else 1.0
+    # One other column; vectors; a batch that is not whole; several chunks, the last not whole.
+    for columns in (2, 61, TILE[dtype] // 2 + 3, 5 * TILE[dtype] + 7):
+        p = confident(rng, dtype, columns)
+        cases = [Case(kernels, dtype, p, device=device) for device in (ONE, (1, 20 << 10, 8))]
+        rows, x = np.arange(p.rows), cases[0].problem.logits
+        others = np.exp(x - x[rows, p.target][:, None])
+        others[rows, p.target] = 0
+        others = others.sum(1)
+        loss, gradient = np.log1p(others), -others / (1 + others)
+        for wanted in (PLAIN, (*PLAIN, "mean_log_prob"), STATISTICS):  # kernels of other tasks
+            stats = cases[0].row_stats(wanted)
+            np.testing.assert_allclose(-stats["log_prob"], loss, rtol=tolerance)
+            sure = others < 0.5
+            np.testing.assert_allclose(stats["excess"][sure], others[sure], rtol=tolerance)
+        grad, _ = cases[0].row_grad(grad_loss=np.full(p.rows, scale), skew=0)
+        at_target = grad[rows, p.target] / scale
+        rounded = GRADIENT[dtype] if dtype in ("bfloat16", "float16") else tolerance
+        np.testing.assert_allclose(at_target, gradient, rtol=rounded, atol=step / scale)
+        for case in cases:
+            stats, grad = case.fused(PLAIN)
+            np.testing.assert_allclose(-stats["log_prob"], loss, rtol=tolerance)
+            np.testing.assert_allclose(grad[rows, p.target], gradient, rtol=rounded, atol=step)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_confident_rows_of_shards(kernels: Any, dtype: str) -> None:
+    """The same where the others lie beside the target or elsewhere."""
+    tolerance = 1e-12 if dtype == "float64" else 1e-5
+    p = confident(np.random.default_rng(1), dtype, 61)
+    case = Case(kernels, dtype, p)
+    rows, x = np.arange(p.rows), case.problem.logits
+    others = np.exp(x - x[rows, p.target][:, None])
+    others[rows, p.target] = 0
+    loss = np.log1p(others.sum(1))
+    for bounds in ([0, 61], [0, 1, 61], [0, 30, 60, 61]):
+        stats, owners = case.merged(bounds)
+        assert (owners == 1).all()
+        np.testing.assert_allclose(-stats["log_prob"], loss, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_one_column_is_certain(kernels: Any, dtype: str) -> None:
+    """To the bit: no others, no loss, no gradient."""
+    p = Problem(np.array([[3.5], [-700.0]]), np.array([0, 0]))
+    case = Case(kernels, dtype, p)
+    assert (case.row_stats()["log_prob"] == 0).all()
+    assert (case.row_grad(grad_loss=np.ones(2), skew=0)[0] == 0).all()
+    stats, grad = case.fused()
+    assert (stats["log_prob"] == 0).all()
+    assert (grad == 0).all()
 
 
 def focal(problem: Problem, gamma: float, grad_loss: Any) -> tuple[Any, Any]:

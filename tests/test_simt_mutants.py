@@ -41,13 +41,13 @@ MUTANTS = {
     ),
     "a batch read beyond the end": (
         "kernels/chunks.cuh",
-        "const bool is_whole = batch + batch_columns<T> <= end;",
-        "const bool is_whole = MUTANT ? batch < end : batch + batch_columns<T> <= end;",
+        "if (batch + batch_columns<T> <= end && columns.is_inside",
+        "if ((MUTANT ? batch < end : batch + batch_columns<T> <= end) && columns.is_inside",
     ),
     "a vector counted beyond the end": (
         "device/vector.cuh",
-        "if (column + V::size <= to &&",
-        "if ((MUTANT ? column < to : column + V::size <= to) &&",
+        "return column + V::size <= to && is_inside(",
+        "return (MUTANT ? column < to : column + V::size <= to) && is_inside(",
     ),
     "the last column not counted": (
         "device/vector.cuh",
@@ -56,18 +56,38 @@ MUTANTS = {
     ),
     "a missing column asked for": (
         "kernels/chunks.cuh",
-        "sum_shifted += is_whole || column + i < end ?",
-        "sum_shifted += is_whole || MUTANT || column + i < end ?",
+        "exponents[v] += is_plain || v * stride + i < to_end ?",
+        "exponents[v] += is_plain || MUTANT || v * stride + i < to_end ?",
     ),
     "a missing column capped": (
         "kernels/chunks.cuh",
-        "if (!(first + v * stride + i < end)) x[v][i]",
-        "if (!MUTANT && !(first + v * stride + i < end)) x[v][i]",
+        "if (!(v * stride + i < to_end)) x[v][i]",
+        "if (!MUTANT && !(v * stride + i < to_end)) x[v][i]",
+    ),
+    "the target in the sum of the others": (
+        "kernels/chunks.cuh",
+        "const bool is_target = !is_plain &&",
+        "const bool is_target = !MUTANT && !is_plain &&",
+    ),
+    "the target's batch as any other": (
+        "kernels/chunks.cuh",
+        "if (batch + batch_columns<T> <= end && !has_target) {",
+        "if (batch + batch_columns<T> <= end && (MUTANT || !has_target)) {",
+    ),
+    "the target not hidden": (
+        "kernels/chunks.cuh",
+        "if (has_target) {",
+        "if (!MUTANT && has_target) {",
+    ),
+    "another element hidden": (
+        "device/vector.cuh",
+        "if (k == i) from_real(",
+        "if (k == (MUTANT ? i + 1 : i)) from_real(",
     ),
     "no order among equal logits": (
         "kernels/chunks.cuh",
-        "const bool wins_ties = column + i < target;",
-        "const bool wins_ties = !MUTANT && column + i < target;",
+        "const bool wins_ties = before_v + i < to_target;",
+        "const bool wins_ties = !MUTANT && before_v + i < to_target;",
     ),
     "sums not moved to a new maximum": (
         "kernels/chunks.cuh",
@@ -76,13 +96,8 @@ MUTANTS = {
     ),
     "the target not found in a vector": (
         "kernels/gradient.cuh",
-        "if (unsigned(place) < unsigned(width)) {",
-        "if (!MUTANT && unsigned(place) < unsigned(width)) {",
-    ),
-    "the target not found beside the vectors": (
-        "kernels/gradient.cuh",
-        "if (begin + at == target) {",
-        "if (!MUTANT && begin + at == target) {",
+        "const bool is_mine = (target_vector - first) % part.threads == 0;",
+        "const bool is_mine = !MUTANT && (target_vector - first) % part.threads == 0;",
     ),
     "one group's pieces by all": (
         "kernels/gradient.cuh",
@@ -106,8 +121,8 @@ MUTANTS = {
     ),
     "the target's column as any other": (
         "kernels/gradient.cuh",
-        "if (has_target) from_real",
-        "if (!MUTANT && has_target) from_real",
+        "if (found.is_here) from_real",
+        "if (!MUTANT && found.is_here) from_real",
     ),
     "no zeros behind the vocabulary": (
         "kernels/fused.cuh",
@@ -121,13 +136,8 @@ MUTANTS = {
     ),
     "a chunk not copied": (
         "kernels/fused.cuh",
-        "chunk < staged_chunk; chunk += warps, ++later",
-        "chunk < staged_chunk - (MUTANT ? 1 : 0); chunk += warps, ++later",
-    ),
-    "a group of copies too few waited for": (
-        "kernels/fused.cuh",
-        "simt::wait_for_copies(later--);",
-        "simt::wait_for_copies(MUTANT ? 1 + later-- : later--);",
+        "for (chunk += warps; chunk < staged_chunk; chunk += warps) staged",
+        "for (chunk += warps; chunk < staged_chunk - (MUTANT ? 1 : 0); chunk += warps) staged",
     ),
     "what does not fit in shared memory not written": (
         "kernels/fused.cuh",
@@ -157,8 +167,8 @@ MUTANTS = {
     ),
     "a weight of the column before": (
         "kernels/chunks.cuh",
-        "? in.weights.at(row, column + i) : Real(0)",
-        "? in.weights.at(row, column + (MUTANT ? 0 : i)) : Real(0)",
+        "? in.weights.at(row, column) : Real(0)",
+        "? in.weights.at(row, column - (MUTANT ? i : 0)) : Real(0)",
     ),
     "equal weights not multiplied in": (
         "kernels/chunks.cuh",
@@ -197,18 +207,18 @@ MUTANTS = {
     ),
     "another column for the target": (
         "kernels/gradient.cuh",
-        "at_target = element_at<T>(loaded[i], place);",
-        "at_target = element_at<T>(loaded[i], MUTANT ? 0 : place);",
+        "if (is_mine) found = {to_real(*logits.at(target)), true};",
+        "if (is_mine) found = {to_real(*logits.at(MUTANT ? begin : target)), true};",
     ),
     "no logit for a target beside the vectors": (
         "kernels/gradient.cuh",
-        "at_target = z;",
-        "at_target = MUTANT ? Real(0) : z;",
+        "if (column == target) found = {z, true};",
+        "if (column == target) found = {MUTANT ? Real(0) : z, true};",
     ),
     "an unaligned copy as an aligned one": (
         "kernels/gradient.cuh",
-        "if (skew_of(out) == skew_of(logits.at(begin))) {",
-        "if (MUTANT || skew_of(out) == skew_of(logits.at(begin))) {",
+        "if (is_aligned || skew_of(out) ==",
+        "if (MUTANT || is_aligned || skew_of(out) ==",
     ),
     "the gradient of a capped logit not chained": (
         "kernels/gradient.cuh",
@@ -227,38 +237,34 @@ MUTANTS = {
     ),
     "the coefficients by another warp": (
         "kernels/fused.cuh",
-        "if (warp == 0) {\n    total",
-        "if (warp == (MUTANT ? 1 : 0)) {\n    total",
+        "if (warp == 0) {",
+        "if (warp == (MUTANT ? 1 : 0)) {",
     ),
     "the first chunk not copied": (
         "kernels/fused.cuh",
-        "if (chunk < staged_chunk) staged.start(",
-        "if (!MUTANT && chunk < staged_chunk) staged.start(",
+        "if (has_copies) staged.start(chunk);",
+        "if (!MUTANT && has_copies) staged.start(chunk);",
     ),
     "an unaligned row waited for by its own warp": (
         "kernels/fused.cuh",
-        "bool is_aligned() const { return from_.skew() == 0; }",
-        "bool is_aligned() const {\n    return MUTANT || from_.skew() == 0;\n  }",
+        "if (from_.skew() != 0 && chunk > first_chunk_) {",
+        "if (!MUTANT && from_.skew() != 0 && chunk > first_chunk_) {",
     ),
     "the last vector of a chunk not copied": (
         "kernels/fused.cuh",
-        "last_vector = first_vector(last);",
-        "last_vector = first_vector(last) - (MUTANT ? 1 : 0);",
+        "(first_vector(last) - first_vector(first)) * vector_bytes;",
+        "(first_vector(last) - (MUTANT ? 1 : 0) - first_vector(first)) * vector_bytes;",
     ),
     "single elements not copied": (
         "kernels/fused.cuh",
         "if (at >= first && at < last) to_[at]",
         "if (!MUTANT && at >= first && at < last) to_[at]",
     ),
-    "half of a copy's rounds": (
-        "kernels/fused.cuh",
-        "v += tile_vectors * stride) {",
-        "v += (MUTANT ? 2 : 1) * tile_vectors * stride) {",
-    ),
     "a chunk too many in shared memory": (
         "kernels/fused.cuh",
-        "const bool is_staged = chunk < staged_chunk;",
-        "const bool is_staged = chunk < staged_chunk + (MUTANT ? 1 : 0);",
+        "for (chunk = first_chunk + warp; chunk < staged_chunk; chunk += warps) {",
+        "for (chunk = first_chunk + warp; chunk < staged_chunk + (MUTANT ? 1 : 0); "
+        "chunk += warps) {",
     ),
     "a part that is not there written from shared memory": (
         "kernels/fused.cuh",
@@ -267,13 +273,14 @@ MUTANTS = {
     ),
     "no values for a gradient that reads them": (
         "kernels/fused.cuh",
-        "if (source.options.gradient_reads_values()) {",
-        "if (!MUTANT && source.options.gradient_reads_values()) {",
+        "if (source.options.gradient_reads_values()) known",
+        "if (!MUTANT && source.options.gradient_reads_values()) known",
     ),
     "no weights for a fused gradient": (
         "kernels/fused.cuh",
-        "known.state[StateField::sum_weights] = total.sum_weights;",
-        "known.state[StateField::sum_weights] = MUTANT ? Real(0) : total.sum_weights;",
+        "known.state = row_state(total, stored.transformed(transform));",
+        "known.state = row_state(total, stored.transformed(transform));\n"
+        "    if (MUTANT) known.state[StateField::sum_weights] = Real(0);",
     ),
     "a mean without its task": (
         "kernels/tasks.cuh",
@@ -330,6 +337,51 @@ MUTANTS = {
         "if (row < rows.rows) loss[row]",
         "if (MUTANT ? row <= rows.rows : row < rows.rows) loss[row]",
     ),
+    "a copy not waited for": (
+        "kernels/fused.cuh",
+        "simt::wait_for(arrivals_ + (chunk - first_chunk_));",
+        "if (!MUTANT) simt::wait_for(arrivals_ + (chunk - first_chunk_));",
+    ),
+    "statistics by nobody": (
+        "kernels/fused.cuh",
+        "rank == 0 && warp == warps - 1;",
+        "rank == 0 && warp == warps - (MUTANT ? 0 : 1);",
+    ),
+    "a held chunk of the warp before": (
+        "kernels/fused.cuh",
+        "const int other_chunk = staged_chunk + warp;",
+        "const int other_chunk = staged_chunk + warp - (MUTANT && holds && warp > 0 ? 1 : 0);",
+    ),
+    "a held tile as if it were whole": (
+        "kernels/gradient.cuh",
+        "if (begin + tile_columns<T> <= end) {",
+        "if (MUTANT || begin + tile_columns<T> <= end) {",
+    ),
+    "the target of a held tile by another lane": (
+        "kernels/gradient.cuh",
+        "(target - begin) / width % warp_size == simt::lane()",
+        "(target - begin) / width % warp_size == simt::lane() + (MUTANT ? 1 : 0)",
+    ),
+    "sums that lack what their reference lacks": (
+        "device/exponential.cuh",
+        "return simt::fast_exp2(-lacking_);",
+        "return MUTANT ? Real(1) : simt::fast_exp2(-lacking_);",
+    ),
+    "a mean that lacks what its reference lacks": (
+        "device/exponential.cuh",
+        "return fma_of(-lacking_, weights, weighted) * inverse_unit_;",
+        "return fma_of(MUTANT ? Real(0) : -lacking_, weights, weighted) * inverse_unit_;",
+    ),
+    "a reference beyond the largest number": (
+        "device/exponential.cuh",
+        "const bool is_far = !(",
+        "const bool is_far = !MUTANT && !(",
+    ),
+    "a mean over the denominator before it is counted": (
+        "kernels/reduce.cuh",
+        "counted.denominator = {denominator};",
+        "if (!MUTANT) counted.denominator = {denominator};",
+    ),
     "a chunk too few": (
         "launch/plan.h",
         "int(ceil_div(vocab_size, columns))}",
@@ -357,7 +409,7 @@ def test_every_barrier_and_shuffle_is_needed_and_tested(kernels: Any) -> None:
     sites = kernels.sites()
     kinds = {kind for kind, *_ in sites}
     assert kinds == {"block_sync", "warp_sync", "cluster_sync", "cluster_arrive", "cluster_wait",
-                     "shuffle_xor", "wait_for_copies"}  # fmt: skip
+                     "shuffle_xor", "wait_for"}  # fmt: skip
     not_caught = []
     for kind, *place in sites:
         kernels.set_mutation(*place)

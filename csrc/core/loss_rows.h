@@ -25,21 +25,36 @@ struct LossRows {
   const Real* num_items = nullptr;
   const Real* z_factor = nullptr;
 
+  // What is read of a row before anything is decided, so that the reads of many rows overlap.
+  struct Row {
+    int64_t target = 0;
+    Real token_weight = 1;
+    FloatStats<Real> stats;
+  };
+
+  LLMLOSS_HD Row read(int64_t row) const {
+    Row read;
+    if (targets.are_indices()) read.target = targets[row];
+    if (token_weight != nullptr) read.token_weight = token_weight[row];
+    read.stats = values_of_row(stats, row);
+    return read;
+  }
+
   // w_y. It is 1 without class weights, for probability targets (mean_log_prob contains their
   // weights) and for a target out of range (whose statistics are nan anyway).
-  LLMLOSS_HD Real target_weight(int64_t row) const {
+  LLMLOSS_HD Real target_weight(const Row& row) const {
     if (class_weight == nullptr || !targets.are_indices()) return Real(1);
-    return targets.in_range(row, vocab_size) ? class_weight[targets[row]] : Real(1);
+    return row.target >= 0 && row.target < vocab_size ? class_weight[row.target] : Real(1);
   }
 
   // The weight of the row's token: 0 if it is ignored.
-  LLMLOSS_HD Real weight(int64_t row) const {
-    if (targets.ignored(row)) return Real(0);
-    return token_weight ? token_weight[row] : Real(1);
+  LLMLOSS_HD Real weight(const Row& row) const {
+    const bool is_ignored = targets.are_indices() && row.target == targets.ignore_index;
+    return is_ignored ? Real(0) : row.token_weight;
   }
 
   // The row's term in the denominator of the mean.
-  LLMLOSS_HD Real share(int64_t row) const {
+  LLMLOSS_HD Real share(const Row& row) const {
     const Real w = weight(row);
     return w == Real(0) ? Real(0) : w * target_weight(row);
   }
@@ -67,11 +82,10 @@ struct LossRows {
   }
 
   // Before the division by the denominator. A weight of 0 counts for nothing, even times nan.
-  LLMLOSS_HD Real loss(int64_t row) const {
+  LLMLOSS_HD Real loss(const Row& row) const {
     const Real w = weight(row);
     if (w == Real(0)) return Real(0);
-    return w *
-           row_loss(denominator.options(options), values_of_row(stats, row), target_weight(row));
+    return w * row_loss(denominator.options(options), row.stats, target_weight(row));
   }
 };
 

@@ -19,6 +19,8 @@ LLMLOSS_HD float expm1_of(float x) { return ::expm1f(x); }
 LLMLOSS_HD double expm1_of(double x) { return ::expm1(x); }
 LLMLOSS_HD float log_of(float x) { return ::logf(x); }
 LLMLOSS_HD double log_of(double x) { return ::log(x); }
+LLMLOSS_HD float log1p_of(float x) { return ::log1pf(x); }
+LLMLOSS_HD double log1p_of(double x) { return ::log1p(x); }
 LLMLOSS_HD float tanh_of(float x) { return ::tanhf(x); }
 LLMLOSS_HD double tanh_of(double x) { return ::tanh(x); }
 

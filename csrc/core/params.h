@@ -32,27 +32,49 @@ struct Targets {
   const void* data = nullptr;  // null: probability targets
   bool is_int64 = true;
   int64_t ignore_index = -100;
-  bool of_shard = false;  // the columns are only some of the classes: see is_elsewhere
+  bool of_shard = false;  // the columns are only some of the classes: see RowTarget::is_elsewhere
 
-  LLMLOSS_HD int64_t operator[](int64_t row) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[row]
-                    : int64_t{static_cast<const int32_t*>(data)[row]};
-  }
   LLMLOSS_HD bool are_indices() const { return data != nullptr; }
-  LLMLOSS_HD bool ignored(int64_t row) const {
-    return are_indices() && (*this)[row] == ignore_index;
+  LLMLOSS_HD int64_t operator[](int64_t row) const;
+};
+
+// A row's target. It is read here and converted later, so that nobody waits for it before it is
+// used: kernels do other work in between.
+class RowTarget {
+ public:
+  LLMLOSS_HD RowTarget(const Targets& targets, int64_t row) : targets_(targets) {
+    if (!targets.are_indices()) return;
+    if (targets.is_int64) {
+      wide_ = static_cast<const int64_t*>(targets.data)[row];
+    } else {
+      narrow_ = static_cast<const int32_t*>(targets.data)[row];
+    }
   }
-  LLMLOSS_HD bool in_range(int64_t row, int64_t vocab_size) const {
-    return !are_indices() || ((*this)[row] >= 0 && (*this)[row] < vocab_size);
+
+  LLMLOSS_HD int64_t value() const { return targets_.is_int64 ? wide_ : int64_t{narrow_}; }
+  LLMLOSS_HD bool is_ignored() const {
+    return targets_.are_indices() && value() == targets_.ignore_index;
   }
   // Whether the target is a column of another shard, which -1 stands for: the row has statistics,
   // but no target column.
-  LLMLOSS_HD bool is_elsewhere(int64_t row) const { return of_shard && (*this)[row] == -1; }
-  // Whether the row has statistics and a gradient.
-  LLMLOSS_HD bool active(int64_t row, int64_t vocab_size) const {
-    return !ignored(row) && (in_range(row, vocab_size) || is_elsewhere(row));
+  LLMLOSS_HD bool is_elsewhere() const { return targets_.of_shard && value() == -1; }
+  LLMLOSS_HD bool is_in_range(int64_t vocab_size) const {
+    return !targets_.are_indices() || uint64_t(value()) < uint64_t(vocab_size);
   }
+  // Whether the row has statistics and a gradient: its target is neither ignored nor out of range.
+  LLMLOSS_HD bool is_active(int64_t vocab_size) const {
+    return !is_ignored() && (is_in_range(vocab_size) || is_elsewhere());
+  }
+  // Whether the target of an active row is one of its columns.
+  LLMLOSS_HD bool is_here() const { return targets_.are_indices() && !is_elsewhere(); }
+
+ private:
+  const Targets& targets_;
+  int64_t wide_ = 0;
+  int32_t narrow_ = 0;
 };
+
+LLMLOSS_HD int64_t Targets::operator[](int64_t row) const { return RowTarget(*this, row).value(); }
 
 // The weights a_i of the weighted mean of log-probabilities:
 //   class indices:         a_i = w_i beta                     (beta = 1 / vocab_size)
@@ -130,30 +152,40 @@ struct GradSource {
     return has(stat) && (of_loss || gradient_needs_value(stat));
   }
 
-  // dL/d(statistic) of a row. `values` holds the statistics for which needs_value is true, and lse.
-  LLMLOSS_HD FloatStats<Real> upstream(int64_t row, const FloatStats<Real>& values,
-                                       Real target_weight) const {
-    if (!from_loss) return values_of_row(grads, row);
-    return loss_upstream(denominator.options(options), of_loss(row), values, target_weight);
+  // Whether it needs lse, which follows from the state.
+  LLMLOSS_HD bool needs_lse() const { return from_loss && options.z_loss != Real(0); }
+
+  // What is read of a row before anything is decided.
+  struct Row {
+    Real share = 0, denominator = 1;
+    FloatStats<Real> grads;
+  };
+  LLMLOSS_HD Row read(int64_t row) const {
+    if (from_loss) return {share(row), denominator.value(), {}};
+    return {0, 1, values_of_row(grads, row)};
   }
 
   // Whether the row's gradient is 0 whatever its logits hold: nan there must not spoil it.
-  LLMLOSS_HD bool vanishes(int64_t row) const {
-    if (from_loss) return share(row) == Real(0) || denominator.value() == infinity<Real>();
-    const FloatStats<Real> upstream = values_of_row(grads, row);
+  LLMLOSS_HD bool vanishes(const Row& row) const {
+    if (from_loss) return row.share == Real(0) || row.denominator == infinity<Real>();
     bool vanishes = true;
     LLMLOSS_UNROLL
-    for (int stat = 0; stat < Stat::float_count; ++stat) vanishes &= upstream[stat] == Real(0);
+    for (int stat = 0; stat < Stat::float_count; ++stat) vanishes &= row.grads[stat] == Real(0);
     return vanishes;
   }
 
   // dL/d(loss of the row), which does not depend on the row's statistics.
-  LLMLOSS_HD Real of_loss(int64_t row) const {
-    return denominator.given() ? share(row) / denominator.value() : share(row);
+  LLMLOSS_HD static Real of_loss(const Row& row) { return row.share / row.denominator; }
+
+  // dL/d(statistic). `values` holds the statistics for which needs_value or needs_lse is true.
+  LLMLOSS_HD FloatStats<Real> upstream(const Row& row, const FloatStats<Real>& values,
+                                       Real target_weight) const {
+    if (!from_loss) return row.grads;
+    return loss_upstream(denominator.options(options), of_loss(row), values, target_weight);
   }
 
  private:
-  // The same before it is divided.
+  // of_loss before it is divided.
   LLMLOSS_HD Real share(int64_t row) const {
     const Real grad = grad_loss ? grad_loss[row * grad_loss_stride] : Real(1);
     return token_weight ? grad * token_weight[row] : grad;

@@ -3,6 +3,8 @@
 // Whatever the upstream gradients of the statistics, five coefficients suffice, with s = sum p^2:
 //   dL/dx_i = p_i (c_p + c_plogp log p_i + c_sq (p_i / s - 1)) + c_weight a_i
 //           + [i = target] c_target.
+// c_target is the gradient of log p_target, and -c_target a part of c_p. As p_target -> 1 the two
+// cancel in the target's column; what is left of c_p there is kept: c_sure = c_p + c_target.
 #pragma once
 
 #include "macros.h"
@@ -19,7 +21,7 @@ struct RowCoefficients {
   Real sq_over_sum = 0;  // c_sq / s
   Real log_sum_sq = 0;   // log s
   Real weight = 0;
-  Real target = 0;
+  Real sure = 0;
 };
 
 // Whether the gradient of a statistic is computed from the statistic's value.
@@ -33,14 +35,13 @@ template <typename Real>
 LLMLOSS_HD RowCoefficients<Real> collapse(const FloatStats<Real>& upstream,
                                           const FloatStats<Real>& values, Real sum_weights) {
   RowCoefficients<Real> c;
-  c.p = upstream[Stat::lse] - upstream[Stat::log_prob];
-  c.target = upstream[Stat::log_prob];
+  c.sure = upstream[Stat::lse];
   if (upstream[Stat::mean_log_prob] != Real(0)) {
-    c.p -= upstream[Stat::mean_log_prob] * sum_weights;
+    c.sure -= upstream[Stat::mean_log_prob] * sum_weights;
     c.weight = upstream[Stat::mean_log_prob];
   }
   if (upstream[Stat::entropy] != Real(0)) {
-    c.p -= upstream[Stat::entropy] * values[Stat::entropy];
+    c.sure -= upstream[Stat::entropy] * values[Stat::entropy];
     c.plogp = -upstream[Stat::entropy];
   }
   if (upstream[Stat::log_sum_sq_probs] != Real(0)) {
@@ -48,6 +49,7 @@ LLMLOSS_HD RowCoefficients<Real> collapse(const FloatStats<Real>& upstream,
     c.sq = Real(2) * upstream[Stat::log_sum_sq_probs];
     c.sq_over_sum = c.sq * exp_of(-c.log_sum_sq);
   }
+  c.p = c.sure - upstream[Stat::log_prob];
   return c;
 }
 
@@ -70,8 +72,8 @@ LLMLOSS_HD Real column_gradient(const RowCoefficients<Real>& c, Real p, Real log
 template <typename Real>
 LLMLOSS_HD Real target_gradient(const RowCoefficients<Real>& c, Real log_prob, Real a) {
   const Real clamped = max_of(lowest_log_prob<Real>(), log_prob);
-  const Real g = c.p * expm1_of(clamped) + c.plogp * clamped * exp_of(clamped) + (c.p + c.target) +
-                 c.weight * a;
+  const Real g =
+      c.p * expm1_of(clamped) + c.plogp * clamped * exp_of(clamped) + c.sure + c.weight * a;
   if (c.sq == Real(0)) return g;
   return g + c.sq * exp_of(clamped) * expm1_of(clamped - c.log_sum_sq);
 }

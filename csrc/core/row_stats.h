@@ -4,6 +4,10 @@
 // lanes, threads, warps, blocks, clusters, vocabulary chunks and process ranks all combine their
 // parts with it. Sums are relative to the largest logit, so that nothing overflows, and a large
 // offset common to all logits costs no precision.
+//
+// The sums of exponentials leave the target's column out; finalize adds it. Where p_target -> 1,
+// the loss and the target's gradient are the sum of the others, which a sum that held the target's
+// own 1 would round away.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +32,8 @@ struct PartialState {
   // The sums are relative to this: m, or 0 if every logit is -inf.
   LLMLOSS_HD Real reference() const { return max == -infinity<Real>() ? Real(0) : max; }
 
+  LLMLOSS_HD Real relative(Real logit) const { return logit - reference(); }
+
   // Replaces each sum by join(sum) if a requested statistic needs it, otherwise by 0.
   template <typename Join>
   LLMLOSS_HD void join_sums(const Wanted& wanted, const Join& join) {
@@ -49,6 +55,16 @@ struct PartialState {
             .sum_weights = To(sum_weights),
             .argmax = argmax,
             .rank = rank};
+  }
+
+  // Adds sums that are relative to the same maximum.
+  LLMLOSS_HD void add(const PartialState& other) {
+    sum_exp += other.sum_exp;
+    sum_x_exp += other.sum_x_exp;
+    sum_sq_exp += other.sum_sq_exp;
+    sum_weighted += other.sum_weighted;
+    sum_weights += other.sum_weights;
+    rank += other.rank;
   }
 
   // Makes the sums relative to a new maximum, new_max >= max.
@@ -78,12 +94,7 @@ LLMLOSS_HD PartialState<Real> merge(PartialState<Real> a, PartialState<Real> b) 
   const Real max = max_of(a.max, b.max);
   a.rebase(max);
   b.rebase(max);
-  a.sum_exp += b.sum_exp;
-  a.sum_x_exp += b.sum_x_exp;
-  a.sum_sq_exp += b.sum_sq_exp;
-  a.sum_weighted += b.sum_weighted;
-  a.sum_weights += b.sum_weights;
-  a.rank += b.rank;
+  a.add(b);
   return a;
 }
 
@@ -100,53 +111,79 @@ struct RowStats {
   }
 };
 
+// What backward needs of a whole row. target_exp: the target's e^(x - m), 0 if no column is the
+// target.
 template <typename Real>
-LLMLOSS_HD RowStats<Real> finalize(const PartialState<Real>& state, Real target_logit,
-                                   int64_t vocab_size) {
-  const Real reference = state.reference();
-  const Real log_sum = log_of(state.sum_exp);
-  const Real entropy = log_sum - state.sum_x_exp / state.sum_exp;
-  const Real log_sum_sq = log_of(state.sum_sq_exp) - Real(2) * log_sum;
-  const bool is_nan = !(state.sum_exp == state.sum_exp);
+LLMLOSS_HD StateFields<Real> state_fields(const PartialState<Real>& state, Real target_exp) {
+  StateFields<Real> fields;
+  fields[StateField::reference] = state.reference();
+  // Exactly sum_exp if the target is the largest; otherwise the largest's 1 is in sum_exp.
+  fields[StateField::excess] = state.sum_exp + (target_exp - Real(1));
+  fields[StateField::sum_weights] = state.sum_weights;
+  return fields;
+}
+
+// at_target: state.relative(the target's logit), -inf if no column is the target. Those statistics
+// that are not wanted and cost a division or a logarithm are 0.
+template <typename Real>
+LLMLOSS_HD RowStats<Real> finalize(const PartialState<Real>& state, Real at_target,
+                                   int64_t vocab_size,
+                                   const Wanted& wanted = Wanted::everything()) {
+  const Real target_exp = exp_of(at_target);
   RowStats<Real> stats;
-  stats.floats[Stat::log_prob] = (target_logit - reference) - log_sum;
-  stats.floats[Stat::lse] = reference + log_sum;
-  stats.floats[Stat::entropy] = entropy < Real(0) ? Real(0) : entropy;  // rounding; nan stays nan
+  stats.state = state_fields(state, target_exp);
+  const Real excess = stats.state[StateField::excess];
+  const Real log_sum = log1p_of(excess);
+  const bool is_nan = !(excess == excess);
+  stats.floats[Stat::log_prob] = at_target - log_sum;
+  stats.floats[Stat::lse] = stats.state[StateField::reference] + log_sum;
+  if (wanted.floats[Stat::entropy]) {
+    const Real target_x_exp = target_exp == Real(0) ? Real(0) : at_target * target_exp;
+    const Real entropy = log_sum - (state.sum_x_exp + target_x_exp) / (Real(1) + excess);
+    stats.floats[Stat::entropy] = entropy < Real(0) ? Real(0) : entropy;  // rounding; nan stays nan
+  }
   stats.floats[Stat::mean_log_prob] = state.sum_weighted - state.sum_weights * log_sum;
-  stats.floats[Stat::log_sum_sq_probs] = log_sum_sq > Real(0) ? Real(0) : log_sum_sq;  // likewise
+  if (wanted.floats[Stat::log_sum_sq_probs]) {
+    const Real excess_sq = state.sum_sq_exp + (target_exp * target_exp - Real(1));
+    const Real log_sum_sq = log1p_of(excess_sq) - Real(2) * log_sum;
+    stats.floats[Stat::log_sum_sq_probs] = log_sum_sq > Real(0) ? Real(0) : log_sum_sq;  // likewise
+  }
   stats.integers[Stat::argmax] = is_nan ? -1 : state.argmax;
   stats.integers[Stat::rank] = is_nan ? vocab_size : state.rank;
-  stats.state[StateField::reference] = reference;
-  stats.state[StateField::sum_exp] = state.sum_exp;
-  stats.state[StateField::sum_weights] = state.sum_weights;
   return stats;
+}
+
+// What was given to finalize, recovered from its results.
+template <typename Real>
+LLMLOSS_HD Real at_target_of(const RowStats<Real>& stats) {
+  const Real excess = stats.state[StateField::excess];
+  if (excess == Real(-1)) return -infinity<Real>();  // no logit above -inf
+  return stats.floats[Stat::log_prob] + log1p_of(excess);
 }
 
 // The inverse of finalize, except for the rank.
 template <typename Real>
-LLMLOSS_HD PartialState<Real> state_of(const RowStats<Real>& stats) {
+LLMLOSS_HD PartialState<Real> state_of(const RowStats<Real>& stats, bool has_target) {
   PartialState<Real> state;
-  state.sum_exp = stats.state[StateField::sum_exp];
+  const Real excess = stats.state[StateField::excess];
   state.sum_weights = stats.state[StateField::sum_weights];
   state.argmax = stats.integers[Stat::argmax];
-  if (state.sum_exp == 0) {  // no logit above -inf
+  if (excess == Real(-1)) {  // no logit above -inf
     if (state.sum_weights != 0) state.sum_weighted = -infinity<Real>();
     return state;
   }
-  const Real log_sum = log_of(state.sum_exp);
+  const Real log_sum = log1p_of(excess), sum = Real(1) + excess;
   state.max = stats.state[StateField::reference];
-  state.sum_x_exp = state.sum_exp * (log_sum - stats.floats[Stat::entropy]);
+  state.sum_exp = sum;
+  state.sum_x_exp = sum * (log_sum - stats.floats[Stat::entropy]);
   state.sum_sq_exp = exp_of(stats.floats[Stat::log_sum_sq_probs] + Real(2) * log_sum);
   state.sum_weighted = stats.floats[Stat::mean_log_prob] + state.sum_weights * log_sum;
+  if (!has_target) return state;
+  const Real at_target = at_target_of(stats), target_exp = exp_of(at_target);
+  state.sum_exp *= -expm1_of(stats.floats[Stat::log_prob]);
+  if (target_exp != Real(0)) state.sum_x_exp -= at_target * target_exp;
+  state.sum_sq_exp -= target_exp * target_exp;
   return state;
-}
-
-// The target's logit, recovered from the results of finalize.
-template <typename Real>
-LLMLOSS_HD Real target_logit_of(const RowStats<Real>& stats) {
-  const Real sum_exp = stats.state[StateField::sum_exp];
-  if (sum_exp == 0) return -infinity<Real>();
-  return stats.state[StateField::reference] + stats.floats[Stat::log_prob] + log_of(sum_exp);
 }
 
 }  // namespace llmloss

@@ -7,25 +7,19 @@
 
 namespace llmloss {
 
-// Whether the row has statistics and a gradient: its target is neither ignored nor out of range.
+// Whether the row has statistics and a gradient.
 template <typename T>
 LLMLOSS_HD bool is_active(const RowInputs<T>& in, int64_t row) {
-  return in.targets.active(row, in.vocab_size);
+  return RowTarget(in.targets, row).is_active(in.vocab_size);
 }
 
 // The target of a row. Read it before writing the gradient, which may overwrite the logits.
 template <typename Real>
 struct Target {
-  int64_t column = -1;  // -1: in another shard, or probability targets
-  Real logit = 0;       // transformed
-  Real weight = 1;      // of its class
+  int64_t column = -1;             // -1: in another shard, or probability targets
+  Real logit = -infinity<Real>();  // transformed; -inf if there is none
+  Real weight = 1;                 // of its class
 };
-
-// Whether the target of an active row is one of its columns.
-template <typename T>
-LLMLOSS_HD bool target_is_here(const RowInputs<T>& in, int64_t row) {
-  return in.targets.are_indices() && !in.targets.is_elsewhere(row);
-}
 
 // Writes one number to each array that is not null.
 template <typename To, typename From, int first, int end>
@@ -58,58 +52,39 @@ LLMLOSS_HD RowStats<Real> absent_statistics(bool is_ignored, int64_t vocab_size)
   return stats;
 }
 
-template <typename Real, typename T>
-LLMLOSS_HD RowStats<Real> absent_statistics(const RowInputs<T>& in, int64_t row) {
-  return absent_statistics<Real>(in.targets.ignored(row), in.vocab_size);
-}
-
-// Whether the row has a gradient that is not 0.
-template <typename T>
-LLMLOSS_HD bool has_gradient(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
-                             int64_t row) {
-  return is_active(in, row) && !source.vanishes(row);
-}
-
 // The inputs of a row's gradient: its coefficients, and how to compute p from x.
 template <typename Real>
 struct GradRow {
   RowCoefficients<Real> c;
   Real reference;
-  Real log_sum;
+  Real excess;       // of the state: sum e^(x - reference) - 1
   Real inverse_sum;  // 1 / sum e^(x - reference)
   Real p_of_exp;     // c.p / sum e^(x - reference)
   Real constant;     // c.weight times the column weight, if all columns share one
-};
 
-// upstream_of maps the values of the row's statistics to their upstream gradients.
-template <typename T, typename UpstreamOf>
-LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const RowStats<real_t<T>>& stats,
-                                       const UpstreamOf& upstream_of) {
-  using Real = real_t<T>;
-  const Real reference = stats.state[StateField::reference];
-  const Real sum_exp = stats.state[StateField::sum_exp];
-  const Real log_sum = log_of(sum_exp);
-  FloatStats<Real> values = stats.floats;
-  values[Stat::lse] = reference + log_sum;  // cheaper than loading what forward wrote
-  GradRow<Real> grad{
-      .c = collapse(upstream_of(values), values, stats.state[StateField::sum_weights]),
-      .reference = reference,
-      .log_sum = log_sum,
-      .inverse_sum = Real(1) / sum_exp,
-      .p_of_exp = 0,
-      .constant = 0};
-  grad.p_of_exp = grad.c.p * grad.inverse_sum;
-  if (grad.c.weight != Real(0)) grad.constant = grad.c.weight * in.weights.beta;
-  return grad;
-}
+  // log p = x - reference - log_sum(). Most columns do not need it.
+  LLMLOSS_HD Real log_sum() const { return log1p_of(excess); }
+};
 
 template <typename T>
 LLMLOSS_HD GradRow<real_t<T>> grad_row(const RowInputs<T>& in, const GradSource<real_t<T>>& source,
-                                       int64_t row, const RowStats<real_t<T>>& stats,
-                                       real_t<T> target_weight) {
-  return grad_row(in, stats, [&](const FloatStats<real_t<T>>& values) {
-    return source.upstream(row, values, target_weight);
-  });
+                                       const typename GradSource<real_t<T>>::Row& read,
+                                       const RowStats<real_t<T>>& stats, real_t<T> target_weight) {
+  using Real = real_t<T>;
+  GradRow<Real> grad{.c = {},
+                     .reference = stats.state[StateField::reference],
+                     .excess = stats.state[StateField::excess],
+                     .inverse_sum = Real(1) / (Real(1) + stats.state[StateField::excess]),
+                     .p_of_exp = 0,
+                     .constant = 0};
+  FloatStats<Real> values = stats.floats;
+  // Cheaper than loading what forward wrote.
+  if (source.needs_lse()) values[Stat::lse] = grad.reference + grad.log_sum();
+  grad.c = collapse(source.upstream(read, values, target_weight), values,
+                    stats.state[StateField::sum_weights]);
+  grad.p_of_exp = grad.c.p * grad.inverse_sum;
+  if (grad.c.weight != Real(0)) grad.constant = grad.c.weight * in.weights.beta;
+  return grad;
 }
 
 }  // namespace llmloss

@@ -11,8 +11,9 @@
 namespace llmloss {
 
 // The fields that a rank sends for a row: the float statistics and the state of its columns,
-// whether the target is one of them (1 or 0), the class of their argmax (-1: none), and their
-// number. A float represents classes exactly below 2^24.
+// whether the target is one of them (1 or 0; if so, log_prob tells what the others add up to), the
+// class of their argmax (-1: none), and their number. A float represents classes exactly below
+// 2^24.
 struct ShardField {
   enum : int { state = Stat::float_count, has_target = state + StateField::count, argmax, columns };
   static constexpr int count = columns + 1;
@@ -52,25 +53,30 @@ template <typename Real>
 LLMLOSS_HD void merge_shards(const ShardRows<Real>& in, const RowOutputs<Real>& out, Real* owners,
                              int64_t row) {
   PartialState<double> whole;
-  double target_logit = 0;
+  double at_target = 0, reference = 0;  // the first relative to the second
   int count = 0;
   double columns = 0;
   for (int64_t rank = 0; rank < in.ranks; ++rank) {
+    const double own = in.at(rank, ShardField::columns, row);
+    if (own == 0) continue;  // nothing but zeros was sent
+    columns += own;
     const RowStats<double> stats = in.of_rank(rank, row);
-    whole = merge(whole, state_of(stats));
-    columns += in.at(rank, ShardField::columns, row);
-    if (in.at(rank, ShardField::has_target, row) == 0) continue;
-    target_logit = target_logit_of(stats);
+    const bool has_target = in.at(rank, ShardField::has_target, row) != 0;
+    whole = merge(whole, state_of(stats, has_target));
+    if (!has_target) continue;
+    at_target = at_target_of(stats);
+    reference = stats.state[StateField::reference];
     ++count;
   }
   if (columns != double(in.vocab_size)) count = -1;
   owners[row] = Real(count);
-  if (in.targets.ignored(row)) {
+  if (RowTarget(in.targets, row).is_ignored()) {
     write_statistics(out, row, absent_statistics<double>(true, in.vocab_size));
     return;
   }
   if (count != 1) whole.sum_exp = std::numeric_limits<double>::quiet_NaN();
-  write_statistics(out, row, finalize(whole, target_logit, in.vocab_size));
+  at_target += whole.relative(reference);
+  write_statistics(out, row, finalize(whole, at_target, in.vocab_size));
 }
 
 }  // namespace llmloss

@@ -11,7 +11,7 @@
 #define LLMLOSS_FLOAT_STATISTICS(X) \
   X(log_prob) X(lse) X(entropy) X(mean_log_prob) X(log_sum_sq_probs)
 #define LLMLOSS_INTEGER_STATISTICS(X) X(argmax) X(rank)
-#define LLMLOSS_STATE_FIELDS(X) X(reference) X(sum_exp) X(sum_weights)
+#define LLMLOSS_STATE_FIELDS(X) X(reference) X(excess) X(sum_weights)
 
 #define LLMLOSS_ENUMERATOR(name) name,
 #define LLMLOSS_STRING(name) #name,
@@ -45,8 +45,9 @@ struct Stat {
   }
 };
 
-// p_i = e^(x_i - reference) / sum_exp, which keeps its precision when lse is large; sum_weights is
-// sum a.
+// p_i = e^(x_i - reference) / (1 + excess), which keeps its precision when lse is large. The
+// reference is the largest logit, whose own term is the 1: where that is the target and p -> 1, a
+// number that held the 1 too would round the others' sum away. sum_weights is sum a.
 struct StateField {
   enum : int { LLMLOSS_STATE_FIELDS(LLMLOSS_ENUMERATOR) };
   static constexpr int count = LLMLOSS_STATE_FIELDS(LLMLOSS_PLUS_ONE);
@@ -98,6 +99,14 @@ struct Wanted {
   template <typename Outputs>
   static LLMLOSS_HD Wanted by(const Outputs& out) {
     return {out.floats.template as<bool>(), out.integers.template as<bool>()};
+  }
+
+  static LLMLOSS_HD Wanted everything() {
+    Wanted all;
+    LLMLOSS_UNROLL
+    for (int stat = 0; stat < Stat::float_count; ++stat) all.floats[stat] = true;
+    all.integers[Stat::argmax] = all.integers[Stat::rank] = true;
+    return all;
   }
 
   // Whether argmax or rank, which compare columns, is requested.

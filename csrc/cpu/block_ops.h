@@ -111,8 +111,8 @@ inline void with_flag(bool flag, const Body& body) {
 // there; exps may be x. `next` is what will be read after this block: this pass computes and reads
 // the L1 cache alone, so that memory would idle.
 //
-// target: the target's column in the block, or -1. Its exponential, which is 1 where the model is
-// confident, is added in double at the end: the small ones are never rounded to its steps.
+// target: the target's column in the block, or -1; the sums leave it out (see PartialState), and
+// what is kept for it is 0.
 template <bool with_entropy, bool with_squares, bool keep, typename Real, typename T, typename Next>
 inline void block_exp_sums(const T* x, int n, Real reference, int target, Real* exps,
                            const Next* next, PartialState<double>& part) {
@@ -149,33 +149,23 @@ inline void block_exp_sums(const T* x, int n, Real reference, int target, Real* 
       if constexpr (keep) store_part<Real>(exps + i, part, e);
     }
   };
-  Real at_target = 0, e_target = 0;
-  if (target < 0) {
-    walk(0, n);
-  } else {
-    // The vector that holds the target, without it.
-    const int begin = target / V::width * V::width;
-    const int count = n - begin < V::width ? n - begin : V::width;
-    Real lanes[V::width], exp_lanes[V::width];
-    V::store(lanes, load_part<Real>(x + begin, count, -infinity<Real>()));
-    at_target = lanes[target - begin] - reference;
-    V::store(exp_lanes, exp_nonpositive<Real>(V::broadcast(at_target)));
-    e_target = exp_lanes[0];
-    lanes[target - begin] = -infinity<Real>();
-    walk(0, begin);
+  // Up to the vector that holds the target, that vector without it, and the rest: with one place
+  // that walks, whose accumulators stay in registers.
+  const int target_vector = target < 0 ? n : target / V::width * V::width;
+  for (int begin = 0, end = target_vector;; end = n) {
+    walk(begin, end);
+    if (end == n) break;
+    const int count = n - end < V::width ? n - end : V::width;
+    Real lanes[V::width];
+    V::store(lanes, load_part<Real>(x + end, count, -infinity<Real>()));
+    lanes[target - end] = -infinity<Real>();
     const Reg<Real> e = step(0, V::load(lanes));
-    if constexpr (keep) {
-      store_part<Real>(exps + begin, count, e);
-      exps[target] = e_target;
-    }
-    walk(begin + count, n);
+    if constexpr (keep) store_part<Real>(exps + end, count, e);
+    begin = end + count;
   }
-  part.sum_exp = sum_exp.sum() + double(e_target);
-  if constexpr (with_entropy) {
-    const double shifted = max_of(lowest_log_prob<Real>(), at_target);
-    part.sum_x_exp = sum_x_exp.sum() + shifted * e_target;
-  }
-  if constexpr (with_squares) part.sum_sq_exp = sum_sq_exp.sum() + double(e_target) * e_target;
+  part.sum_exp = sum_exp.sum();
+  if constexpr (with_entropy) part.sum_x_exp = sum_x_exp.sum();
+  if constexpr (with_squares) part.sum_sq_exp = sum_sq_exp.sum();
 }
 
 // Exponentials are kept only where no other sum is asked for.
@@ -261,7 +251,8 @@ template <bool with_entropy, bool with_squares, bool with_weights, typename Real
 inline void block_gradient_of(const In* x, const Real* a, int n, const GradRow<Real>& row,
                               Out* out) {
   using V = Vec<Real>;
-  const Reg<Real> ref = V::broadcast(row.reference), log_sum = V::broadcast(row.log_sum);
+  const Reg<Real> ref = V::broadcast(row.reference);
+  const Reg<Real> log_sum = V::broadcast(with_entropy ? row.log_sum() : Real(0));
   const Reg<Real> c_p = V::broadcast((row.c.p - row.c.sq) * row.inverse_sum);
   const Reg<Real> c_plogp = V::broadcast(row.c.plogp * row.inverse_sum);
   const Reg<Real> c_sq = V::broadcast(row.c.sq_over_sum * row.inverse_sum * row.inverse_sum);

@@ -119,13 +119,14 @@ RowStats<double> row_statistics(RowReader<T>& reader, const RowInputs<T>& in, co
     state = merge(state, reader.is_identity() ? state_of(reader.raw(column))
                                               : state_of(reader.transformed(column, n)));
   }
-  return finalize(state, double(target.logit), in.vocab_size);
+  return finalize(state, state.relative(double(target.logit)), in.vocab_size);
 }
 
 template <typename T>
 Target<real_t<T>> target_of(const RowReader<T>& reader, const RowInputs<T>& in, int64_t row) {
-  if (!is_active(in, row) || !target_is_here(in, row)) return {};
-  const int64_t column = in.targets[row];
+  const RowTarget target(in.targets, row);
+  if (!target.is_active(in.vocab_size) || !target.is_here()) return {};
+  const int64_t column = target.value();
   return {column, reader.logit(column), in.weights.of_class(column)};
 }
 
@@ -133,7 +134,10 @@ template <typename T>
 RowStats<double> statistics_of(RowReader<T>& reader, const RowInputs<T>& in, const Wanted& wanted,
                                int64_t row, const Target<real_t<T>>& target,
                                const KeptExps<real_t<T>>* kept = nullptr) {
-  if (!is_active(in, row)) return absent_statistics<double>(in, row);
+  const RowTarget read_target(in.targets, row);
+  if (!read_target.is_active(in.vocab_size)) {
+    return absent_statistics<double>(read_target.is_ignored(), in.vocab_size);
+  }
   return row_statistics(reader, in, wanted, target, kept);
 }
 
@@ -210,7 +214,7 @@ void write_gradient(RowReader<T>& reader, const RowInputs<T>& in,
       const Real weight = a != nullptr              ? a[target.column - column]
                           : row.c.weight != Real(0) ? in.weights.beta
                                                     : Real(0);
-      at_target = target_gradient(row.c, (target.logit - row.reference) - row.log_sum, weight);
+      at_target = target_gradient(row.c, (target.logit - row.reference) - row.log_sum(), weight);
     }
     if (kept != nullptr) {
       const Real reference = kept->references[column / block_columns];
@@ -242,13 +246,14 @@ void row_gradient(RowReader<T>& reader, const RowInputs<T>& in,
   using Real = real_t<T>;
   T* grad = out.grad + out.layout.offset(row);
   Real* grad_scale = out.grad_scale != nullptr ? out.grad_scale + row : nullptr;
-  if (!has_gradient(in, source, row)) {
+  const auto upstream = source.read(row);
+  if (!is_active(in, row) || source.vanishes(upstream)) {
     fill_zero(grad, in.columns);
     if (grad_scale != nullptr) *grad_scale = 0;
     return;
   }
-  write_gradient(reader, in, transform, grad_row(in, source, row, stats, target.weight), target,
-                 kept, grad, grad_scale);
+  write_gradient(reader, in, transform, grad_row(in, source, upstream, stats, target.weight),
+                 target, kept, grad, grad_scale);
 }
 
 template <typename T>

@@ -18,7 +18,7 @@ struct RowOrder {
   explicit RowOrder(const RowInputs<T>& in) : rows(size_t(in.rows)) {
     int64_t front = 0, back = in.rows;
     for (int64_t row = 0; row < in.rows; ++row) {
-      rows[size_t(in.targets.ignored(row) ? --back : front++)] = row;
+      rows[size_t(RowTarget(in.targets, row).is_ignored() ? --back : front++)] = row;
     }
     active = front;
   }
@@ -78,8 +78,9 @@ struct CpuBackend {
     double shares = 0, weights = 0;
     const int64_t counted = rows.num_items == nullptr ? rows.rows : 0;
     for (int64_t row = 0; row < counted; ++row) {
-      shares += rows.share(row);
-      weights += rows.weight(row);
+      const auto read = rows.read(row);
+      shares += rows.share(read);
+      weights += rows.weight(read);
     }
     rows.write_denominator(shares, weights, denominator);
   }
@@ -88,12 +89,19 @@ struct CpuBackend {
   void reduce_loss(const LossRows<Real>& rows, Reduction reduction, Real* loss) const {
     double sum = 0;
     for (int64_t row = 0; row < rows.rows; ++row) {
-      const Real row_loss = rows.loss(row);
+      const Real row_loss = rows.loss(rows.read(row));
       if (reduction == Reduction::none) loss[row] = row_loss;
       sum += row_loss;
     }
     if (reduction == Reduction::none) return;
     *loss = Real(sum / rows.denominator.value());
+  }
+
+  template <typename Real>
+  void mean_loss(LossRows<Real> rows, Real* denominator, Real* loss) const {
+    this->denominator(rows, denominator);
+    rows.denominator = {denominator};
+    reduce_loss(rows, Reduction::mean, loss);
   }
 
   template <typename Real>

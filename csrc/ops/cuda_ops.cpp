@@ -73,8 +73,7 @@ class CudaBackend {
              const GradSource<real_t<T>>& source, const GradOutputs<T>& grad) const {
     using Kernels = cuda::RowKernels<T>;
     cuda::check_columns(in.columns);
-    const auto plan = cuda::plan_fused(in.rows, in.vocab_size, sizeof(T), Kernels::state_bytes,
-                                       grad.grad_scale != nullptr, limits_);
+    const auto plan = Kernels::plan_fused(in, out, source, grad, limits_);
     // A transformed logit costs more to compute twice than to read twice, and computing is what a
     // fused kernel does most. (An H200: softcap 2.43 ms fused, 2.17 ms apart; 8192 x 128256.)
     if (plan.is_fused && in.transform.kind() == TransformKind::identity) {
@@ -93,6 +92,11 @@ class CudaBackend {
   template <typename Real>
   void reduce_loss(const LossRows<Real>& rows, Reduction reduction, Real* loss) const {
     check(cuda::LossKernels<Real>::reduce_loss(rows, reduction, loss, stream_));
+  }
+
+  template <typename Real>
+  void mean_loss(const LossRows<Real>& rows, Real* denominator, Real* loss) const {
+    check(cuda::LossKernels<Real>::mean_loss(rows, denominator, loss, stream_));
   }
 
   template <typename Real>

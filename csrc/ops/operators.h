@@ -1,6 +1,6 @@
 // The operators, once for every device. A Backend knows how to run the kernels:
 //   row_stats, row_grad, fused           over RowInputs<T>
-//   denominator, reduce_loss             over LossRows<Real>
+//   denominator, reduce_loss, mean_loss  over LossRows<Real>
 //   sum                                  of one number a row
 //   scale                                a tensor by a number that lies on the device
 //   merge_shards                         over ShardRows<Real>
@@ -77,8 +77,8 @@ struct Operators {
       Backend backend(input);
       backend.check_targets(loss.problem);
       backend.row_stats(loss.problem.rows, loss.outputs);
-      const Tensor denominator = loss.denominator(backend);
-      return {loss.reduce(backend, denominator), loss.state, denominator};
+      const auto [reduced, denominator] = loss.reduce(backend);
+      return {reduced, loss.state, denominator};
     });
   }
 
@@ -339,6 +339,7 @@ struct Operators {
         : problem(input, target, call.logits, call.loss.options.loss.label_smoothing),
           arguments(call.loss),
           token_weight(as_real<Real>(arguments.token_weight)),
+          num_items(as_real<Real>(arguments.num_items)),
           options(arguments.options.template checked<Real>(!problem.has_indices())),
           state(saved_state.has_value()
                     ? checked_state<Real>(*saved_state, input, fields(), problem.rows.rows)
@@ -377,41 +378,61 @@ struct Operators {
 
     // The numbers of MeanDenominator; none without a mean.
     Tensor denominator(Backend& backend) const {
-      if (arguments.reduction() != Reduction::mean) return new_real<Real>(problem.input, {0});
-      const MaybeTensor items = as_real<Real>(arguments.num_items);
-      if (items.has_value()) {
-        check_device(*items, problem.input, "num_items");
-        STD_TORCH_CHECK(items->numel() == 1 || items->numel() == MeanDenominator<Real>::count,
-                        "llmloss: num_items must hold one number, or a denominator and the "
-                        "z-loss's factor");
-      }
-      LossRows<Real> counted = rows();
-      counted.num_items = pointer<Real>(items);
-      if (items.has_value() && items->numel() > 1) counted.z_factor = counted.num_items + 1;
-      const Tensor denominator = new_real<Real>(problem.input, {MeanDenominator<Real>::count});
-      backend.denominator(counted, data<Real>(denominator));
+      const Tensor denominator = new_denominator();
+      if (is_mean()) backend.denominator(counted_rows(), data<Real>(denominator));
       return denominator;
     }
 
     Tensor reduce(Backend& backend, const Tensor& denominator) const {
-      const Reduction reduction = arguments.reduction();
-      const Tensor loss =
-          new_real<Real>(problem.input, reduction != Reduction::none ? std::vector<int64_t>{}
-                                                                     : problem.row_shape());
+      const Tensor loss = new_loss();
       LossRows<Real> of_loss = rows();
       of_loss.denominator = mean_of<Real>(denominator);
-      backend.reduce_loss(of_loss, reduction, data<Real>(loss));
+      backend.reduce_loss(of_loss, arguments.reduction(), data<Real>(loss));
       return loss;
+    }
+
+    // The loss and the denominator.
+    std::pair<Tensor, Tensor> reduce(Backend& backend) const {
+      const Tensor denominator = new_denominator();
+      if (!is_mean()) return {reduce(backend, denominator), denominator};
+      const Tensor loss = new_loss();
+      backend.mean_loss(counted_rows(), data<Real>(denominator), data<Real>(loss));
+      return {loss, denominator};
     }
 
     Problem<T> problem;
     LossArguments arguments;
-    MaybeTensor token_weight;
+    MaybeTensor token_weight, num_items;
     LossOptions<Real> options;
     Tensor state;              // of backward, then the statistics that the loss reads
     RowOutputs<Real> outputs;  // in `state`
 
    private:
+    bool is_mean() const { return arguments.reduction() == Reduction::mean; }
+
+    Tensor new_loss() const {
+      return new_real<Real>(problem.input, arguments.reduction() != Reduction::none
+                                               ? std::vector<int64_t>{}
+                                               : problem.row_shape());
+    }
+
+    Tensor new_denominator() const {
+      return new_real<Real>(problem.input, {is_mean() ? MeanDenominator<Real>::count : 0});
+    }
+
+    // With what the caller says of the denominator.
+    LossRows<Real> counted_rows() const {
+      LossRows<Real> counted = rows();
+      counted.num_items = pointer<Real>(num_items);
+      if (!num_items.has_value()) return counted;
+      check_device(*num_items, problem.input, "num_items");
+      STD_TORCH_CHECK(num_items->numel() == 1 || num_items->numel() == MeanDenominator<Real>::count,
+                      "llmloss: num_items must hold one number, or a denominator and the "
+                      "z-loss's factor");
+      if (num_items->numel() > 1) counted.z_factor = counted.num_items + 1;
+      return counted;
+    }
+
     // Rows of the state.
     int64_t fields() const {
       int64_t count = StateField::count;

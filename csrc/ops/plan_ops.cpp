@@ -43,7 +43,9 @@ std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
   tell(out, grad.share);
   out << "; " << grad.shared_bytes << " bytes of dynamic shared memory\nscale: ";
   tell(out, cuda::plan_scale(rows, vocab_size, element_bytes, device));
-  const auto fused = cuda::plan_fused(rows, vocab_size, element_bytes, state_bytes, false, device);
+  const bool can_hold = element_bytes < 8 && vocab_size * element_bytes % 16 == 0;
+  const auto fused =
+      cuda::plan_fused(rows, vocab_size, element_bytes, state_bytes, can_hold, false, device);
   out << "\nfused: ";
   if (!fused.is_fused) {
     out << "row_stats, then row_grad in place";
@@ -55,8 +57,8 @@ std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
     if (fused.staged_chunks == fused.slice_chunks) {
       out << "the row is kept there";
     } else {
-      out << fused.slice_chunks - fused.staged_chunks << " of " << fused.slice_chunks
-          << " chunks are read twice";
+      out << fused.slice_chunks - fused.staged_chunks << " of " << fused.slice_chunks << " chunks "
+          << (fused.holds ? "stay in registers" : "are read twice");
     }
   }
   return out.str();

@@ -13,10 +13,11 @@ namespace llmloss::ops {
 inline void check_targets_on_host(const Targets& targets, const Tensor& shape, int64_t rows,
                                   int64_t vocab_size) {
   for (int64_t row = 0; row < rows; ++row) {
-    if (targets.ignored(row) || targets.active(row, vocab_size)) [[likely]]
+    const RowTarget target(targets, row);
+    if (target.is_ignored() || target.is_active(vocab_size)) [[likely]]
       continue;
     std::ostringstream message;
-    message << "Target " << targets[row] << " at position ";
+    message << "Target " << target.value() << " at position ";
     if (shape.dim() == 2) {
       const int64_t inner = shape.size(1);
       message << "(" << row / inner << ", " << row % inner << ")";

@@ -21,7 +21,7 @@ using State = PartialState<double>;
 using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
 using Indices = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
-// The state of the given columns of a row, joined one by one.
+// The state of the given columns of a row, joined one by one. The target's exponential is left out.
 State columns_state(Array logits, Array weights, Indices columns, int64_t target) {
   const double target_logit = logits.at(target);
   State total;
@@ -30,7 +30,7 @@ State columns_state(Array logits, Array weights, Indices columns, int64_t target
     State one;
     one.max = logits.at(column);
     one.argmax = column;
-    one.sum_exp = exp_of(one.max - one.reference());
+    if (column != target) one.sum_exp = exp_of(one.max - one.reference());
     one.sum_sq_exp = one.sum_exp * one.sum_exp;
     one.sum_weights = weights.at(column);
     if (one.sum_weights != 0) one.sum_weighted = one.sum_weights * (one.max - one.reference());
@@ -180,7 +180,7 @@ PYBIND11_MODULE(llmloss_core, m) {
   m.def("state_of", columns_state);
   m.def("merge", [](const State& a, const State& b) { return merge(a, b); });
   m.def("finalize", [](const State& state, double target_logit, int64_t vocab_size) {
-    return as_dict(finalize(state, target_logit, vocab_size));
+    return as_dict(finalize(state, state.relative(target_logit), vocab_size));
   });
   m.def("detected_isa", [] { return int(cpu::detected_isa()); });
   bind_kernels<float>(m, "float32");

@@ -17,13 +17,13 @@ namespace {
 constexpr double inf = std::numeric_limits<double>::infinity();
 constexpr double nan = std::numeric_limits<double>::quiet_NaN();
 
-// The state of one column, as a kernel would make it.
-PartialState<double> column(double x, int64_t index, double a, double target_logit,
+// The state of one column, as a kernel would make it. target: -1: none of the columns.
+PartialState<double> column(double x, int64_t index, double a, double target_logit = -inf,
                             int64_t target = -1) {
   PartialState<double> state;
   state.max = x;
   state.argmax = index;
-  state.sum_exp = std::exp(x - state.reference());
+  if (index != target) state.sum_exp = std::exp(x - state.reference());
   state.sum_sq_exp = state.sum_exp * state.sum_exp;
   state.sum_weights = a;
   state.sum_weighted = a == 0 ? 0 : a * (x - state.reference());
@@ -31,10 +31,10 @@ PartialState<double> column(double x, int64_t index, double a, double target_log
   return state;
 }
 
-std::vector<PartialState<double>> columns(const std::vector<double>& x, double target_logit) {
+std::vector<PartialState<double>> columns(const std::vector<double>& x, size_t target) {
   std::vector<PartialState<double>> states;
   for (size_t i = 0; i < x.size(); ++i) {
-    states.push_back(column(x[i], int64_t(i), 1.0 / double(x.size()), target_logit));
+    states.push_back(column(x[i], int64_t(i), 1.0 / double(x.size()), x[target], int64_t(target)));
   }
   return states;
 }
@@ -43,6 +43,11 @@ PartialState<double> merge_all(const std::vector<PartialState<double>>& states) 
   PartialState<double> total;
   for (const auto& state : states) total = merge(total, state);
   return total;
+}
+
+template <typename Real>
+RowStats<Real> finalized(const PartialState<Real>& state, Real target_logit, int64_t vocab_size) {
+  return finalize(state, state.relative(target_logit), vocab_size);
 }
 
 void check_same(const PartialState<double>& a, const PartialState<double>& b) {
@@ -72,11 +77,11 @@ void test_statistics_of_a_row() {
       expected_entropy -= std::exp(log_p) * log_p;
       squares += std::exp(2 * log_p);
     }
-    auto states = columns(x, x[3]);
+    auto states = columns(x, 3);
     for (auto& state : states) {  // this sum has no -inf term in it
       if (state.max == -inf) state.sum_weighted = state.sum_weights = 0;
     }
-    const auto stats = finalize(merge_all(states), x[3], int64_t(x.size()));
+    const auto stats = finalized(merge_all(states), x[3], int64_t(x.size()));
     CHECK_CLOSE(stats.floats[Stat::log_prob], double((long double)(x[3] - offset) - std::log(sum)),
                 1e-13);
     CHECK_CLOSE(stats.floats[Stat::lse], offset + double(std::log(sum)), 1e-13);
@@ -98,7 +103,7 @@ void test_identity_associativity_commutativity() {
   for (int round = 0; round < 200; ++round) {
     std::vector<double> x{normal(random), normal(random), normal(random)};
     if (round % 5 == 0) x[round % 3] = -inf;
-    auto s = columns(x, x[1]);
+    auto s = columns(x, 1);
     if (round % 5 == 0) s[round % 3].sum_weighted = s[round % 3].sum_weights = 0;
     check_same(merge(s[0], PartialState<double>()), s[0]);
     check_same(merge(PartialState<double>(), s[0]), s[0]);
@@ -124,10 +129,9 @@ void test_first_of_equal_maxima_wins_from_either_side() {
 void test_rounding_is_cut_off() {
   PartialState<double> state;
   state.max = 0;
-  state.sum_exp = 1;
   state.sum_x_exp = 1e-17;
-  state.sum_sq_exp = 1 + 1e-15;
-  const auto stats = finalize(state, 0.0, 2).floats;
+  state.sum_sq_exp = 1e-15;
+  const auto stats = finalized(state, 0.0, 2).floats;
   CHECK(stats[Stat::entropy] == 0 && stats[Stat::log_sum_sq_probs] == 0);
 }
 
@@ -141,7 +145,7 @@ void test_parts_far_apart() {
   high.sum_exp = high.sum_sq_exp = 1;
   for (const auto& whole : {merge(low, high), merge(high, low)}) {
     CHECK(whole.sum_exp == 1 && whole.sum_x_exp == 0 && whole.sum_sq_exp == 1);
-    CHECK(finalize(whole, 1.5e38f, 5).floats[Stat::entropy] == 0);
+    CHECK(finalized(whole, -std::numeric_limits<float>::infinity(), 5).floats[Stat::entropy] == 0);
   }
 }
 
@@ -176,18 +180,21 @@ void test_wanted_statistics() {
 
 void test_rows_without_statistics() {
   // All -inf: the sum is 0, and every statistic but lse is nan, as in torch.
-  const auto all = finalize(merge_all(columns({-inf, -inf}, -inf)), -inf, 2).floats;
+  const auto all = finalized(merge_all(columns({-inf, -inf}, 0)), -inf, 2).floats;
   CHECK(std::isnan(all[Stat::log_prob]) && std::isnan(all[Stat::entropy]));
   CHECK(std::isnan(all[Stat::log_sum_sq_probs]));
   CHECK(all[Stat::lse] == -inf);
   // nan and +inf spoil their row only.
-  for (const double bad : {inf, std::numeric_limits<double>::quiet_NaN()}) {
-    auto states = columns({1.0, bad, 2.0}, 1.0);
-    if (std::isnan(bad)) states[1].max = -inf;  // what the kernels' maxima make of nan
-    const auto stats = finalize(merge_all(states), 1.0, 3);
-    CHECK(std::isnan(stats.floats[Stat::log_prob]) && std::isnan(stats.floats[Stat::entropy]));
-    CHECK(std::isnan(stats.floats[Stat::log_sum_sq_probs]));
-    CHECK(stats.integers[Stat::rank] == 3 && stats.integers[Stat::argmax] == -1);
+  for (const double bad : {inf, nan}) {
+    for (const size_t target : {0, 1}) {  // the bad logit is the target's, too
+      const std::vector<double> x{1.0, bad, 2.0};
+      auto states = columns(x, target);
+      if (std::isnan(bad)) states[1].max = -inf;  // what the kernels' maxima make of nan
+      const auto stats = finalized(merge_all(states), x[target], 3);
+      CHECK(std::isnan(stats.floats[Stat::log_prob]) && std::isnan(stats.floats[Stat::entropy]));
+      CHECK(std::isnan(stats.floats[Stat::log_sum_sq_probs]));
+      CHECK(stats.integers[Stat::rank] == 3 && stats.integers[Stat::argmax] == -1);
+    }
   }
 }
 
@@ -198,10 +205,9 @@ void check_gradient(const FloatStats<double>& upstream) {
   const auto statistics = [&](const std::vector<double>& at) {
     PartialState<double> total;
     for (size_t i = 0; i < at.size(); ++i) {
-      auto state = column(at[i], int64_t(i), a[i], at[size_t(target)]);
-      total = merge(total, state);
+      total = merge(total, column(at[i], int64_t(i), a[i], at[size_t(target)], target));
     }
-    return finalize(total, at[size_t(target)], 4);
+    return finalized(total, at[size_t(target)], 4);
   };
   const auto value = [&](const std::vector<double>& at) {
     const auto s = statistics(at);
@@ -217,7 +223,7 @@ void check_gradient(const FloatStats<double>& upstream) {
     below[i] -= 1e-5;
     const double expected = (value(above) - value(below)) / 2e-5;
     const double p = std::exp(x[i] - stats.state[StateField::reference]) /
-                     stats.state[StateField::sum_exp],
+                     (1 + stats.state[StateField::excess]),
                  log_prob = std::log(p);
     const double gradient = int64_t(i) == target ? target_gradient(c, log_prob, a[i])
                                                  : column_gradient(c, p, log_prob, a[i]);
@@ -263,6 +269,37 @@ void test_target_gradient_near_one() {
   values[Stat::log_sum_sq_probs] = 2 * log_prob;
   const auto c_sq = collapse(squares, values, 0.0f);
   CHECK_CLOSE(target_gradient(c_sq, log_prob, 0.0f) / 1e-9, 1.0, 1e-6);
+  // What is left where the gradient of log p has gone: of the z-loss, say.
+  FloatStats<float> both = upstream;
+  both[Stat::lse] = 1e-6f;
+  CHECK_CLOSE(target_gradient(collapse(both, values, 0.0f), 0.0f, 0.0f) / 1e-6, 1.0, 1e-6);
+}
+
+// p -> 1: every statistic of a float row keeps its relative precision, and so does the gradient
+// that backward makes of the state; the largest logit may be far from 0.
+void test_confident_rows() {
+  for (const float gap : {0.75f, 5.0f, 9.5f, 14.0f, 20.75f, 46.0f}) {  // to two equal logits
+    for (const float offset : {0.0f, 1e4f, -1e4f}) {
+      PartialState<float> state;
+      for (const int64_t index : {0, 1, 2}) {
+        const double x = index == 1 ? offset : offset - gap;
+        state = merge(state, column(x, index, 0, offset, 1).as<float>());
+      }
+      const auto stats = finalized(state, offset, 3);
+      const double each = std::exp(-double(gap)), others = 2 * each, sum = std::log1p(others);
+      const double squares = std::log1p(2 * each * each) - 2 * sum;
+      CHECK_CLOSE(stats.floats[Stat::log_prob] / -sum, 1, 1e-6);
+      CHECK_CLOSE(stats.floats[Stat::entropy] / (sum + gap * others / (1 + others)), 1, 1e-6);
+      CHECK_CLOSE(stats.floats[Stat::log_sum_sq_probs] / squares, 1, 1e-6);
+      CHECK(stats.state[StateField::reference] == offset);
+
+      GradSource<float> source;
+      source.from_loss = true;
+      const auto row = grad_row(RowInputs<float>(), source, source.read(0), stats, 1.0f);
+      const float gradient = target_gradient(row.c, -row.log_sum(), 0.0f);
+      CHECK_CLOSE(gradient / -(others / (1 + others)), 1, 1e-6);
+    }
+  }
 }
 
 FloatStats<double> loss_stats(double log_prob, double lse, double mean_log_prob) {
@@ -373,18 +410,19 @@ void test_values_that_a_gradient_needs() {
 // A shard's statistics taken back to a state: what threads would have merged.
 void test_finalized_states_merge_as_states_do() {
   const std::vector<double> x{0.3, -inf, 2.5, 0.9, -1.2, -inf};
-  auto states = columns(x, x[2]);
+  auto states = columns(x, 2);
   for (auto& state : states) {
     if (state.max == -inf) state.sum_weighted = state.sum_weights = 0;
   }
   PartialState<double> merged;
   for (size_t begin = 0; begin < x.size(); begin += 2) {
     const auto part = merge(states[begin], states[begin + 1]);
-    const auto stats = finalize(part, x[2], 6);
-    auto again = state_of(stats);
+    const bool has_target = begin == 2;
+    const auto stats = finalized(part, has_target ? x[2] : -inf, 6);
+    auto again = state_of(stats, has_target);
     again.rank = part.rank;  // not among what is sent
     check_same(again, part);
-    CHECK_CLOSE(target_logit_of(stats), x[2], 1e-15);
+    if (has_target) CHECK_CLOSE(at_target_of(stats), part.relative(x[2]), 1e-15);
     merged = merge(merged, again);
   }
   check_same(merged, merge_all(states));
@@ -394,9 +432,9 @@ void test_finalized_states_merge_as_states_do() {
 void test_a_shard_of_minus_infinity() {
   for (const double weight : {0.0, 0.5, 1.0}) {
     const auto part = column(-inf, 3, weight, 0.0);
-    const auto stats = finalize(part, -inf, 6);
-    check_same(state_of(stats), part);
-    CHECK(target_logit_of(stats) == -inf);
+    const auto stats = finalized(part, -inf, 6);
+    for (const bool has_target : {false, true}) check_same(state_of(stats, has_target), part);
+    CHECK(at_target_of(stats) == -inf);
   }
 }
 
@@ -482,18 +520,26 @@ void test_layouts_targets_and_weights() {
   const int32_t ids[] = {0, -100, 9, -1};
   const Targets targets{ids, false, -100};
   CHECK(targets[2] == 9 && targets.are_indices());
-  CHECK(targets.in_range(0, 9) && !targets.in_range(2, 9) && targets.in_range(2, 10));
-  CHECK(!targets.in_range(3, 9));
-  CHECK(targets.active(0, 9) && !targets.active(1, 9) && !targets.active(2, 9));
-  CHECK(targets.ignored(1) && !targets.ignored(0));
-  CHECK(!targets.is_elsewhere(3) && !targets.active(3, 9));
+  const auto of = [&](int row) { return RowTarget(targets, row); };
+  CHECK(of(0).is_in_range(9) && !of(2).is_in_range(9) && of(2).is_in_range(10));
+  CHECK(!of(3).is_in_range(9));
+  CHECK(of(0).is_active(9) && !of(1).is_active(9) && !of(2).is_active(9));
+  CHECK(of(1).is_ignored() && !of(0).is_ignored());
+  CHECK(!of(3).is_elsewhere() && !of(3).is_active(9) && of(0).is_here());
   const Targets of_shard{ids, false, -100, true};
-  CHECK(of_shard.is_elsewhere(3) && of_shard.active(3, 9) && !of_shard.is_elsewhere(0));
-  CHECK(!of_shard.active(2, 9) && !of_shard.active(1, 9));
+  const auto there = [&](int row) { return RowTarget(of_shard, row); };
+  CHECK(there(3).is_elsewhere() && there(3).is_active(9) && !there(3).is_here());
+  CHECK(!there(0).is_elsewhere() && there(0).is_here());
+  CHECK(!there(2).is_active(9) && !there(1).is_active(9));
   const Targets ignores_a_class{ids, false, 9};
-  CHECK(!ignores_a_class.active(2, 10));
+  CHECK(!RowTarget(ignores_a_class, 2).is_active(10));
+  const int64_t wide[] = {int64_t{1} << 32, -100};
+  const Targets of_64_bits{wide, true, -100};
+  CHECK(of_64_bits[0] == wide[0] && RowTarget(of_64_bits, 1).is_ignored());
+  CHECK(!RowTarget(of_64_bits, 0).is_active(9));
   const Targets probabilities{};
-  CHECK(!probabilities.are_indices() && !probabilities.ignored(0) && probabilities.active(0, 1));
+  const RowTarget none(probabilities, 0);
+  CHECK(!probabilities.are_indices() && !none.is_ignored() && none.is_active(1) && !none.is_here());
 
   const float q[] = {0.25f, 0.75f}, w[] = {2.0f, 4.0f};
   ColumnWeights<float> weights;
@@ -513,23 +559,25 @@ void test_layouts_targets_and_weights() {
 void test_sources_of_gradients() {
   const double grads[] = {2.0, 3.0}, weights[] = {5.0, 7.0}, denominator[] = {4.0, 1e9};
   GradSource<double> source;
-  CHECK(source.of_loss(1) == 1);
+  source.from_loss = true;
+  CHECK(source.of_loss(source.read(1)) == 1);
   source.grad_loss = grads;
-  CHECK(source.of_loss(1) == 2);  // one number for all rows
+  CHECK(source.of_loss(source.read(1)) == 2);  // one number for all rows
   source.grad_loss_stride = 1;
-  CHECK(source.of_loss(0) == 2 && source.of_loss(1) == 3);
+  CHECK(source.of_loss(source.read(0)) == 2 && source.of_loss(source.read(1)) == 3);
   source.token_weight = weights;
   source.denominator = {denominator};
-  CHECK(source.of_loss(1) == 3.0 * 7.0 / 4.0);
+  CHECK(source.of_loss(source.read(1)) == 3.0 * 7.0 / 4.0);
 
+  source.from_loss = false;
   source.grads[Stat::entropy] = grads;
   CHECK(source.has(Stat::entropy) && !source.has(Stat::lse));
-  const auto of_stats = source.upstream(1, loss_stats(-2.0, 3.0, -5.0), 1.0);
+  const auto of_stats = source.upstream(source.read(1), loss_stats(-2.0, 3.0, -5.0), 1.0);
   CHECK(of_stats[Stat::entropy] == 3 && of_stats[Stat::log_prob] == 0);
   source.from_loss = true;
   CHECK(!source.has(Stat::entropy) && source.has(Stat::lse) && source.has(Stat::log_prob));
   CHECK(!source.has(Stat::mean_log_prob));
-  const auto of_loss = source.upstream(1, loss_stats(-2.0, 3.0, -5.0), 1.5);
+  const auto of_loss = source.upstream(source.read(1), loss_stats(-2.0, 3.0, -5.0), 1.5);
   CHECK(of_loss[Stat::log_prob] == -3.0 * 7.0 / 4.0 * 1.5 && of_loss[Stat::entropy] == 0);
 
   SavedStats<double> saved;
@@ -540,7 +588,7 @@ void test_sources_of_gradients() {
   for (int stat = 0; stat < Stat::float_count; ++stat) {
     CHECK(row.floats[stat] == (stat == Stat::entropy ? 7 : 0));
   }
-  CHECK(row.state[StateField::reference] == 3 && row.state[StateField::sum_exp] == 3);
+  CHECK(row.state[StateField::reference] == 3 && row.state[StateField::excess] == 3);
   CHECK(row.state[StateField::sum_weights] == 1e9);
 }
 
@@ -573,15 +621,16 @@ void test_rows_that_are_not_active() {
   in.vocab_size = in.columns = 5;
   in.targets.data = ids;
   CHECK(is_active(in, 0) && !is_active(in, 1) && !is_active(in, 2) && !is_active(in, 3));
-  CHECK(target_is_here(in, 0));
   in.targets.of_shard = true;
-  CHECK(is_active(in, 3) && !target_is_here(in, 3));
-  CHECK(!target_is_here(RowInputs<double>{}, 0));  // probability targets
+  CHECK(is_active(in, 3));
 
   Arrays arrays(3);
   RowOutputs<double> out = arrays.outputs();
   out.floats[Stat::lse] = nullptr;
-  for (const int64_t row : {1, 2}) write_statistics(out, row, absent_statistics<double>(in, row));
+  for (const int64_t row : {1, 2}) {
+    const bool is_ignored = RowTarget(in.targets, row).is_ignored();
+    write_statistics(out, row, absent_statistics<double>(is_ignored, in.vocab_size));
+  }
   for (int stat = 0; stat < Stat::float_count; ++stat) {
     const auto& values = arrays.floats[stat];
     CHECK(values[0] == -7);
@@ -600,18 +649,20 @@ void test_gradient_of_a_row() {
   in.weights.beta = 0.25;
   RowStats<double> stats;
   stats.state[StateField::reference] = 2.0;
-  stats.state[StateField::sum_exp] = 4.0;
+  stats.state[StateField::excess] = 3.0;
   stats.state[StateField::sum_weights] = 1.0;
   GradSource<double> source;
   source.from_loss = true;
   source.options.z_loss = 0.5;
-  auto row = grad_row(in, source, 0, stats, 3.0);
-  CHECK(row.reference == 2 && row.log_sum == std::log(4.0) && row.inverse_sum == 0.25);
-  CHECK(row.c.target == -3 && row.c.weight == 0 && row.constant == 0);
-  CHECK_CLOSE(row.c.p, 3.0 + 2 * 0.5 * (2.0 + std::log(4.0)), 1e-15);
+  auto row = grad_row(in, source, source.read(0), stats, 3.0);
+  CHECK(row.reference == 2 && row.log_sum() == std::log1p(3.0) && row.inverse_sum == 0.25);
+  CHECK(row.c.weight == 0 && row.constant == 0);
+  CHECK_CLOSE(row.c.sure, 2 * 0.5 * (2.0 + std::log(4.0)), 1e-15);
+  CHECK_CLOSE(row.c.p, 3.0 + row.c.sure, 1e-15);
   source.options.label_smoothing = 0.5;
-  row = grad_row(in, source, 0, stats, 3.0);
-  CHECK(row.c.target == -1.5 && row.c.weight == -0.5 && row.constant == -0.5 * 0.25);
+  row = grad_row(in, source, source.read(0), stats, 3.0);
+  CHECK_CLOSE(row.c.p - row.c.sure, 1.5, 1e-15);
+  CHECK(row.c.weight == -0.5 && row.constant == -0.5 * 0.25);
 }
 
 void test_losses_of_rows() {
@@ -623,15 +674,15 @@ void test_losses_of_rows() {
   rows.targets = {ids, false, -100};
   rows.vocab_size = 2;
   rows.stats[Stat::log_prob] = rows.stats[Stat::lse] = log_prob;
-  CHECK(rows.loss(0) == 2 && rows.share(0) == 1);
+  CHECK(rows.loss(rows.read(0)) == 2 && rows.share(rows.read(0)) == 1);
   rows.class_weight = class_weight;
-  CHECK(rows.loss(0) == 6 && rows.share(0) == 3);
+  CHECK(rows.loss(rows.read(0)) == 6 && rows.share(rows.read(0)) == 3);
   rows.token_weight = token_weight;
-  CHECK(rows.loss(0) == 30 && rows.share(0) == 15);
-  CHECK(rows.loss(1) == 0 && rows.share(1) == 0);
-  CHECK(std::isnan(rows.loss(2)) && rows.share(2) == 7);
+  CHECK(rows.loss(rows.read(0)) == 30 && rows.share(rows.read(0)) == 15);
+  CHECK(rows.loss(rows.read(1)) == 0 && rows.share(rows.read(1)) == 0);
+  CHECK(std::isnan(rows.loss(rows.read(2))) && rows.share(rows.read(2)) == 7);
   rows.targets = {};  // probability targets, whose weights mean_log_prob contains
-  CHECK(rows.target_weight(0) == 1 && rows.share(0) == 5);
+  CHECK(rows.target_weight(rows.read(0)) == 1 && rows.share(rows.read(0)) == 5);
 }
 
 // What two ranks send for their columns becomes what one rank has for all of them.
@@ -639,7 +690,7 @@ void test_shards() {
   enum { good, ignored, without_owner, with_two, without_a_column, rows };
   const std::vector<double> x{0.3, -1.2, 2.5, 0.9, -0.4};
   const int64_t first_of_rank[] = {0, 2, 5};
-  const auto states = columns(x, x[3]);
+  const auto states = columns(x, 3);
   std::vector<double> sent(size_t(2 * ShardField::count * rows));
   for (int rank = 0; rank < 2; ++rank) {
     PartialState<double> part;
@@ -647,7 +698,7 @@ void test_shards() {
       part = merge(part, states[size_t(i)]);
     }
     const bool owns = rank == 1;
-    const auto stats = finalize(part, owns ? x[3] : 0.0, 5);
+    const auto stats = finalized(part, owns ? x[3] : -inf, 5);
     for (int row = 0; row < rows; ++row) {
       const auto send = [&](int field, double value) {
         sent[size_t((rank * ShardField::count + field) * rows + row)] = value;
@@ -668,7 +719,7 @@ void test_shards() {
                  owners.data(), row);
   }
   CHECK((owners == std::vector<double>{1, 1, 0, 2, -1}));
-  const auto expected = finalize(merge_all(states), x[3], 5);
+  const auto expected = finalized(merge_all(states), x[3], 5);
   for (int stat = 0; stat < Stat::float_count; ++stat) {
     const auto& values = arrays.floats[stat];
     CHECK_CLOSE(values[good], expected.floats[stat], 1e-14);
@@ -680,6 +731,51 @@ void test_shards() {
     CHECK_CLOSE(arrays.state[field][good], expected.state[field], 1e-14);
   }
   CHECK((arrays.integers[Stat::argmax] == std::vector<int64_t>{2, -1, -1, -1, -1}));
+}
+
+// A row that is nearly sure of its target, whose others lie on the target's rank, on another, or on
+// both; a rank without columns sends zeros. The largest logit may be far from 0.
+void test_shards_of_a_confident_row() {
+  for (const double gap : {1.0, 9.0, 20.0, 50.0}) {
+    for (const double offset : {0.0, 1e4, -1e4}) {
+      for (const int on_its_own : {0, 1, 3}) {
+        constexpr int ranks = 3;
+        std::vector<float> sent(size_t(ranks * ShardField::count));
+        for (int rank = 0; rank < 2; ++rank) {
+          PartialState<double> part;
+          const int count = rank == 0 ? 1 + on_its_own : 4 - on_its_own;
+          for (int i = 0; i < count; ++i) {
+            const bool is_target = rank == 0 && i == 0;
+            part = merge(part, column(is_target ? offset : offset - gap, i, 0.2, offset,
+                                      rank == 0 ? 0 : -1));
+          }
+          const auto stats = finalized(part, rank == 0 ? offset : -inf, 5);
+          float* const to = sent.data() + rank * ShardField::count;
+          for (int i = 0; i < Stat::float_count; ++i) to[i] = float(stats.floats[i]);
+          for (int i = 0; i < StateField::count; ++i) {
+            to[ShardField::state + i] = float(stats.state[i]);
+          }
+          to[ShardField::has_target] = rank == 0;
+          to[ShardField::columns] = float(count);
+        }
+        const int64_t target = 0;
+        float log_prob = 0, excess = 0, reference = 0, entropy = 0, squares = 0, owners = 0;
+        RowOutputs<float> out;
+        out.floats[Stat::log_prob] = &log_prob;
+        out.floats[Stat::entropy] = &entropy;
+        out.floats[Stat::log_sum_sq_probs] = &squares;
+        out.state[StateField::excess] = &excess;
+        out.state[StateField::reference] = &reference;
+        merge_shards(ShardRows<float>{sent.data(), ranks, 1, {&target}, 5}, out, &owners, 0);
+        const double others = 4 * std::exp(-gap), sum = std::log1p(others);
+        CHECK(owners == 1 && reference == float(offset));
+        CHECK_CLOSE(log_prob / -sum, 1, 1e-6);
+        CHECK_CLOSE(excess / others, 1, 1e-6);
+        CHECK_CLOSE(entropy / (sum + gap * others / (1 + others)), 1, 1e-6);
+        CHECK_CLOSE(squares / (std::log1p(4 * std::exp(-2 * gap)) - 2 * sum), 1, 1e-6);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -694,6 +790,7 @@ int main() {
   test_rows_without_statistics();
   test_gradient();
   test_target_gradient_near_one();
+  test_confident_rows();
   test_loss_and_its_upstream();
   test_focal_loss();
   test_values_that_a_gradient_needs();
@@ -707,4 +804,5 @@ int main() {
   test_gradient_of_a_row();
   test_losses_of_rows();
   test_shards();
+  test_shards_of_a_confident_row();
 }

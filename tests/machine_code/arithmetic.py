@@ -3,7 +3,8 @@
 Two kernels that promise equal bits must do the same operations in the same order; how their
 numbers reach the registers may differ. So a shape knows operations and what they take from each
 other, and nothing of addresses, registers, moves and constants. The largest of some numbers is
-exact in any order, and counts as a number that was loaded.
+exact in any order, and counts as a number that was loaded. A product of two such numbers counts
+once: where registers are scarce, the compiler computes it again and does not keep it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ ARITHMETIC = ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "DADD", "DMUL",
 EXACT = ("FMNMX", "FMNMX3", "HMNMX2", "VHMNMX", "HSETP2", "FSETP", "FSEL")
 OF_INTEGERS = ("I2F", "I2FP")  # a number that no arithmetic of this path has made
 NUMBER = "x"
+PRODUCT = f"FMUL({NUMBER}, {NUMBER})"
 
 
 def arithmetic(path: HotPath) -> Counter[str]:
@@ -34,6 +36,8 @@ def arithmetic(path: HotPath) -> Counter[str]:
         if instruction.kind in ARITHMETIC:
             found[shape] += 1
         shapes.update(dict.fromkeys(written, shape))
+    if PRODUCT in found:
+        found[PRODUCT] = 1
     return found
 
 

@@ -25,12 +25,14 @@ _MINUS = re.compile(r"(?:(?<=[,=?:] )|(?<=\()|(?<=return ))-(?=[A-Za-z_(])")
 _CONSTANT = re.compile(r"(?<![\w.'])[01](?=(?:\.0)?[fu]?(?![\w.']))")
 _EXTREME = re.compile(r"(?<=\bstd::)(?:min|max)\b")
 _CONDITION = re.compile(r"\b(if|while) \(")
+# Calls; a definition has a type before the name.
+_PRECISE = re.compile(r"(?<!float )(?<!double )\b(expm1_of|log1p_of)\(")
 
 
 def edits(source: str) -> list[Edit]:
     """Every edit, in the order of the source."""
     code = _SILENT.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), source)
-    return sorted(set(_tokens(code)) | set(_conditions(code)))
+    return sorted(set(_tokens(code)) | set(_conditions(code)) | set(_precise(code)))
 
 
 def _tokens(code: str) -> Iterator[Edit]:
@@ -46,6 +48,17 @@ def _conditions(code: str) -> Iterator[Edit]:
         end = head.end() + _length_in_brackets(code[head.end() :])
         for text in ("true", "false") if head[1] == "if" else ("false",):
             yield Edit(head.end(), end, text)
+
+
+def _precise(code: str) -> Iterator[Edit]:
+    """Functions that keep their digits near 0, by those of which they are made."""
+    for head in _PRECISE.finditer(code):
+        end = head.end() + _length_in_brackets(code[head.end() :])
+        argument = code[head.end() : end]
+        plain = (
+            f"(exp_of({argument}) - 1)" if head[1] == "expm1_of" else f"log_of(1 + ({argument}))"
+        )
+        yield Edit(head.start(), end + 1, plain)
 
 
 def _length_in_brackets(code: str) -> int:

@@ -72,7 +72,7 @@ SUITES = (
         "llmloss_ext/composite.py",
         (
             "tests/test_transforms.py", "tests/test_token_stats.py", "tests/test_cross_entropy.py",
-            _NO_PART, "tests/linear/test_functional.py",
+            _NO_PART, "tests/linear/test_functional.py", "tests/test_confident.py",
         ),
         deselected=_SLOW,
     ),

@@ -65,10 +65,11 @@ def test_a_target_elsewhere_is_nothing_but_missing(device):
     token_stats = torch.ops.llmloss.token_stats
     stats = RowStats.of(token_stats(logits, target, *options, ALL))
     known = RowStats.of(token_stats(logits, target.where(target != -1, 7), *options, ALL))
-    assert torch.equal(stats.state, known.state)
+    # Not bit by bit: a sum that leaves a target out, which is added later, has another order.
+    assert_close(stats.state, known.state, 1e-6)
     assert torch.equal(stats.argmax, known.argmax)
     for name in set(FloatStats._fields) - {"log_prob"}:
-        assert torch.equal(getattr(stats.floats, name), getattr(known.floats, name))
+        assert_close(getattr(stats.floats, name), getattr(known.floats, name), 1e-6)
     ones = torch.ones(3, device=device)
     grad, _ = torch.ops.llmloss.token_stats_backward(
         FloatStats(log_prob=ones), logits, target, *options, stats.floats, stats.state, False

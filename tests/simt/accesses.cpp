@@ -33,7 +33,7 @@ struct Byte {
   uint32_t written_at = 0;
   const void* place = nullptr;  // of the store
   bool is_unknown = false;      // nobody has written it, or a copy did whose source had changed
-  bool is_coming = false;       // a copy that was not waited for writes it
+  uint32_t copies = nobody;     // the asynchronous copies that have written it, or will
   bool was_read = false, was_written = false;  // in this launch
   uint32_t near_warp = nobody, near_load = 0;  // of the last load
   Readers readers;
@@ -52,7 +52,16 @@ struct Copy {
   size_t bytes = 0;
   const void *to = nullptr, *from = nullptr, *place = nullptr;
   bool is_pending = true, is_overtaken = false;
-  uint32_t time = 0;  // when it was waited for
+  uint32_t time = 0;  // when it was waited for, by `thread`
+  uint32_t copies = nobody;
+};
+
+// Asynchronous copies that are waited for together.
+struct Copies {
+  std::vector<size_t> each;
+  std::vector<bool> waited;  // by each thread of the cluster
+  uint32_t thread = nobody;  // the first of them
+  uint32_t time = 0;
 };
 
 struct State {
@@ -60,6 +69,7 @@ struct State {
   std::vector<Range> global, shared;  // each in the order of their addresses
   Range* last_range = nullptr;
   std::vector<Copy> copies;
+  std::vector<Copies> groups;  // by the number that begin_copies returned
   std::unordered_map<uintptr_t, std::vector<size_t>> copies_of;  // by the vector they load from
   // The last access that was seen, if it may be half of a copy by one statement: a load of global
   // memory (`from`), or a store to shared memory (`to`). And what is wrong with it if it is not.
@@ -190,14 +200,23 @@ void add_reader(const State& s, Byte& byte, const void* place) {
   }
 }
 
+// Whether the copies that write a byte have arrived, as far as the current thread knows.
+bool has_arrived(const State& s, const Byte& byte) {
+  const Copies& copies = s.groups[byte.copies];
+  if (copies.thread == nobody) return false;
+  const uint32_t mine = s.thread - s.first_block * s.block_threads;
+  return copies.waited[mine] || is_before(s, copies.thread, copies.time);
+}
+
 // What is wrong with a load of a byte, or nothing.
 std::string fault_of_load(const State& s, const Range& range, const Byte& byte, uintptr_t address,
                           const void* place) {
   const auto told = [&](const std::string& other) {
     return race(s, range, address, "reads", place, other, byte.place);
   };
-  if (byte.is_coming) return told("which a copy writes that was not waited for");
-  if (byte.writer != nobody && !is_before(s, byte.writer, byte.written_at)) {
+  if (byte.copies != nobody) {
+    if (!has_arrived(s, byte)) return told("which a copy writes that was not waited for");
+  } else if (byte.writer != nobody && !is_before(s, byte.writer, byte.written_at)) {
     return told("which " + thread_name(s, byte.writer) + " has written with no barrier between");
   }
   if (!byte.is_unknown) return {};
@@ -210,8 +229,9 @@ void check_before_store(const State& s, const Range& range, const Byte& byte, ui
   const auto report = [&](const std::string& other, const void* other_place) {
     stop(race(s, range, address, "writes", place, other, other_place));
   };
-  if (byte.is_coming) report("which a copy writes that was not waited for", byte.place);
-  if (byte.writer != nobody && !is_before(s, byte.writer, byte.written_at)) {
+  if (byte.copies != nobody) {
+    if (!has_arrived(s, byte)) report("which a copy writes that was not waited for", byte.place);
+  } else if (byte.writer != nobody && !is_before(s, byte.writer, byte.written_at)) {
     report("which " + thread_name(s, byte.writer) + " has written with no barrier between",
            byte.place);
   }
@@ -232,6 +252,7 @@ void write(const State& s, Byte& byte, const void* place) {
   byte.written_at = s.time;
   byte.place = place;
   byte.is_unknown = false;
+  byte.copies = nobody;
   byte.readers = {};
   byte.others.clear();
 }
@@ -246,7 +267,10 @@ void overtake(State& s, const Range& range, Copy& copy, uintptr_t address, const
   if (target == nullptr) return;  // of a cluster that has ended
   for (size_t i = 0; i < copy.bytes; ++i) {
     Byte& byte = target->bytes[to - target->begin + i];
-    if (byte.writer != copy.thread || byte.written_at != copy.time) continue;
+    const bool is_its = copy.copies != nobody
+                            ? byte.copies == copy.copies
+                            : byte.writer == copy.thread && byte.written_at == copy.time;
+    if (!is_its) continue;
     if (byte.readers.warp != nobody) {
       stop(race(s, range, address, "writes", place,
                 "of which a copy by " + thread_name(s, copy.thread) +
@@ -382,6 +406,7 @@ void begin_launch(const Launch& launch) {
   s.launches.push_back(launch);
   s.time = 1;
   s.copies.clear();
+  s.groups.clear();
   s.half = {nobody};
   s.doubt.clear();
   s.copies_of.clear();
@@ -505,12 +530,19 @@ void store(const void* to, size_t bytes, const void* place) {
 
 void end_thread() { settle(state()); }
 
-size_t start_copy(const void* to, const void* from) {
+size_t begin_copies() {
+  State& s = state();
+  s.groups.push_back({{}, std::vector<bool>(s.block_threads * s.cluster_blocks), nobody, 0});
+  return s.groups.size() - 1;
+}
+
+void start_copy(size_t copies, const void* to, const void* from) {
   constexpr size_t bytes = 16;
   const void* const place = LLMLOSS_PLACE;
   State& s = state();
   settle(s);
   Copy copy{s.thread, bytes, to, from, place};
+  copy.copies = uint32_t(copies);
   if (Range* source = seen(s, from)) {
     each(*source, from, bytes, [&](Byte& byte, uintptr_t) {
       if (byte.writer != nobody && !is_before(s, byte.writer, byte.written_at)) {
@@ -524,24 +556,29 @@ size_t start_copy(const void* to, const void* from) {
     each(*target, to, bytes, [&](Byte& byte, uintptr_t address) {
       check_before_store(s, *target, byte, address, place);
       write(s, byte, place);
-      byte.is_coming = true;
+      byte.copies = copy.copies;
     });
   }
+  s.groups[copies].each.push_back(s.copies.size());
   s.copies.push_back(copy);
-  return s.copies.size() - 1;
 }
 
-void finish_copy(size_t number) {
+void wait_for_copies(size_t number) {
   State& s = state();
-  Copy& copy = s.copies[number];
-  copy.is_pending = false;
-  copy.time = s.time;
-  if (Range* target = seen(s, copy.to)) {
-    each(*target, copy.to, copy.bytes, [&](Byte& byte, uintptr_t) {
-      write(s, byte, copy.place);
-      byte.is_coming = false;
-      byte.is_unknown = copy.is_overtaken;
-    });
+  Copies& copies = s.groups[number];
+  copies.waited[s.thread - s.first_block * s.block_threads] = true;
+  if (copies.thread != nobody) return;
+  copies.thread = s.thread;
+  copies.time = s.time;
+  for (size_t i : copies.each) {
+    Copy& copy = s.copies[i];
+    copy.is_pending = false;
+    copy.thread = s.thread;
+    copy.time = s.time;
+    Range* target = seen(s, copy.to);
+    if (target == nullptr) continue;
+    each(*target, copy.to, copy.bytes,
+         [&](Byte& byte, uintptr_t) { byte.is_unknown = copy.is_overtaken; });
   }
 }
 

@@ -9,8 +9,8 @@
 // Two accesses of different threads to one byte, of which one is a store, race unless a barrier of
 // a group that holds both threads was completed between them. Shuffles order nothing, and neither
 // do the two halves of a cluster's barrier. An asynchronous copy may load and store at any time
-// until its thread has waited for it; whoever touches its target before, or its source by a store,
-// races. What a copy to shared memory brings, also that of one element by one statement, is unknown
+// until somebody has waited for it; whoever touches its target without having waited, nor a barrier
+// since somebody has, or before that its source by a store, races. What a copy to shared memory brings, also that of one element by one statement, is unknown
 // if its source was overwritten: that is a fault only once it is looked at. So is shared memory
 // that nobody has written.
 //
@@ -64,9 +64,11 @@ void begin_block(const unsigned char* shared);  // nobody has written there
 void enter(unsigned thread, const char* stack, size_t stack_bytes);
 void leave();  // what the host does is not seen
 void barrier(unsigned first_thread, unsigned threads);
-// A copy of sixteen bytes is known by the number that this returns.
-size_t start_copy(const void* to, const void* from);
-void finish_copy(size_t copy);
+// A number for copies that are waited for together.
+size_t begin_copies();
+// Of sixteen bytes.
+void start_copy(size_t copies, const void* to, const void* from);
+void wait_for_copies(size_t copies);  // by the current thread
 void hide(bool is_hidden);  // the emulator's own accesses, which are no kernel's
 #else
 inline constexpr bool are_seen = false;
@@ -77,8 +79,9 @@ inline void begin_block(const unsigned char*) {}
 inline void enter(unsigned, const char*, size_t) {}
 inline void leave() {}
 inline void barrier(unsigned, unsigned) {}
-inline size_t start_copy(const void*, const void*) { return 0; }
-inline void finish_copy(size_t) {}
+inline size_t begin_copies() { return 0; }
+inline void start_copy(size_t, const void*, const void*) {}
+inline void wait_for_copies(size_t) {}
 inline void hide(bool) {}
 #endif
 

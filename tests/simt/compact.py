@@ -53,6 +53,21 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
     capped = _problem(2 * tile - 1, softcap=5.0)
     capped.logits[...] -= 400
     yield from ((0, *pair) for pair in _stats(Case(kernels, dtype, capped), ("log_prob", "lse")))
+    # So far from 0 that the reference in powers of two would overflow.
+    far = _problem(2 * tile - 1)
+    far.logits[...] = np.where(far.logits > 150, 3e38, -3e38)
+    far.target[0] = 2 * tile - 2
+    yield from ((0, *pair) for pair in _stats(Case(kernels, dtype, far), ("log_prob", "lse")))
+    # Far enough that it is rounded, and near enough that the logits still differ.
+    near = _problem(2 * tile - 1)
+    near.logits[...] = 30000 + 256 * np.round(near.logits / 100)
+    near.logits[:, :64] = near.logits.max()
+    yield from ((0, *pair) for pair in _stats(Case(kernels, dtype, near), ("mean_log_prob",)))
+    yield (
+        1,
+        Case(kernels, dtype, near).row_grad(grad_loss=np.ones(3))[0],
+        cross_entropy_gradient(Case(kernels, dtype, near).problem).logits,
+    )
     # Columns that do not take part, in the last tile.
     for wanted in (("log_prob", "lse"), STATISTICS):
         case = Case(kernels, dtype, _problem(4 * tile, vocab_size=4 * tile - 3))
@@ -82,6 +97,16 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
             yield 0, out["log_prob"], row_stats(case.problem).log_prob
             yield 1, grad, cross_entropy_gradient(case.problem).logits
             yield 1, case.logits.gaps(), np.full(2, 7.0)
+    # The last in registers, in one block and in two; with zeros behind the vocabulary.
+    for device in ((1, 48 << 10, 1), (1, 24 << 10, 2)):
+        for columns in (17 * tile, 17 * tile - 3, 16 * tile + 8):
+            p = _problem(17 * tile + 8, vocab_size=columns)
+            p.target[0] = columns // 16 * 16 + 5 if columns > 17 * tile else columns - 1
+            case = Case(kernels, dtype, p, 0, device=device)
+            out, grad = case.fused(("log_prob", "lse"))
+            assert case.told["holds"], "no chunk is held in registers"
+            yield 0, out["log_prob"], row_stats(case.problem).log_prob
+            yield 1, grad, cross_entropy_gradient(case.problem).logits
     # Chunks of two tiles, some of which a block keeps.
     case = Case(kernels, dtype, _problem(260 * tile, 1), 0, device=(1, 64 << 10, 4))
     out, grad = case.fused(("log_prob", "lse"))
@@ -94,10 +119,10 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
     # Two sums in one kernel: of the class weights, and of the tokens for the z-loss.
     weight = np.linspace(0.5, 3, 9)
     case = Case(kernels, dtype, _problem(9, 1200, weight=weight, z_loss=0.01))
-    loss, (_, z_factor) = case.loss("mean")
     losses = cross_entropy(case.problem)
-    yield 0, loss, losses.reduced("mean")
-    yield 0, z_factor, losses.denominator / losses.tokens
+    for loss, (_, z_factor) in (case.loss("mean"), case.mean_loss()):
+        yield 0, loss, losses.reduced("mean")
+        yield 0, z_factor, losses.denominator / losses.tokens
     for skew in (None, 1):
         case = Case(kernels, dtype, _problem(tile + 3), skew, gap=1)
         expected = case.logits.values() * 0.5

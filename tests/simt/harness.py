@@ -34,7 +34,7 @@ STATISTICS = (
     *("log_prob", "lse", "entropy", "mean_log_prob", "log_sum_sq_probs"),
     *("argmax", "rank"),
 )
-STATE = ("reference", "sum_exp", "sum_weights")
+STATE = ("reference", "excess", "sum_weights")
 SCHEDULES = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1)}
 
 
@@ -325,6 +325,19 @@ class Case:
 
         The denominator is followed by the factor of the z-loss.
         """
+        loss, denominator, arguments, _stats = self._loss(reduction, num_items)
+        if reduction == "mean":
+            self._run("denominator", arguments)
+        self._run("reduce_loss", arguments, ["none", "mean", "sum"].index(reduction))
+        return (loss if reduction == "none" else loss[0]), denominator
+
+    def mean_loss(self, num_items: float | None = None) -> Any:
+        """The mean loss and its denominator, from one kernel."""
+        loss, denominator, arguments, _stats = self._loss("mean", num_items)
+        self._run("mean_loss", arguments)
+        return loss[0], denominator
+
+    def _loss(self, reduction: str, num_items: float | None) -> Any:
         stats = self.row_stats(("log_prob", "lse", "mean_log_prob"))
         arguments = self._arguments() | self._addresses(stats)
         loss = np.full(self.problem.rows if reduction == "none" else 1, 77, self.real)
@@ -334,6 +347,4 @@ class Case:
             arguments["denominator"] = self._address_of(denominator)
             if num_items is not None:
                 arguments["num_items"] = self._address([num_items], self.real)
-            self._run("denominator", arguments)
-        self._run("reduce_loss", arguments, ["none", "mean", "sum"].index(reduction))
-        return (loss if reduction == "none" else loss[0]), denominator
+        return loss, denominator, arguments, stats  # arguments has their addresses alone

@@ -152,13 +152,13 @@ py::dict row_grad(const py::dict& d) {
 // Runs the fused kernel also where the plan would rather not.
 py::dict fused(const py::dict& d) {
   const RowInputs<T> in = inputs(d);
-  const auto plan =
-      cuda::plan_fused(in.rows, in.vocab_size, sizeof(T), Row::state_bytes, false, limits(d));
+  const auto plan = Row::plan_fused(in, outputs(d), source(d), gradient(d), limits(d));
   Row::fused(in, outputs(d), source(d), gradient(d), plan, nullptr);
   py::dict told;
   told["is_fused"] = plan.is_fused;
   told["cluster"] = plan.cluster;
   told["is_staged"] = plan.staged_chunks == plan.slice_chunks;
+  told["holds"] = plan.holds;
   told["threads"] = plan.threads;
   told["chunk_columns"] = plan.chunks.columns;
   told["staged_columns"] = plan.staged_chunks * plan.chunks.columns;  // of each block
@@ -178,6 +178,10 @@ void reduce_loss(const py::dict& d, int reduction) {
 
 void denominator(const py::dict& d) {
   Loss::denominator(loss_rows(d), pointer<Real>(d, "denominator"), nullptr);
+}
+
+void mean_loss(const py::dict& d) {
+  Loss::mean_loss(loss_rows(d), pointer<Real>(d, "denominator"), pointer<Real>(d, "loss"), nullptr);
 }
 
 void sum(const py::dict& d, int64_t count) {
@@ -205,6 +209,7 @@ PYBIND11_MODULE(LLMLOSS_SIMT_MODULE, m) {
   m.def("scale", scale);
   m.def("reduce_loss", reduce_loss);
   m.def("denominator", denominator);
+  m.def("mean_loss", mean_loss);
   m.def("sum", sum);
   m.def("merge_shards", whole_rows);
   m.attr("tile_columns") = cuda::tile_columns<T>;

@@ -61,6 +61,7 @@ enum class Use : int {
   before_wait,
   by_others,
   by_others_after_sync,
+  by_others_after_wait,
   of_overwritten,
   none_of_overwritten,
   none_of_overwritten_element,
@@ -68,9 +69,10 @@ enum class Use : int {
   of_unwritten
 };
 
-// Lane 0 copies; lane 1 may overwrite the source.
+// The warp copies; lane 1 may overwrite the source.
 __global__ void copy(Use use, float* data, float* out) {
   float* const shared = simt::dynamic_shared<float>();
+  auto* const arrival = reinterpret_cast<simt::Arrival*>(shared + 32);
   const unsigned lane = simt::lane();
   const bool overwrites = use == Use::of_overwritten || use == Use::none_of_overwritten ||
                           use == Use::none_of_overwritten_element;
@@ -78,21 +80,26 @@ __global__ void copy(Use use, float* data, float* out) {
     out[lane] = shared[lane];
     return;
   }
+  const bool is_element = use == Use::none_of_overwritten_element;
+  if (!is_element) simt::start_copy(shared, data, 32 * sizeof(float), arrival);
+  simt::warp_sync();
+  const auto wait = [&] {
+    if (!is_element) simt::wait_for(arrival);
+  };
   if (lane == 0) {
-    if (use == Use::none_of_overwritten_element) {
-      shared[0] = data[0];
-    } else {
-      simt::copy_async(shared, data);
-      simt::close_group_of_copies();
-    }
+    if (is_element) shared[0] = data[0];
     if (use == Use::before_wait) out[0] = shared[0];
-    if (!overwrites) simt::wait_for_copies(0);
+    if (!overwrites) wait();
     if (use == Use::after_wait || use == Use::before_overwriting) out[0] = shared[1];
   }
   if (lane == 1 && (overwrites || use == Use::before_overwriting)) data[0] = 7;
-  if (lane == 0 && overwrites) simt::wait_for_copies(0);
+  if (lane == 0 && overwrites) wait();
   if (use == Use::by_others_after_sync) simt::warp_sync();
-  if (lane == 1 && (use == Use::by_others || use == Use::by_others_after_sync)) out[1] = shared[1];
+  if (use == Use::by_others_after_wait && lane == 1) wait();
+  if (lane == 1 && (use == Use::by_others || use == Use::by_others_after_sync ||
+                    use == Use::by_others_after_wait)) {
+    out[1] = shared[1];
+  }
   if (lane == 0 && use == Use::of_overwritten) out[0] = shared[0];
 }
 
@@ -108,7 +115,7 @@ PYBIND11_MODULE(simt_races, m) {
     simt::launch(write_one, {blocks}, 32, 1, 0, out.mutable_data());
   });
   m.def("copy", [](int use, py::array_t<float> data, py::array_t<float> out) {
-    simt::launch(copy, {1}, 32, 1, 32 * sizeof(float), Use(use), data.mutable_data(),
+    simt::launch(copy, {1}, 32, 1, 32 * sizeof(float) + sizeof(simt::Arrival), Use(use), data.mutable_data(),
                  out.mutable_data());
   });
 }

@@ -31,6 +31,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -78,7 +79,7 @@ enum class Wait : unsigned char {
 inline const char* name_of(Wait wait) {
   static constexpr const char* names[] = {"block_sync",     "warp_sync",    "cluster_sync",
                                           "cluster_arrive", "cluster_wait", "shuffle_xor",
-                                          "shuffle_down",   "shuffle",      "wait_for_copies"};
+                                          "shuffle_down",   "shuffle",      "wait_for"};
   return names[int(wait)];
 }
 
@@ -120,12 +121,30 @@ struct alignas(16) [[gnu::may_alias]] Words {
   uint32_t at[4];
 };
 
-// An asynchronous copy that its thread has not waited for.
-struct PendingCopy {
-  void* to;
-  Words words;
-  size_t group;
-  size_t number;  // of accesses.h
+// A warp's copy to shared memory. It may read and write at any time until somebody has waited for
+// it: here it writes as late as possible, and reads at once or as late.
+struct Copy {
+  struct Piece {
+    void* to;
+    const void* from;
+    Words words;
+  };
+  std::vector<Piece> pieces;
+  unsigned lanes = 0;  // that have started it
+  unsigned rank = 0;   // of the block
+  size_t number = 0;   // of accesses.h
+  bool reads_late = false;
+  bool has_arrived = false;
+
+  void arrive() {
+    accesses::wait_for_copies(number);
+    if (std::exchange(has_arrived, true)) return;
+    accesses::hide(true);
+    for (Piece& piece : pieces) {
+      std::memcpy(piece.to, reads_late ? piece.from : &piece.words, sizeof(Words));
+    }
+    accesses::hide(false);
+  }
 };
 
 struct Thread {
@@ -138,9 +157,7 @@ struct Thread {
   Place place;
   const void* give = nullptr;  // the lane's value, on its stack
   void* take = nullptr;
-  std::vector<PendingCopy> copies;
-  size_t groups_of_copies = 0;  // closed ones
-  size_t arrivals = 0;          // by cluster_arrive
+  size_t arrivals = 0;  // by cluster_arrive
 };
 
 // The threads that wait for each other: those of a warp, a block or a cluster, next to each other.
@@ -218,6 +235,7 @@ class Cluster {
     argument_ = argument;
     error_.clear();
     ended_ = arrivals_ = 0;
+    copies_.clear();
     // Each schedule has its own poison, so that what reads it differs from schedule to schedule:
     // nan in every float, a large finite float, a tiny one.
     static constexpr unsigned char poisons[] = {0xff, 0x7f, 0x2a};
@@ -229,8 +247,6 @@ class Cluster {
     }
     for (unsigned t = 0; t < threads_.size(); ++t) {
       threads_[t].state = Thread::State::fresh;
-      threads_[t].copies.clear();
-      threads_[t].groups_of_copies = 0;
       threads_[t].arrivals = 0;
       threads_[t].context.prepare(stacks()[t], entry);
       set_ready(t);
@@ -326,31 +342,32 @@ class Cluster {
     Context::switch_to(thread.context, host_);
   }
 
-  void copy_later(void* to, const void* from, size_t number) {
-    Thread& thread = threads_[current_];
-    accesses::hide(true);
-    Words words;
-    std::memcpy(&words, from, sizeof(Words));
-    accesses::hide(false);
-    thread.copies.push_back({to, words, thread.groups_of_copies, number});
+  // A lane's part of a warp's copy.
+  void start_copy(void* to, const void* from, size_t bytes, const void* arrival) {
+    Copy& copy = copies_[arrival];
+    copy.rank = rank();
+    copy.reads_late = settings().schedule == Schedule::reverse;
+    if (copy.lanes == 0) copy.number = accesses::begin_copies();
+    if (++copy.lanes > warp_size) stop("an arrival was used twice");
+    const unsigned lane = current_ % warp_size;
+    for (size_t at = lane * sizeof(Words); at < bytes; at += warp_size * sizeof(Words)) {
+      Copy::Piece piece{static_cast<char*>(to) + at, static_cast<const char*>(from) + at, {}};
+      accesses::start_copy(copy.number, piece.to, piece.from);
+      accesses::hide(true);
+      std::memcpy(&piece.words, piece.from, sizeof(Words));
+      accesses::hide(false);
+      copy.pieces.push_back(piece);
+    }
   }
-  void close_group_of_copies() { ++threads_[current_].groups_of_copies; }
 
-  // What belongs to no closed group is not waited for.
-  void finish_copies(int later, const Place& place) {
+  void wait_for_copy(const void* arrival, const Place& place) {
     record(Wait::copies, place, 0);
     if (is_mutated(place, 0)) return;
-    Thread& thread = threads_[current_];
-    const size_t finished =
-        thread.groups_of_copies - std::min(size_t(later), thread.groups_of_copies);
-    std::erase_if(thread.copies, [&](const PendingCopy& copy) {
-      if (copy.group >= finished) return false;
-      accesses::finish_copy(copy.number);
-      accesses::hide(true);
-      std::memcpy(copy.to, &copy.words, sizeof(Words));
-      accesses::hide(false);
-      return true;
-    });
+    const auto found = copies_.find(arrival);
+    if (found == copies_.end() || found->second.lanes < warp_size) {
+      stop("waits for a copy that has not been started");
+    }
+    found->second.arrive();
   }
 
   // Ends the launch from within a thread.
@@ -393,10 +410,16 @@ class Cluster {
     self.body_(self.argument_);
     accesses::end_thread();
     Thread& thread = self.threads_[self.current_];
-    if (!thread.copies.empty()) self.stop("a thread has ended before its copies have arrived");
     thread.state = Thread::State::ended;
     ++self.ended_;
-    if (--self.running_[self.rank()] == 0) self.forget_shared(self.rank());
+    if (--self.running_[self.rank()] == 0) {
+      for (const auto& [arrival, copy] : self.copies_) {
+        if (copy.rank == self.rank() && !copy.has_arrived) {
+          self.stop("a block has ended before its copies have arrived");
+        }
+      }
+      self.forget_shared(self.rank());
+    }
     Context::switch_to(thread.context, self.host_, true);
     std::abort();
   }
@@ -518,7 +541,8 @@ class Cluster {
   unsigned first_x_ = 0;
   unsigned current_ = 0;
   size_t ended_ = 0;
-  size_t arrivals_ = 0;  // of all threads
+  size_t arrivals_ = 0;                           // of all threads
+  std::unordered_map<const void*, Copy> copies_;  // by where they tell of their arrival
   unsigned char poison_ = 0xff;
   void (*body_)(const void*) = nullptr;
   const void* argument_ = nullptr;
@@ -728,18 +752,17 @@ __forceinline__ void store_words(void* to, const Words& words) {
   *static_cast<Words*>(to) = words;
 }
 
-// Asynchronous copies arrive as late as the hardware may let them: when their thread waits.
-__forceinline__ void copy_async(void* shared, const void* global) {
-  check_aligned(shared, sizeof(Words));
-  check_aligned(global, sizeof(Words));
-  const size_t number = emulator::accesses::start_copy(shared, global);
-  emulator::Cluster::active()->copy_later(shared, global, number);
+using Arrival = uint64_t;
+
+inline void start_copy(void* shared, const void* global, int bytes, Arrival* arrival) {
+  if (bytes > 0) check_aligned(shared, sizeof(Words));
+  if (bytes > 0) check_aligned(global, sizeof(Words));
+  check_aligned(arrival, sizeof(Arrival));
+  emulator::Cluster::active()->start_copy(shared, global, size_t(bytes), arrival);
 }
 
-inline void close_group_of_copies() { emulator::Cluster::active()->close_group_of_copies(); }
-
-inline void wait_for_copies(int later, emulator::Place place = emulator::Place::current()) {
-  emulator::Cluster::active()->finish_copies(later, place);
+inline void wait_for(const Arrival* arrival, emulator::Place place = emulator::Place::current()) {
+  emulator::Cluster::active()->wait_for_copy(arrival, place);
 }
 
 template <typename T>
@@ -761,10 +784,10 @@ uint32_t pack_pair(float low, float high, T) {
   return uint32_t{pair[0].bits} | uint32_t{pair[1].bits} << 16;
 }
 
-// As far from e^x as the hardware may be: two bits of the result are gone, and so is what is not
+// As far from 2^x as the hardware may be: two bits of the result are gone, and so is what is not
 // normal. Exact where the hardware is exact.
-inline float fast_exp(float x) {
-  const float exact = std::exp(x);
+inline float fast_exp2(float x) {
+  const float exact = std::exp2(x);
   if (!(exact >= 0x1p-126f)) return exact == exact ? 0 : exact;
   uint32_t bits;
   std::memcpy(&bits, &exact, sizeof(bits));
@@ -776,7 +799,7 @@ inline float fast_exp(float x) {
 
 // The reciprocal loses a bit, too.
 inline float fast_tanh(float x) {
-  const float sum = fast_exp(2.0f * x) + 1.0f;
+  const float sum = fast_exp2(2.8853900817779268f * x) + 1.0f;
   return std::fma(-2.0f, 1.0f / sum * (1 - 0x1p-23f), 1.0f);
 }
 

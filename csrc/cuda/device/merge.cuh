@@ -33,19 +33,27 @@ __device__ __forceinline__ int64_t warp_first(int64_t column) {
   return column;
 }
 
-// The merge of all lanes' states, in every lane. All of them rebase to the common maximum first, so
-// that only sums remain to be exchanged.
+// The merge of all lanes' states, which have the same maximum, in every lane.
+template <typename Real>
+__device__ __forceinline__ PartialState<Real> warp_join(PartialState<Real> state,
+                                                        const Wanted& wanted) {
+  if (wanted.order()) {
+    state.argmax = warp_first(state.argmax);
+    state.rank = warp_sum(state.rank);
+  }
+  state.join_sums(wanted, [](Real sum) { return warp_sum(sum); });
+  return state;
+}
+
+// The same of states with any maxima. They move to the common one first, so that only sums remain
+// to be exchanged.
 template <typename Real>
 __device__ __forceinline__ PartialState<Real> warp_merge(PartialState<Real> state,
                                                          const Wanted& wanted) {
   const Real max = warp_max(state.max);
-  if (wanted.order()) {
-    state.argmax = warp_first(state.max == max ? state.argmax : -1);
-    state.rank = warp_sum(state.rank);
-  }
+  if (state.max != max) state.argmax = -1;
   state.rebase(max);
-  state.join_sums(wanted, [](Real sum) { return warp_sum(sum); });
-  return state;
+  return warp_join(state, wanted);
 }
 
 }  // namespace llmloss::cuda

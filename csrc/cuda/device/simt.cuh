@@ -73,35 +73,62 @@ __device__ __forceinline__ T* peer_shared(T* mine, unsigned) {
 }
 #endif
 
-// Starts to copy sixteen bytes to shared memory; both addresses are multiples of 16. The copy is
-// complete once this thread has waited for its group.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+// Says when a copy to shared memory is complete; lies there, too, and is used once.
+using Arrival = uint64_t;
+
+// The warp starts to copy whole vectors of sixteen bytes from global to shared memory. All lanes
+// call it with the same arguments. `arrival` can be waited for once the threads that wait know that
+// this has been called: after a barrier.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// One instruction, by one lane.
+__device__ __forceinline__ void start_copy(void* shared, const void* global, int bytes,
+                                           Arrival* arrival) {
+  if (lane() != 0) return;
   const auto to = unsigned(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  const auto told = unsigned(__cvta_generic_to_shared(arrival));
+  asm volatile(
+      "mbarrier.init.shared.b64 [%0], 1;\n"
+      "fence.mbarrier_init.release.cluster;\n"
+      "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(told),
+      "r"(bytes)
+      : "memory");
+  if (bytes == 0) return;
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(global), "r"(bytes), "r"(told)
+      : "memory");
 }
-// What a thread has started since its last call belongs to one group.
-__device__ __forceinline__ void close_group_of_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-// Waits for all groups but the last `later` (or fewer). The number is part of the instruction.
-__device__ __forceinline__ void wait_for_copies(int later) {
-#define LLMLOSS_WAIT(n)                                       \
-  case n:                                                     \
-    asm volatile("cp.async.wait_group " #n ";" ::: "memory"); \
-    break
-  switch (later) {
-    LLMLOSS_WAIT(0);
-    LLMLOSS_WAIT(1);
-    LLMLOSS_WAIT(2);
-    LLMLOSS_WAIT(3);
-    LLMLOSS_WAIT(4);
-    LLMLOSS_WAIT(5);
-    LLMLOSS_WAIT(6);
-    LLMLOSS_WAIT(7);
-    default:
-      asm volatile("cp.async.wait_group %0;" ::"n"(8) : "memory");
+#else
+__device__ __forceinline__ void start_copy(void* shared, const void* global, int bytes,
+                                           Arrival* arrival) {
+  const auto to = unsigned(__cvta_generic_to_shared(shared));
+  const auto told = unsigned(__cvta_generic_to_shared(arrival));
+  if (lane() == 0) asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(told) : "memory");
+  warp_sync();
+#pragma unroll 4
+  for (int at = int(lane()) * 16; at < bytes; at += 32 * 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at),
+                 "l"(static_cast<const char*>(global) + at)
+                 : "memory");
   }
-#undef LLMLOSS_WAIT
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(told) : "memory");
+}
+#endif
+__device__ __forceinline__ void wait_for(Arrival* arrival) {
+  const auto told = unsigned(__cvta_generic_to_shared(arrival));
+  asm volatile(
+      "{\n"
+      ".reg .pred arrived;\n"
+      "waiting:\n"
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+      "mbarrier.try_wait.parity.shared.b64 arrived, [%0], 0;\n"
+#else
+      "mbarrier.test_wait.parity.shared.b64 arrived, [%0], 0;\n"
+#endif
+      "@!arrived bra waiting;\n"
+      "}" ::"r"(told)
+      : "memory");
 }
 
 // Loads and stores sixteen bytes in one instruction; the address is a multiple of 16.
@@ -116,12 +143,11 @@ __device__ __forceinline__ void store_words(void* to, const Words& words) {
   *static_cast<uint4*>(to) = make_uint4(words.at[0], words.at[1], words.at[2], words.at[3]);
 }
 
-// e^x with a relative error of about 2^-21 near 0, growing with |x|: accurate enough for 16-bit
-// types. Results below the smallest normal number are 0; __expf handles them with three more
-// instructions.
-__device__ __forceinline__ float fast_exp(float x) {
+// 2^x with a relative error of about 2^-22: accurate enough for 16-bit types. Results below the
+// smallest normal number are 0; __expf handles them with three more instructions.
+__device__ __forceinline__ float fast_exp2(float x) {
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
@@ -129,7 +155,9 @@ __device__ __forceinline__ float fast_exp(float x) {
 // be seen.
 __device__ __forceinline__ float fast_tanh(float x) {
   float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fast_exp(2.0f * x) + 1.0f));
+  asm("rcp.approx.ftz.f32 %0, %1;"
+      : "=f"(inverse)
+      : "f"(fast_exp2(2.8853900817779268f * x) + 1.0f));
   return ::fmaf(-2.0f, inverse, 1.0f);
 }
 

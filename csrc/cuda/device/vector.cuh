@@ -15,6 +15,7 @@ __device__ __forceinline__ int clamp_of(int x, int low, int high) {
 }
 
 // Sixteen bytes as 32-bit words: elements are extracted only when they are used.
+using simt::Arrival;
 using simt::Words;
 
 template <typename T>
@@ -34,13 +35,18 @@ __device__ __forceinline__ real_t<T> element(const Words& words, int i) {
   }
 }
 
-// The same where i is known at run time only.
+// Puts -inf in the place of element i; of none, if i is not in the vector.
 template <typename T>
-__device__ __forceinline__ real_t<T> element_at(const Words& words, int i) {
-  real_t<T> found = element<T>(words, 0);
+__device__ __forceinline__ void hide_element(Words& words, int i) {
+  struct Elements {
+    T at[Vector<T>::size];
+  };
+  Elements elements = bit_cast<Elements>(words);
 #pragma unroll
-  for (int k = 1; k < Vector<T>::size; ++k) found = k == i ? element<T>(words, k) : found;
-  return found;
+  for (int k = 0; k < Vector<T>::size; ++k) {
+    if (k == i) from_real(-infinity<real_t<T>>(), elements.at[k]);
+  }
+  words = bit_cast<Words>(elements);
 }
 
 // A vector of numbers, rounded to the storage type.
@@ -94,35 +100,51 @@ __device__ __forceinline__ void* vector_boundary(void* at) {
   return static_cast<char*>(at) + (vector_bytes - skew_of(at)) % vector_bytes;
 }
 
-// The vector at an address with that skew, which is not 0, from the two aligned vectors that
-// contain it. (A lane's second load is its neighbour's first: it hits in L1.)
+// A vector of equal numbers.
 template <typename T>
-__device__ __forceinline__ Words load_skewed(const T* at, unsigned skew) {
-  const char* aligned = reinterpret_cast<const char*>(at) - skew;
-  const Words low = simt::load_words(aligned);
-  const Words high = simt::load_words(aligned + vector_bytes);
-  uint32_t words[8];
+__device__ __forceinline__ Words filled(real_t<T> x) {
+  struct Elements {
+    T at[Vector<T>::size];
+  } elements;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    words[i] = low.at[i];
-    words[i + 4] = high.at[i];
+  for (int i = 0; i < Vector<T>::size; ++i) from_real(x, elements.at[i]);
+  return bit_cast<Words>(elements);
+}
+
+// Loads two vectors, `stride` apart, that have the same skew, which is not 0, each from the two
+// aligned vectors that contain it. (A lane's second load is its neighbour's first: it hits in L1.)
+template <typename T>
+__device__ __forceinline__ void load_skewed(const T* at, int stride, unsigned skew, Words& first,
+                                            Words& second) {
+  uint32_t words[2][8];
+#pragma unroll
+  for (int v = 0; v < 2; ++v) {
+    const char* const aligned = reinterpret_cast<const char*>(at + v * stride) - skew;
+    const Words low = simt::load_words(aligned);
+    const Words high = simt::load_words(aligned + vector_bytes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[v][i] = low.at[i];
+      words[v][i + 4] = high.at[i];
+    }
   }
   // Shifts by 0 to 14 bytes in steps of 8, 4 and 2: with constant indices, words stay in registers.
   if (skew & 8u) {
 #pragma unroll
-    for (int i = 0; i < 6; ++i) words[i] = words[i + 2];
+    for (int i = 0; i < 12; ++i) words[i / 6][i % 6] = words[i / 6][i % 6 + 2];
   }
   if (skew & 4u) {
 #pragma unroll
-    for (int i = 0; i < 5; ++i) words[i] = words[i + 1];
+    for (int i = 0; i < 10; ++i) words[i / 5][i % 5] = words[i / 5][i % 5 + 1];
   }
-  if constexpr (sizeof(T) == 2) {
-    if (skew & 2u) {
+  if (sizeof(T) == 2 && (skew & 2u)) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = simt::middle_half(words[i], words[i + 1]);
+    for (int i = 0; i < 8; ++i) {
+      words[i / 4][i % 4] = simt::middle_half(words[i / 4][i % 4], words[i / 4][i % 4 + 1]);
     }
   }
-  return {{words[0], words[1], words[2], words[3]}};
+  first = {{words[0][0], words[0][1], words[0][2], words[0][3]}};
+  second = {{words[1][0], words[1][1], words[1][2], words[1][3]}};
 }
 
 // Splits `count` elements in memory into whole aligned vectors, and single elements before and
@@ -153,8 +175,9 @@ struct Peeled {
   }
 };
 
-// The columns first, first + 1, ... of a row, in global or shared memory.
-template <typename T>
+// The columns first, first + 1, ... of a row, in global or shared memory. is_aligned: the first of
+// them is known to lie at a multiple of 16 bytes.
+template <typename T, bool is_aligned = false>
 struct Columns {
   using V = Vector<T>;
 
@@ -164,7 +187,7 @@ struct Columns {
 
   __device__ __forceinline__ const T* at(int column) const { return data + (column - first); }
   __device__ __forceinline__ int end() const { return first + count; }
-  __device__ __forceinline__ unsigned skew() const { return skew_of(data); }
+  __device__ __forceinline__ unsigned skew() const { return is_aligned ? 0 : skew_of(data); }
 
   // Whether every vector within [from, to) can be loaded without checking bounds: a skewed load
   // touches up to one vector before and after.
@@ -173,12 +196,18 @@ struct Columns {
     return from - margin >= first && to + margin <= end();
   }
 
-  // The vector at a column, with -inf from column `to` on. It reads no column that must not be
-  // read.
+  // Whether the vector at a column ends before column `to`, and can be loaded as such.
+  __device__ __forceinline__ bool has_vector(int column, int to) const {
+    return column + V::size <= to && is_inside(column, column + V::size);
+  }
+
+  // The vector at a column, with -inf from column `to` on, however it can be loaded.
   __device__ __forceinline__ Words load(int column, int to) const {
-    if (column + V::size <= to && is_inside(column, column + V::size)) {
-      return skew_of(at(column)) == 0 ? simt::load_words(at(column))
-                                      : load_skewed(at(column), skew_of(at(column)));
+    if (has_vector(column, to)) {
+      if (skew_of(at(column)) == 0) return simt::load_words(at(column));
+      Words vector, unused;
+      load_skewed(at(column), 0, skew_of(at(column)), vector, unused);
+      return vector;
     }
     struct Elements {
       T at[V::size];

@@ -7,8 +7,11 @@
 // whatever batch it is in, and wherever in memory it begins.
 #pragma once
 
+#include <type_traits>
+
 #include "../../core/row_grad.h"
 #include "../../core/rows.h"
+#include "../device/exponential.cuh"
 #include "../device/merge.cuh"
 #include "../device/vector.cuh"
 #include "tasks.cuh"
@@ -36,7 +39,7 @@ constexpr int planned_blocks(unsigned tasks, size_t element_bytes) {
 #else
   if (tasks == task::plain) return 4;
 #endif
-  return tasks == task::transformed || !task::has(tasks, task::transformed) ? 3 : 2;
+  return tasks == task::transformed || tasks == task::mean ? 3 : 2;
 }
 
 // How a row is cut.
@@ -44,16 +47,6 @@ struct Chunks {
   int columns;  // of a chunk: a multiple of tile_columns
   int count;
 };
-
-// float is as accurate as torch; for 16-bit logits the hardware's functions are accurate enough.
-template <typename T, typename Real>
-__device__ __forceinline__ Real exp_for(Real x) {
-  if constexpr (sizeof(T) == 2) {
-    return simt::fast_exp(x);
-  } else {
-    return exp_of(x);
-  }
-}
 
 template <typename T>
 struct TanhFor {
@@ -84,6 +77,74 @@ __device__ __forceinline__ void copy_fields(const PartialState<Real>& from, Part
   }
 }
 
+// From a lane's vector of a tile or batch to its next, in columns.
+template <typename T>
+inline constexpr int vector_stride = int{warp_size} * Vector<T>::size;
+
+// The first column of a lane's vector.
+template <typename T>
+__device__ __forceinline__ int lane_column(int begin, int vector) {
+  return begin + int(simt::lane()) * Vector<T>::size + vector * vector_stride<T>;
+}
+
+// A lane's vectors of a batch, with -inf from column `end` on. All loads come before anything waits
+// for one, so that they overlap; of rows that are not aligned, two at a time, since four would take
+// too many registers.
+template <typename T, bool is_aligned>
+__device__ __forceinline__ void load_batch(const Columns<T, is_aligned>& columns, int batch,
+                                           int end, Words (&vectors)[batch_vectors]) {
+  constexpr int stride = vector_stride<T>;
+  const int first = lane_column<T>(batch, 0);
+  const T* const at = columns.at(first);
+  const unsigned skew = columns.skew();
+  if (batch + batch_columns<T> <= end && columns.is_inside(batch, batch + batch_columns<T>)) {
+    if (skew == 0) {
+#pragma unroll
+      for (int v = 0; v < batch_vectors; ++v) vectors[v] = simt::load_words(at + v * stride);
+    } else {
+#pragma unroll
+      for (int v = 0; v < batch_vectors; v += 2) {
+        load_skewed(at + v * stride, stride, skew, vectors[v], vectors[v + 1]);
+      }
+    }
+    return;
+  }
+  if (skew == 0) {
+#pragma unroll
+    for (int v = 0; v < batch_vectors; ++v) {
+      vectors[v] = filled<T>(-infinity<real_t<T>>());
+      if (first + v * stride + Vector<T>::size <= end) {
+        vectors[v] = simt::load_words(at + v * stride);
+      }
+    }
+    if (end % Vector<T>::size == 0) return;
+  }
+#pragma unroll
+  for (int v = 0; v < batch_vectors; ++v) {
+    const int column = first + v * stride;
+    if (skew != 0 || column + Vector<T>::size > end) vectors[v] = columns.load(column, end);
+  }
+}
+
+// A tile that a warp keeps in registers.
+inline constexpr int tile_batches = tile_vectors / batch_vectors;
+
+template <typename T>
+struct Tile {
+  Words batches[tile_batches][batch_vectors];
+
+  template <bool is_aligned>
+  __device__ __forceinline__ void load(const Columns<T, is_aligned>& columns, int begin, int end) {
+#pragma unroll
+    for (int b = 0; b < tile_batches; ++b) {
+      load_batch(columns, begin + b * batch_columns<T>, end, batches[b]);
+    }
+  }
+  __device__ __forceinline__ const Words& vector(int v) const {
+    return batches[v / batch_vectors][v % batch_vectors];
+  }
+};
+
 // Reduces the columns of a row.
 template <typename T, unsigned tasks>
 struct ColumnReducer {
@@ -103,83 +164,135 @@ struct ColumnReducer {
   static __device__ __forceinline__ Wanted wanted() { return task::wanted<tasks>(); }
 
   // The state of the columns [begin, end), the same in every lane.
-  __device__ __forceinline__ State chunk(const Columns<T>& columns, int begin, int end) const {
+  template <bool is_aligned>
+  __device__ __forceinline__ State chunk(const Columns<T, is_aligned>& columns, int begin,
+                                         int end) const {
     State state;
-    const unsigned skew = columns.skew();
 #pragma unroll 1
     for (int batch = begin; batch < end; batch += batch_columns<T>) {
-      const int first = batch + int(simt::lane()) * width;
-      const bool is_whole = batch + batch_columns<T> <= end;
       Words vectors[batch_vectors];
-      if (is_whole && columns.is_inside(batch, batch + batch_columns<T>)) {
-        // All loads come before the arithmetic, so that they overlap.
-        const T* const at = columns.at(first);
-        if (skew == 0) {
-#pragma unroll
-          for (int v = 0; v < batch_vectors; ++v) vectors[v] = simt::load_words(at + v * stride);
-        } else {
-#pragma unroll
-          for (int v = 0; v < batch_vectors; ++v) vectors[v] = load_skewed(at + v * stride, skew);
-        }
-      } else {
-#pragma unroll
-        for (int v = 0; v < batch_vectors; ++v) vectors[v] = columns.load(first + v * stride, end);
-      }
-      if (!looks_at_columns || is_whole) {
-        add<true>(state, vectors, first, end);
-      } else {
-        add<false>(state, vectors, first, end);
-      }
+      load_batch(columns, batch, end, vectors);
+      add(state, vectors, batch, end);
     }
-    if (has(task::mean) && in.weights.is_constant()) {
-      state.sum_weighted *= in.weights.beta;
-      state.sum_weights *= in.weights.beta;
+    return merged(state);
+  }
+
+  // The same of a chunk that is one tile.
+  __device__ __forceinline__ State chunk(const Tile<T>& tile, int begin, int end) const {
+    State state;
+#pragma unroll
+    for (int b = 0; b < tile_batches; ++b) {
+      const int batch = begin + b * batch_columns<T>;
+      if (batch < end) add(state, tile.batches[b], batch, end);
     }
-    return warp_merge(state, wanted());
+    return merged(state);
   }
 
  private:
-  static constexpr int stride = int(warp_size) * width;
+  static constexpr int stride = vector_stride<T>;
   static constexpr bool has(unsigned bits) { return task::has(tasks, bits | task::rest); }
   // Otherwise a column after the last, which is -inf, adds nothing by itself.
   static constexpr bool looks_at_columns = has(task::transformed | task::mean | task::order);
 
   using Batch = Real[batch_vectors][width];
 
-  // Adds a batch to a lane's state. is_whole: every column is there.
-  template <bool is_whole>
+  // Adds a batch to a lane's state.
   __device__ __forceinline__ void add(State& state, const Words (&vectors)[batch_vectors],
-                                      int first, int end) const {
+                                      int batch, int end) const {
+    const int first = lane_column<T>(batch, 0);
+    // The same in every lane.
+    const bool has_target = unsigned(target - batch) < unsigned(batch_columns<T>);
+    // It counts in the maximum, but not in the sums of exponentials.
+    const Real max = has(task::transformed) ? Real(0) : largest<T>(vectors);
+    if constexpr (looks_at_columns) {
+      if (batch + batch_columns<T> <= end && !has_target) {
+        add_columns<true>(state, vectors, max, first, end);
+      } else {
+        add_columns<false>(state, vectors, max, first, end);
+      }
+    } else {
+      Words others[batch_vectors];
+#pragma unroll
+      for (int v = 0; v < batch_vectors; ++v) others[v] = vectors[v];
+      if (has_target) {
+#pragma unroll
+        for (int v = 0; v < batch_vectors; ++v) {
+          hide_element<T>(others[v], target - first - v * stride);
+        }
+      }
+      add_columns<true>(state, others, max, first, end);
+    }
+  }
+
+  // The state of all lanes.
+  __device__ __forceinline__ State merged(State& state) const {
+    if (has(task::mean) && has_equal_weights()) {
+      state.sum_weighted *= in.weights.beta;
+      state.sum_weights *= in.weights.beta;
+    }
+    return warp_merge(state, wanted());
+  }
+
+  // is_plain: every column is there, and none is the target's; or what is not to be counted is
+  // -inf, and nobody looks at columns.
+  template <bool is_plain>
+  __device__ __forceinline__ void add_columns(State& state, const Words (&vectors)[batch_vectors],
+                                              Real max, int first, int end) const {
     Batch x;
     read(vectors, x);
-    if constexpr (has(task::transformed) && !is_whole) hide_missing(x, first, end);
-    if constexpr (has(task::order)) add_order<is_whole>(state, x, first, end);
-    const Real max = has(task::transformed) ? largest_of(x) : largest<T>(vectors);
+    // Columns are known by how far they are from `first`.
+    const int to_end = end - first, to_target = target - first;
+    if constexpr (has(task::transformed) && !is_plain) hide_missing(x, to_end);
+    if constexpr (has(task::order)) add_order<is_plain>(state, x, first, to_end, to_target);
+    if constexpr (has(task::transformed)) max = largest_of(x);
     const Real factor = rebase(state, max);
     const Real reference = state.reference();
-    Real sums[batch_vectors];
+    const ExpFrom<T> from(reference);
+    Real sums[batch_vectors], exponents[batch_vectors];
+    Real sum_x_exp = 0, sum_sq_exp = 0;
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
-      const int column = first + v * stride;
-      Real sum_x_exp = 0, sum_sq_exp = 0, sum_shifted = 0;
+      exponents[v] = 0;
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        const Real shifted = x[v][i] - reference;
-        const Real exp = exp_for<T>(shifted);
+        const Real exponent = from.exponent(x[v][i]);
+        const bool is_target = !is_plain && v * stride + i == to_target;
+        const Real exp = is_target ? Real(0) : from.exp(exponent);
         sums[v] = i == 0 ? exp : sums[v] + exp;
         if constexpr (has(task::entropy)) {
-          sum_x_exp = fma_of(larger(lowest_log_prob<Real>(), shifted), exp, sum_x_exp);
+          sum_x_exp = fma_of(larger(lowest_log_prob<Real>(), exponent), exp, sum_x_exp);
         }
         if constexpr (has(task::rest)) sum_sq_exp = fma_of(exp, exp, sum_sq_exp);
         if constexpr (has(task::mean)) {
-          sum_shifted += is_whole || column + i < end ? shifted : Real(0);
+          exponents[v] += is_plain || v * stride + i < to_end ? exponent : Real(0);
         }
       }
-      if constexpr (has(task::entropy)) state.sum_x_exp += sum_x_exp;
-      if constexpr (has(task::rest)) state.sum_sq_exp += sum_sq_exp;
-      if constexpr (has(task::mean)) add_weighted(state, x[v], reference, sum_shifted, column, end);
     }
-    state.sum_exp = fma_of(state.sum_exp, factor, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+    if constexpr (has(task::mean)) {
+      if (has_equal_weights()) {
+        // They are multiplied in later.
+        int count = batch_vectors * width;
+        if (!is_plain) {
+          count = 0;
+#pragma unroll
+          for (int v = 0; v < batch_vectors; ++v) count += clamp_of(to_end - v * stride, 0, width);
+        }
+        const Real all = (exponents[0] + exponents[1]) + (exponents[2] + exponents[3]);
+        state.sum_weighted += from.natural(all, Real(count));
+        state.sum_weights += Real(count);
+      } else {
+        add_weighted(state, x, reference, first, end);
+      }
+    }
+    const Real sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    const Real correction = from.correction();
+    if constexpr (has(task::entropy)) {
+      state.sum_x_exp = fma_of(from.natural(sum_x_exp, sum), correction, state.sum_x_exp);
+    }
+    if constexpr (has(task::rest)) {
+      state.sum_sq_exp = fma_of(sum_sq_exp, correction * correction, state.sum_sq_exp);
+    }
+    state.sum_exp = fma_of(state.sum_exp, factor, sum * correction);
   }
 
   // The logits that the loss uses.
@@ -208,12 +321,12 @@ struct ColumnReducer {
     }
   }
 
-  static __device__ __forceinline__ void hide_missing(Batch& x, int first, int end) {
+  static __device__ __forceinline__ void hide_missing(Batch& x, int to_end) {
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        if (!(first + v * stride + i < end)) x[v][i] = -infinity<Real>();
+        if (!(v * stride + i < to_end)) x[v][i] = -infinity<Real>();
       }
     }
   }
@@ -235,7 +348,7 @@ struct ColumnReducer {
     const Real before = state.max, reference_before = state.reference();
     state.max = larger(before, max);
     const Real shift = before - state.reference();  // -inf for the identity, whose sums are 0
-    const Real factor = exp_for<T>(shift);
+    const Real factor = ExpFrom<T>::exp_once(shift);
     if constexpr (has(task::entropy)) {
       // A factor that underflows leaves 0, not 0 * inf.
       const Real moved = factor * fma_of(shift, state.sum_exp, state.sum_x_exp);
@@ -250,46 +363,50 @@ struct ColumnReducer {
     return factor;
   }
 
-  // Adds one vector to the weighted mean. Weights that all columns share are multiplied in later.
-  __device__ __forceinline__ void add_weighted(State& state, const Real (&x)[width], Real reference,
-                                               Real sum_shifted, int column, int end) const {
-    if (!task::has(tasks, task::rest) || in.weights.is_constant()) {
-      state.sum_weighted += sum_shifted;
-      state.sum_weights += Real(clamp_of(end - column, 0, width));
-    } else {
+  // Whether all columns have the same weight in the mean.
+  __device__ __forceinline__ bool has_equal_weights() const {
+    return !task::has(tasks, task::rest) || in.weights.is_constant();
+  }
+
+  // Adds a batch to a mean whose columns have weights of their own. One of weight 0 adds nothing,
+  // even if its logit is -inf.
+  __device__ __forceinline__ void add_weighted(State& state, const Batch& x, Real reference,
+                                               int first, int end) const {
+#pragma unroll
+    for (int v = 0; v < batch_vectors; ++v) {
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        // A column of weight 0 adds nothing, even if its logit is -inf.
-        const Real a = column + i < end ? in.weights.at(row, column + i) : Real(0);
+        const int column = first + v * stride + i;
+        const Real a = column < end ? in.weights.at(row, column) : Real(0);
         if (a == Real(0)) continue;
-        state.sum_weighted = fma_of(a, x[i] - reference, state.sum_weighted);
+        state.sum_weighted = fma_of(a, x[v][i] - reference, state.sum_weighted);
         state.sum_weights += a;
       }
     }
   }
 
   // Adds a batch to argmax and rank.
-  template <bool is_whole>
-  __device__ __forceinline__ void add_order(State& state, const Batch& x, int first,
-                                            int end) const {
+  template <bool is_plain>
+  __device__ __forceinline__ void add_order(State& state, const Batch& x, int first, int to_end,
+                                            int to_target) const {
     Real max = state.max;
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
-      const int column = first + v * stride;
+      const int before_v = v * stride;
       Real largest = x[v][0];
 #pragma unroll
       for (int i = 1; i < width; ++i) largest = larger(largest, x[v][i]);
-      if ((is_whole || column < end) && (largest > max || state.argmax < 0)) {
+      if ((is_plain || before_v < to_end) && (largest > max || state.argmax < 0)) {
         int place = 0;
 #pragma unroll
         for (int i = width - 1; i >= 0; --i) place = x[v][i] == largest ? i : place;
-        state.argmax = column + place;
+        state.argmax = first + before_v + place;
       }
       max = larger(max, largest);
       int before = 0;  // fewer instructions than with 64 bits
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        const bool wins_ties = column + i < target;
+        const bool wins_ties = before_v + i < to_target;
         before += x[v][i] > target_logit || (wins_ties && x[v][i] == target_logit);
       }
       state.rank += before;
@@ -310,33 +427,60 @@ __device__ __forceinline__ PartialState<Real> merge_chunks(const PartialState<Re
   for (int i = int(simt::lane()); i < count; i += int(warp_size)) {
     PartialState<Real> chunk;
     copy_fields(chunks[i], chunk, wanted);
-    state = merge(state, chunk);
+    // A lane meets its chunks in the order of their columns.
+    if (wanted.order() && chunk.max == state.max && state.argmax < 0) state.argmax = chunk.argmax;
+    chunk.rebase(state.max);
+    state.add(chunk);
   }
-  return warp_merge(state, wanted);
+  return warp_join(state, wanted);
 }
 
-// In double: these are few operations per row, and their rounding errors do not matter then.
+// What a gradient needs of a row.
+template <typename Real>
+__device__ __forceinline__ StateFields<Real> row_state(const PartialState<Real>& state,
+                                                       Real target_logit) {
+  return state_fields(state, exp_of(state.relative(target_logit)));
+}
+
+// In double: these are few operations per row, and their rounding errors do not matter then. Not so
+// the state: the fused kernel, where all threads of the row wait for it, shall compute the same.
 template <typename Real>
 __device__ __forceinline__ RowStats<double> finalize_row(const PartialState<Real>& state,
-                                                         Real target_logit, int64_t vocab_size) {
-  return finalize(state.template as<double>(), double(target_logit), vocab_size);
+                                                         Real target_logit, int64_t vocab_size,
+                                                         const Wanted& wanted) {
+  const PartialState<double> exact = state.template as<double>();
+  const double at_target = exact.relative(double(target_logit));
+  RowStats<double> stats = finalize(exact, at_target, vocab_size, wanted);
+  stats.state = row_state(state, target_logit).template as<double>();
+  return stats;
 }
 
 // The target of an active row, without its logit.
 template <typename T>
-__device__ __forceinline__ Target<real_t<T>> target_class(const RowInputs<T>& in, int64_t row) {
-  if (!target_is_here(in, row)) return {};
-  const int64_t column = in.targets[row];
-  return {.column = column, .weight = in.weights.of_class(column)};
+__device__ __forceinline__ Target<real_t<T>> target_class(const RowInputs<T>& in,
+                                                          const RowTarget& target) {
+  if (!target.is_here()) return {};
+  return {.column = target.value(), .weight = in.weights.of_class(target.value())};
 }
 
+// The target's logit as it is stored: nobody waits for it before it is used.
 template <typename T>
-__device__ __forceinline__ void read_logit(const RowInputs<T>& in,
-                                           const LogitTransform<real_t<T>>& transform, int64_t row,
-                                           Target<real_t<T>>& target) {
-  if (target.column < 0) return;
-  const real_t<T> z = to_real(in.logits[in.layout.offset(row) + target.column]);
-  target.logit = transform.kind() == TransformKind::identity ? z : transform.apply(z, TanhFor<T>{});
-}
+struct StoredTarget {
+  bool is_here;
+  T logit;
+
+  __device__ __forceinline__ StoredTarget(const RowInputs<T>& in, int64_t row, int64_t column)
+      : is_here(column >= 0), logit() {
+    if (is_here) logit = in.logits[in.layout.offset(row) + column];
+  }
+
+  // -inf if there is none.
+  __device__ __forceinline__ real_t<T> transformed(
+      const LogitTransform<real_t<T>>& transform) const {
+    if (!is_here) return -infinity<real_t<T>>();
+    const real_t<T> z = to_real(logit);
+    return transform.kind() == TransformKind::identity ? z : transform.apply(z, TanhFor<T>{});
+  }
+};
 
 }  // namespace llmloss::cuda

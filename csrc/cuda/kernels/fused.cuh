@@ -8,63 +8,78 @@
 
 namespace llmloss::cuda {
 
-// The most threads of a block, and the number of such blocks that a multiprocessor should hold:
-// three of 256 threads fit, too.
-inline constexpr int fused_block_size = 384;
+// Whether there is a kernel that holds tiles in registers.
 template <typename T, unsigned tasks>
-inline constexpr int fused_blocks =
-    // float16 would spill by a few bytes.
-    planned_blocks(tasks, sizeof(T)) > 2 && (tasks == task::plain || !std::is_same_v<T, Half>) ? 2
-                                                                                               : 1;
+inline constexpr bool fused_can_hold = sizeof(T) < 8 && tasks == task::plain;
 
-// Columns of a row that warps copy to shared memory, each the chunks that it reduces. They keep
-// their offset from a multiple of 16 bytes, so that whole vectors can be copied.
-template <typename T>
+// The most threads of a block, and the number of such blocks that a multiprocessor should hold:
+// three of 256 threads fit, too. A block that holds tiles has a multiprocessor for itself.
+template <bool holds>
+inline constexpr int fused_block_size = holds ? 640 : 384;
+template <typename T, unsigned tasks>
+constexpr int fused_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (sizeof(T) == 4) return 1;  // it would spill
+#endif
+  return sizeof(T) < 8 && tasks == task::plain ? 2 : 1;
+}
+
+// Columns of a row that warps copy to shared memory, a chunk at a time. They keep their offset from
+// a multiple of 16 bytes, so that whole vectors can be copied.
+template <typename T, bool is_aligned>
 class StagedColumns {
  public:
-  __device__ __forceinline__ StagedColumns(const Columns<T>& from, T* room)
-      : from_(from), to_(room + from.skew() / sizeof(T)), peeled_(from.data, from.count) {}
+  using From = Columns<T, is_aligned>;
 
-  __device__ __forceinline__ Columns<T> columns() const { return {to_, from_.first, from_.count}; }
+  // Shared memory: an Arrival for each chunk, then the columns.
+  __device__ __forceinline__ StagedColumns(const From& from, const Chunks& chunks, int first_chunk,
+                                           Arrival* arrivals, int count)
+      : from_(from),
+        chunks_(chunks),
+        first_chunk_(first_chunk),
+        arrivals_(arrivals),
+        to_(static_cast<T*>(vector_boundary(arrivals + count)) + from.skew() / sizeof(T)),
+        peeled_(from.data, from.count) {}
 
-  // Whether a chunk's vectors are those that its warp has copied. Otherwise its first one may have
-  // been copied by another warp.
-  __device__ __forceinline__ bool is_aligned() const { return from_.skew() == 0; }
+  __device__ __forceinline__ From columns() const { return {to_, from_.first, from_.count}; }
 
-  // This warp starts to copy the columns [begin, end), as one group of copies.
-  __device__ __forceinline__ void start(int begin, int end) const {
-    const int first = begin - from_.first, last = end - from_.first;
-    const int last_vector = first_vector(last);
-    int v = first_vector(first) + int(simt::lane());
-    const T* const source = from_.data + peeled_.head;
-    T* const target = to_ + peeled_.head;
-    constexpr int width = Vector<T>::size, stride = int(warp_size);
-    for (; v + (tile_vectors - 1) * stride < last_vector; v += tile_vectors * stride) {
-#pragma unroll
-      for (int i = 0; i < tile_vectors; ++i) {
-        const int at = (v + i * stride) * width;
-        simt::copy_async(target + at, source + at);
-      }
+  // This warp starts to copy a chunk.
+  __device__ __forceinline__ void start(int chunk) const {
+    const int first = chunk_begin(chunk), last = chunk_begin(chunk + 1);
+    const int first_element = peeled_.vector(first_vector(first));
+    const int bytes = (first_vector(last) - first_vector(first)) * vector_bytes;
+    simt::start_copy(to_ + first_element, from_.data + first_element, bytes,
+                     arrivals_ + (chunk - first_chunk_));
+    for (int i = int(simt::lane()); i < peeled_.singles; i += int(warp_size)) {
+      const int at = peeled_.single(i);
+      if (at >= first && at < last) to_[at] = from_.data[at];
     }
-#pragma unroll 1
-    for (; v < last_vector; v += stride) simt::copy_async(target + v * width, source + v * width);
-    if (peeled_.singles > 0) {
-      for (int i = int(simt::lane()); i < peeled_.singles; i += int(warp_size)) {
-        const int at = peeled_.single(i);
-        if (at >= first && at < last) to_[at] = from_.data[at];
-      }
+  }
+
+  // Waits for the columns of a chunk. All copies have been started. The first vector of a chunk
+  // that is not aligned belongs to the chunk before.
+  __device__ __forceinline__ void wait(int chunk) const {
+    simt::wait_for(arrivals_ + (chunk - first_chunk_));
+    if (from_.skew() != 0 && chunk > first_chunk_) {
+      simt::wait_for(arrivals_ + (chunk - first_chunk_ - 1));
     }
-    simt::close_group_of_copies();
   }
 
  private:
+  // Counted from the first column.
+  __device__ __forceinline__ int chunk_begin(int chunk) const {
+    return min_of((chunk - first_chunk_) * chunks_.columns, from_.count);
+  }
   // That begins at element i or behind it.
   __device__ __forceinline__ int first_vector(int i) const {
     constexpr int width = Vector<T>::size;
     return clamp_of((i - peeled_.head + width - 1) / width, 0, peeled_.vectors);
   }
 
-  Columns<T> from_;
+  From from_;
+  Chunks chunks_;
+  int first_chunk_;
+  Arrival* arrivals_;
   T* to_;
   Peeled<T> peeled_;
 };
@@ -73,10 +88,12 @@ class StagedColumns {
 // keeps them in shared memory, exchanges the chunks' states among the blocks, and overwrites the
 // logits with the gradient: 2 x rows x columns x sizeof(T) bytes of traffic, half of that for a row
 // without a gradient (of which each warp reads one chunk in vain). Of a slice that does not fit in
-// shared memory, the chunks after `staged_chunks` are read twice, the second time from L2 if those
-// of all rows in flight fit there.
-template <typename T, unsigned stats_tasks, unsigned grad_tasks>
-__global__ void __launch_bounds__(fused_block_size, (fused_blocks<T, stats_tasks>))
+// shared memory, a warp keeps one of the chunks after `staged_chunks` in registers, if it `holds`
+// any: rows begin at multiples of 16 bytes then. Or they are read twice, the second time from L2 if
+// those of all rows in flight fit there.
+template <typename T, unsigned stats_tasks, unsigned grad_tasks, bool holds>
+__global__ void __launch_bounds__(fused_block_size<holds>,
+                                  (holds ? 1 : fused_blocks<T, stats_tasks>()))
     fused_kernel(const __grid_constant__ RowInputs<T> in,
                  const __grid_constant__ RowOutputs<real_t<T>> out,
                  const __grid_constant__ GradSource<real_t<T>> source,
@@ -103,81 +120,102 @@ __global__ void __launch_bounds__(fused_block_size, (fused_blocks<T, stats_tasks
   GradRow<Real>* const coefficients = simt::dynamic_shared<GradRow<Real>>();
   State* const states = reinterpret_cast<State*>(coefficients + 1);
   const T* const logits = in.logits + in.layout.offset(row);
-  const StagedColumns<T> staged({logits + begin, begin, staged_end - begin},
-                                reinterpret_cast<T*>(vector_boundary(states + chunks.count)));
+  const StagedColumns<T, holds> staged(
+      {logits + begin, begin, staged_end - begin}, chunks, first_chunk,
+      reinterpret_cast<Arrival*>(states + chunks.count), staged_chunks);
   // The first copies are on their way while the target is read, which may say that none is needed.
+  const RowTarget read_target(in.targets, row);
+  const auto upstream = source.read(row);
   int chunk = first_chunk + warp;
-  if (chunk < staged_chunk) staged.start(begin_of(chunk), begin_of(chunk + 1));
+  const bool has_copies = chunk < staged_chunk;
+  if (has_copies) staged.start(chunk);
 
   T* const grad = grads.grad + grads.layout.offset(row);
-  const bool counts_nothing = in.targets.ignored(row) || source.vanishes(row);
-  if (counts_nothing || !is_active(in, row)) {  // the same in all blocks of the cluster
-    simt::wait_for_copies(0);                   // nobody looks at what they bring
+  const bool counts_nothing = source.vanishes(upstream) || read_target.is_ignored();
+  if (counts_nothing ||
+      !read_target.is_active(in.vocab_size)) {  // the same in all blocks of the cluster
     if (rank == 0 && thread == 0) {
       write_statistics(out, row, absent_statistics<double>(counts_nothing, in.vocab_size));
     }
+    simt::block_sync();
+    if (has_copies) staged.wait(chunk);  // nobody looks at what they bring
     write_zeros(grad, 0, int(in.columns), int(rank) * threads + thread, int(blocks) * threads);
     return;
   }
 
   simt::cluster_arrive();
-  int later = 0;  // groups of copies that this warp has started after the first
-  for (chunk += warps; chunk < staged_chunk; chunk += warps, ++later) {
-    staged.start(begin_of(chunk), begin_of(chunk + 1));
+  for (chunk += warps; chunk < staged_chunk; chunk += warps) staged.start(chunk);
+  // What is not staged.
+  const Columns<T, holds> others{logits + staged_end, staged_end, end - staged_end};
+  const int other_chunk = staged_chunk + warp;
+  Tile<T> tile;
+  if constexpr (holds) {
+    if (other_chunk < last_chunk) {
+      tile.load(others, begin_of(other_chunk), begin_of(other_chunk + 1));
+    }
   }
   LogitTransform<Real> transform;
   if constexpr (task::has(stats_tasks, task::transformed)) transform = in.transform.resolved();
-  Target<Real> target = target_class(in, row);
-  read_logit(in, transform, row, target);  // before the gradient overwrites it
-  const Reducer reducer{in, transform, row, target.logit, int(target.column)};
-  if (!staged.is_aligned()) {
-    simt::wait_for_copies(0);
-    simt::block_sync();
-  }
+  const Target<Real> target = target_class(in, read_target);
+  // Before the gradient overwrites it. Only ranks need it now, and nobody else waits for it.
+  const StoredTarget<T> stored(in, row, target.column);
+  constexpr bool needs_target = task::has(stats_tasks, task::order | task::rest);
+  const Reducer reducer{in, transform, row, needs_target ? stored.transformed(transform) : Real(0),
+                        int(target.column)};
+  simt::block_sync();    // all copies have been started
   simt::cluster_wait();  // the other blocks have started: their shared memory can be written
 
-  const Columns<T> columns = staged.columns();
-  const Columns<T> others{logits + staged_end, staged_end, end - staged_end};
-  for (chunk = first_chunk + warp; chunk < last_chunk; chunk += warps) {
-    const bool is_staged = chunk < staged_chunk;
-    if (is_staged && staged.is_aligned()) {
-      simt::wait_for_copies(later--);
-      simt::warp_sync();
-    }
-    const int from = begin_of(chunk), to = begin_of(chunk + 1);
-    const State state =
-        is_staged ? reducer.chunk(columns, from, to) : reducer.chunk(others, from, to);
+  const auto tell = [&](int chunk, const State& state) {
     if (simt::lane() < blocks) {
       copy_fields(state, *simt::peer_shared(states + chunk, simt::lane()), Reducer::wanted());
+    }
+  };
+  const Columns<T, holds> columns = staged.columns();
+  for (chunk = first_chunk + warp; chunk < staged_chunk; chunk += warps) {
+    staged.wait(chunk);
+    tell(chunk, reducer.chunk(columns, begin_of(chunk), begin_of(chunk + 1)));
+  }
+  for (chunk = other_chunk; chunk < last_chunk; chunk += warps) {
+    const int from = begin_of(chunk), to = begin_of(chunk + 1);
+    if constexpr (holds) {
+      tell(chunk, reducer.chunk(tile, from, to));
+    } else {
+      tell(chunk, reducer.chunk(others, from, to));
     }
   }
   simt::cluster_sync();  // all states have arrived, and no block reads the row any more
 
-  // One warp computes what is the same for the row. Most losses need only the state for their
-  // gradient; for the others it has the same bits as what row_grad_kernel loads.
+  // One warp computes what is the same for the row's gradient. Most losses need only the state for
+  // it; for the others it has the same bits as what row_grad_kernel loads.
+  const bool writes_statistics = rank == 0 && warp == warps - 1;
   State total;
-  if (warp == 0) {
+  if (warp == 0 || writes_statistics) {
     total = merge_chunks(states, chunks.count, Reducer::wanted());
+  }
+  const auto finalized = [&] {
+    return finalize_row(total, stored.transformed(transform), in.vocab_size, Reducer::wanted());
+  };
+  if (warp == 0) {
     RowStats<Real> known;
-    if (source.options.gradient_reads_values()) {
-      known = finalize_row(total, target.logit, in.vocab_size).template as<Real>();
-    }
-    known.state[StateField::reference] = total.reference();
-    known.state[StateField::sum_exp] = total.sum_exp;
-    known.state[StateField::sum_weights] = total.sum_weights;
-    const GradRow<Real> computed = grad_row(in, source, row, known, target.weight);
+    if (source.options.gradient_reads_values()) known = finalized().template as<Real>();
+    known.state = row_state(total, stored.transformed(transform));
+    const GradRow<Real> computed = grad_row(in, source, source.read(row), known, target.weight);
     if (simt::lane() == 0) *coefficients = computed;
   }
   simt::block_sync();
-  if (rank == 0 && thread == 0) {
-    write_statistics(out, row, finalize_row(total, target.logit, in.vocab_size));
-  }
   const ColumnGradient<T, grad_tasks> gradient{in, transform, row, int(target.column), false};
-  gradient.write(*coefficients, columns, grad + begin, begin, staged_end, {thread, threads});
-  if (staged_end < end) {
+  if constexpr (holds) {
+    if (other_chunk < last_chunk) {
+      const int from = begin_of(other_chunk);
+      gradient.write(*coefficients, tile, others, grad + from, from, begin_of(other_chunk + 1));
+    }
+  } else if (staged_end < end) {
     gradient.write(*coefficients, others, grad + staged_end, staged_end, end, {thread, threads});
   }
+  gradient.write(*coefficients, columns, grad + begin, begin, staged_end, {thread, threads});
   if (rank == blocks - 1) write_zeros(grad, vocab_size, int(in.columns), thread, threads);
+  // Last, when no tile is in registers any more; the last warp is the first to have none.
+  if (writes_statistics && simt::lane() == 0) write_statistics(out, row, finalized());
 }
 
 }  // namespace llmloss::cuda

@@ -23,62 +23,106 @@ struct ColumnGradient {
   int target;       // its column; -1: none
   bool with_scale;  // whether the scale's gradient is requested
 
+  // Writes the gradient of a tile that holds the columns [begin, end) of the logits; `out` points
+  // to the first of them, and is a multiple of 16 bytes.
+  __device__ __forceinline__ void write(const GradRow<Real>& of_row, const Tile<T>& tile,
+                                        const Columns<T, true>& logits, T* out, int begin,
+                                        int end) const {
+    const Known grad(of_row);
+    Found found;
+    if (target >= begin && target < end && (target - begin) / width % warp_size == simt::lane()) {
+      found = {to_real(*logits.at(target)), true};
+    }
+    T* const to = out + (lane_column<T>(begin, 0) - begin);
+    const auto write_vectors = [&](auto is_whole) {
+#pragma unroll
+      for (int v = 0; v < tile_vectors; ++v) {
+        const int column = lane_column<T>(begin, v);
+        const Words words = vector(grad, tile.vector(v), column);
+        if (is_whole || column + width <= end) {
+          simt::store_words(to + v * vector_stride<T>, words);
+        } else {
+#pragma unroll
+          for (int i = 0; i < width; ++i) {
+            if (column + i < end) from_real(element<T>(words, i), to[v * vector_stride<T> + i]);
+          }
+        }
+      }
+    };
+    if (begin + tile_columns<T> <= end) {
+      write_vectors(std::true_type{});
+    } else {
+      write_vectors(std::false_type{});
+    }
+    write_target(of_row, found, out, begin);
+  }
+
   // Writes the gradient of the columns [begin, end) of the row; `out` points to the first of them.
   // Returns this thread's part of the scale's gradient.
-  __device__ __forceinline__ double write(const GradRow<Real>& of_row, const Columns<T>& logits,
-                                          T* out, int begin, int end, const Part& part) const {
+  template <bool is_aligned>
+  __device__ __forceinline__ double write(const GradRow<Real>& of_row,
+                                          const Columns<T, is_aligned>& logits, T* out, int begin,
+                                          int end, const Part& part) const {
     if constexpr (task::has(tasks, task::rest)) {
       if (with_scale) return write_columns(of_row, logits, out, begin, end, part);
     }
     const Known grad(of_row);
     const Peeled<T> peeled(out, end - begin);
-    // The target's column is first written like any other, and then, by the same thread, again.
-    Real at_target = 0;
-    bool has_target = false;
-    if (skew_of(out) == skew_of(logits.at(begin))) {
-      write_vectors<true>(grad, logits, out, peeled, begin, part, at_target, has_target);
+    Found found;
+    if (is_aligned || skew_of(out) == skew_of(logits.at(begin))) {
+      write_vectors<true>(grad, logits, out, peeled, begin, part, found);
     } else {
-      write_vectors<false>(grad, logits, out, peeled, begin, part, at_target, has_target);
+      write_vectors<false>(grad, logits, out, peeled, begin, part, found);
     }
     if (part.index == 0) {
 #pragma unroll 1
       for (int i = part.thread; i < peeled.singles; i += part.threads) {
         const int at = peeled.single(i);
-        const Real z = to_real(*logits.at(begin + at));
-        if (begin + at == target) {
-          has_target = true;
-          at_target = z;
-        }
-        double unused = 0;
-        from_real(other(grad, z, begin + at, unused), out[at]);
+        write_single(grad, to_real(*logits.at(begin + at)), out + at, begin + at, found);
       }
     }
-    double unused = 0;
-    if (has_target) from_real(target_column(of_row, at_target, unused), out[target - begin]);
+    write_target(of_row, found, out, begin);
     return 0;
   }
 
  private:
   static constexpr bool has(unsigned bits) { return task::has(tasks, bits | task::rest); }
 
-  // What the loops need of the row, in registers.
+  // What the loops need of the row, in registers. What sums of exp are multiplied by, what they
+  // divide is, too.
   struct Line {
-    Real reference, p_of_exp, constant;
+    ExpFrom<T> from;
+    Real p_of_exp, constant;
     __device__ __forceinline__ explicit Line(const GradRow<Real>& row)
-        : reference(row.reference), p_of_exp(row.p_of_exp), constant(row.constant) {}
+        : from(row.reference), p_of_exp(row.p_of_exp * from.correction()), constant(row.constant) {}
   };
-  using Known = std::conditional_t<has(task::entropy), GradRow<Real>, Line>;
+  struct Curve : GradRow<Real> {
+    ExpFrom<T> from;
+    Real log_sum;
+    __device__ __forceinline__ explicit Curve(const GradRow<Real>& row)
+        : GradRow<Real>(row), from(row.reference), log_sum(row.log_sum()) {
+      this->inverse_sum *= from.correction();
+    }
+  };
+  using Known = std::conditional_t<has(task::entropy), Curve, Line>;
+
+  // The target's logit, if this thread writes its column: first like any other, and then again.
+  struct Found {
+    Real logit = 0;
+    bool is_here = false;
+  };
 
   // The same, and the scale's gradient: a sum whose order must not depend on where in memory the
   // row begins.
+  template <bool is_aligned>
   __device__ __forceinline__ double write_columns(const GradRow<Real>& of_row,
-                                                  const Columns<T>& logits, T* out, int begin,
-                                                  int end, const Part& part) const {
-    const GradRow<Real> grad(of_row);
+                                                  const Columns<T, is_aligned>& logits, T* out,
+                                                  int begin, int end, const Part& part) const {
+    const Known grad(of_row);
     double sum = 0;
     for (int column = begin + part.thread; column < end; column += part.threads) {
       const Real z = to_real(*logits.at(column));
-      const Real g = column == target ? target_column(grad, z, sum) : other(grad, z, column, sum);
+      const Real g = column == target ? target_column(of_row, z, sum) : other(grad, z, column, sum);
       from_real(g, out[column - begin]);
     }
     return sum;
@@ -86,24 +130,31 @@ struct ColumnGradient {
 
   // Writes whole vectors. Stores are aligned; loads are too if both rows have the same offset from
   // 16 bytes.
-  template <bool is_aligned>
-  __device__ __forceinline__ void write_vectors(const Known& grad, const Columns<T>& logits, T* out,
+  template <bool same_offset, bool is_aligned>
+  __device__ __forceinline__ void write_vectors(const Known& grad,
+                                                const Columns<T, is_aligned>& logits, T* out,
                                                 const Peeled<T>& peeled, int begin,
-                                                const Part& part, Real& at_target,
-                                                bool& has_target) const {
+                                                const Part& part, Found& found) const {
     const T* const from = logits.at(begin) + peeled.head;
     T* const to = out + peeled.head;
     const int first_column = begin + peeled.head;
-    const int to_target = target - first_column;
     const int piece = unroll * part.threads;
-    for (int first = part.index * piece + part.thread; first < peeled.vectors;
-         first += part.count * piece) {
+    // The vector that holds the target's column, or none.
+    const int target_vector = target < first_column || target >= begin + peeled.tail
+                                  ? -1
+                                  : (target - first_column) / width;
+    const auto write_piece = [&](int first, auto is_whole) {
+      // In one piece at most, for all threads alike.
+      if (unsigned(target_vector - (first - part.thread)) < unsigned(piece)) {
+        const bool is_mine = (target_vector - first) % part.threads == 0;
+        if (is_mine) found = {to_real(*logits.at(target)), true};
+      }
       Words loaded[unroll];
 #pragma unroll
       for (int i = 0; i < unroll; ++i) {
         const int v = first + i * part.threads;
-        if (v >= peeled.vectors) break;
-        if constexpr (is_aligned) {
+        if (!is_whole && v >= peeled.vectors) break;
+        if constexpr (same_offset) {
           loaded[i] = simt::load_words(from + v * width);
         } else {
           const int column = first_column + v * width;
@@ -113,15 +164,15 @@ struct ColumnGradient {
 #pragma unroll
       for (int i = 0; i < unroll; ++i) {
         const int v = first + i * part.threads;
-        if (v >= peeled.vectors) break;
-        const int place = to_target - v * width;
-        if (unsigned(place) < unsigned(width)) {
-          has_target = true;
-          at_target = element_at<T>(loaded[i], place);
-        }
+        if (!is_whole && v >= peeled.vectors) break;
         simt::store_words(to + v * width, vector(grad, loaded[i], first_column + v * width));
       }
+    };
+    int first = part.index * piece + part.thread;
+    for (; first - part.thread + piece <= peeled.vectors; first += part.count * piece) {
+      write_piece(first, std::true_type{});
     }
+    if (first < peeled.vectors) write_piece(first, std::false_type{});
   }
 
   __device__ __forceinline__ Words vector(const Known& grad, const Words& raw, int column) const {
@@ -130,6 +181,19 @@ struct ColumnGradient {
 #pragma unroll
     for (int i = 0; i < width; ++i) g[i] = other(grad, element<T>(raw, i), column + i, unused);
     return packed<T>(g);
+  }
+
+  __device__ __forceinline__ void write_single(const Known& grad, Real z, T* to, int column,
+                                               Found& found) const {
+    if (column == target) found = {z, true};
+    double unused = 0;
+    from_real(other(grad, z, column, unused), *to);
+  }
+
+  __device__ __forceinline__ void write_target(const GradRow<Real>& of_row, const Found& found,
+                                               T* out, int begin) const {
+    double unused = 0;
+    if (found.is_here) from_real(target_column(of_row, found.logit, unused), out[target - begin]);
   }
 
   // The gradient of a column that is not the target (or not only), from its raw logit. Adds to the
@@ -145,7 +209,7 @@ struct ColumnGradient {
 
   // dL/dx.
   __device__ __forceinline__ Real gradient(const Known& grad, Real x, int column) const {
-    const Real exp = exp_for<T>(x - grad.reference);
+    const Real exp = grad.from.exp(grad.from.exponent(x));
     if constexpr (!has(task::entropy)) {
       return fma_of(exp, grad.p_of_exp, grad.constant);
     } else {
@@ -158,7 +222,7 @@ struct ColumnGradient {
                                                 double& sum) const {
     TransformedLogit<Real> logit{z, Real(1), Real(0)};
     if constexpr (has(task::transformed)) logit = transform.with_derivatives(z, TanhFor<T>{});
-    const Real log_p = (logit.x - grad.reference) - grad.log_sum;
+    const Real log_p = (logit.x - grad.reference) - grad.log_sum();
     return chained(target_gradient(grad.c, log_p, weight(grad, target)), logit, sum);
   }
 

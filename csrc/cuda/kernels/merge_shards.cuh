@@ -10,7 +10,7 @@ inline constexpr int merge_threads = 256;
 
 // Reads every rank's statistics and writes those of the whole rows; one thread per row.
 template <typename Real>
-__global__ void __launch_bounds__(merge_threads, 4)
+__global__ void __launch_bounds__(merge_threads, 2)
     merge_shards_kernel(const __grid_constant__ ShardRows<Real> in,
                         const __grid_constant__ RowOutputs<Real> out, Real* owners) {
   const int64_t first = int64_t{simt::block_index_x()} * merge_threads;

@@ -21,7 +21,9 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
   const int thread = share.thread();
   const int threads = share.threads();
   T* const grad = out.grad + out.layout.offset(row);
-  if (!has_gradient(in, source, row)) {
+  const RowTarget read_target(in.targets, row);
+  const auto upstream = source.read(row);
+  if (!read_target.is_active(in.vocab_size) || source.vanishes(upstream)) {
     write_zeros(grad, 0, int(in.columns), thread, threads);
     if (out.grad_scale != nullptr && thread == 0) out.grad_scale[row] = 0;
     return;
@@ -30,8 +32,8 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
   GradRow<Real>* const shared = simt::dynamic_shared<GradRow<Real>>();
   GradRow<Real>* const of_row = shared + (share.is_warp() ? simt::warp_index() : 0);
   if (share.is_warp() || simt::warp_index() == 0) {
-    const Real target_weight = target_class(in, row).weight;
-    const GradRow<Real> computed = grad_row(in, source, row, saved.of_row(row), target_weight);
+    const Real target_weight = target_class(in, read_target).weight;
+    const GradRow<Real> computed = grad_row(in, source, upstream, saved.of_row(row), target_weight);
     if (simt::lane() == 0) *of_row = computed;
   }
   if (share.is_warp()) {
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
   }
   LogitTransform<Real> transform;
   if constexpr (task::has(tasks, task::transformed)) transform = in.transform.resolved();
-  const int target = target_is_here(in, row) ? int(in.targets[row]) : -1;
+  const int target = read_target.is_here() ? int(read_target.value()) : -1;
   const ColumnGradient<T, tasks> gradient{in, transform, row, target, out.grad_scale != nullptr};
   const double sum =
       gradient.write(*of_row, logits_of(in, row), grad, 0, int(in.vocab_size), share.part());

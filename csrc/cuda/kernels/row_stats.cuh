@@ -11,13 +11,6 @@ __device__ __forceinline__ Columns<T> logits_of(const RowInputs<T>& in, int64_t 
   return {in.logits + in.layout.offset(row), 0, int(in.columns)};
 }
 
-template <typename T>
-__device__ __forceinline__ void write_row(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
-                                          int64_t row, const PartialState<real_t<T>>& state,
-                                          real_t<T> target_logit) {
-  write_statistics(out, row, finalize_row(state, target_logit, in.vocab_size));
-}
-
 // Reads each active row once and writes its statistics: rows x columns x sizeof(T) bytes of
 // traffic. If several blocks share a row, they write its chunks' states to `workspace` (rows x
 // chunks) for merge_rows_kernel instead.
@@ -32,19 +25,23 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
   const int64_t row = share.row();
   if (row >= in.rows) return;  // a warp with its own row: no block barrier waits for it
   const bool is_split = workspace != nullptr;
-  if (!is_active(in, row)) {
+  const RowTarget read_target(in.targets, row);
+  if (!read_target.is_active(in.vocab_size)) {
     if (!is_split && share.warp() == 0 && simt::lane() == 0) {
-      write_statistics(out, row, absent_statistics<double>(in, row));
+      write_statistics(out, row,
+                       absent_statistics<double>(read_target.is_ignored(), in.vocab_size));
     }
     return;
   }
   LogitTransform<real_t<T>> transform;
   if constexpr (task::has(tasks, task::transformed)) transform = in.transform.resolved();
-  // Only ranks need the target's logit now. Later it is found in L2, and nobody waits for it here.
+  const int64_t target = target_class(in, read_target).column;
+  // Only ranks need the target's logit now; nobody else waits for it before the end.
   constexpr bool needs_target = task::has(tasks, task::order | task::rest);
-  Target<real_t<T>> target = target_class(in, row);
-  if constexpr (needs_target) read_logit(in, transform, row, target);
-  const Reducer reducer{in, transform, row, target.logit, int(target.column)};
+  const bool is_read = needs_target || (!is_split && share.warp() == 0);
+  const StoredTarget<T> stored(in, row, is_read ? target : -1);
+  const Reducer reducer{in, transform, row,
+                        needs_target ? stored.transformed(transform) : real_t<T>(0), int(target)};
   const Columns<T> columns = logits_of(in, row);
   const auto state_of = [&](int chunk) {
     const int begin = chunk * chunks.columns, end = begin + chunks.columns;
@@ -70,8 +67,9 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
     total = merge_chunks(states, chunks.count, Reducer::wanted());
   }
   if (simt::lane() != 0) return;
-  if constexpr (!needs_target) read_logit(in, transform, row, target);
-  write_row(in, out, row, total, target.logit);
+  write_statistics(
+      out, row,
+      finalize_row(total, stored.transformed(transform), in.vocab_size, Reducer::wanted()));
 }
 
 // Reads the workspace and writes the statistics of rows that several blocks have shared; one warp
@@ -83,14 +81,18 @@ __global__ void __launch_bounds__(block_size)
                       const PartialState<real_t<T>>* workspace, const Chunks chunks) {
   const int64_t row = RowShare{1, 1}.row();
   if (row >= in.rows) return;
-  if (!is_active(in, row)) {
-    if (simt::lane() == 0) write_statistics(out, row, absent_statistics<double>(in, row));
+  const RowTarget read_target(in.targets, row);
+  if (!read_target.is_active(in.vocab_size)) {
+    if (simt::lane() != 0) return;
+    write_statistics(out, row, absent_statistics<double>(read_target.is_ignored(), in.vocab_size));
     return;
   }
-  Target<real_t<T>> target = target_class(in, row);
-  read_logit(in, in.transform.resolved(), row, target);
-  const auto total = merge_chunks(workspace + row * chunks.count, chunks.count, Wanted::by(out));
-  if (simt::lane() == 0) write_row(in, out, row, total, target.logit);
+  const StoredTarget<T> stored(in, row, target_class(in, read_target).column);
+  const Wanted wanted = Wanted::by(out);
+  const auto total = merge_chunks(workspace + row * chunks.count, chunks.count, wanted);
+  if (simt::lane() != 0) return;
+  const real_t<T> target = stored.transformed(in.transform.resolved());
+  write_statistics(out, row, finalize_row(total, target, in.vocab_size, wanted));
 }
 
 }  // namespace llmloss::cuda

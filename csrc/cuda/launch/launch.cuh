@@ -15,7 +15,8 @@ namespace llmloss::cuda {
 static_assert(tile_bytes == tile_columns<float> * int64_t{sizeof(float)});
 static_assert(block_size == max_warps_per_block * int{warp_size});
 static_assert(sizeof(GradRow<double>) <= coefficient_bytes);
-static_assert(fused_block_size == most_fused_warps * int{warp_size});
+static_assert(fused_block_size<false> == most_fused_warps * int{warp_size});
+static_assert(fused_block_size<true> == most_holding_warps * int{warp_size});
 
 // What is compiled: one kernel for each of these sums of tasks, the cheapest first.
 using StatsTasks =
@@ -48,11 +49,36 @@ struct GradKernels {
   }
 };
 
-template <typename T>
+template <typename T, bool holds>
 struct FusedKernels {
   template <unsigned tasks>
   static auto of() {
-    return &fused_kernel<T, tasks, fused_grad_tasks(tasks)>;
+    return &fused_kernel < T, tasks, fused_grad_tasks(tasks), holds && fused_can_hold < T, tasks >>
+        ;
+  }
+};
+
+template <typename T>
+unsigned fused_tasks(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
+                     const GradSource<real_t<T>>& source, const GradOutputs<T>& grad) {
+  return task::of_statistics(in, out) | task::of_gradient(in, source, grad.grad_scale != nullptr);
+}
+
+// Whether every row begins at a multiple of 16 bytes.
+template <typename T>
+bool rows_are_aligned(const T* data, const RowLayout& layout) {
+  const auto is_whole = [](int64_t elements) {
+    return elements * int64_t{sizeof(T)} % vector_bytes == 0;
+  };
+  return reinterpret_cast<uintptr_t>(data) % vector_bytes == 0 && is_whole(layout.outer_stride) &&
+         is_whole(layout.inner_stride);
+}
+
+template <typename T>
+struct CanHold {
+  template <unsigned tasks>
+  static bool of() {
+    return fused_can_hold<T, tasks>;
   }
 };
 
@@ -85,12 +111,24 @@ int RowKernels<T>::row_grad(const RowInputs<T>& in, const SavedStats<Real>& save
 }
 
 template <typename T>
+FusedPlan RowKernels<T>::plan_fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
+                                    const GradSource<Real>& source, const GradOutputs<T>& grad,
+                                    const DeviceLimits& device) {
+  const bool is_aligned =
+      rows_are_aligned(in.logits, in.layout) && rows_are_aligned<T>(grad.grad, grad.layout);
+  const bool can_hold =
+      is_aligned && FusedTasks::first_with<CanHold<T>>(fused_tasks(in, out, source, grad));
+  return cuda::plan_fused(in.rows, in.vocab_size, sizeof(T), state_bytes, can_hold,
+                          grad.grad_scale != nullptr, device);
+}
+
+template <typename T>
 int RowKernels<T>::fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
                          const GradSource<Real>& source, const GradOutputs<T>& grad,
                          const FusedPlan& plan, void* stream) {
-  const unsigned needed =
-      task::of_statistics(in, out) | task::of_gradient(in, source, grad.grad_scale != nullptr);
-  const auto kernel = FusedTasks::first_with<FusedKernels<T>>(needed);
+  const unsigned needed = fused_tasks(in, out, source, grad);
+  const auto kernel = plan.holds ? FusedTasks::first_with<FusedKernels<T, true>>(needed)
+                                 : FusedTasks::first_with<FusedKernels<T, false>>(needed);
   return launch(kernel, {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster, true}, stream,
                 in, out, source, grad, chunks_of(plan.chunks), plan.slice_chunks,
                 plan.staged_chunks);
@@ -119,6 +157,12 @@ int LossKernels<Real>::reduce_loss(const LossRows<Real>& rows, Reduction reducti
 template <typename Real>
 int LossKernels<Real>::denominator(const LossRows<Real>& rows, Real* denominator, void* stream) {
   return launch(denominator_kernel<Real>, sum_shape, stream, rows, denominator);
+}
+
+template <typename Real>
+int LossKernels<Real>::mean_loss(const LossRows<Real>& rows, Real* denominator, Real* loss,
+                                 void* stream) {
+  return launch(mean_loss_kernel<Real>, sum_shape, stream, rows, denominator, loss);
 }
 
 template <typename Real>

@@ -22,6 +22,9 @@ struct RowKernels {
   static int row_grad(const RowInputs<T>& in, const SavedStats<Real>& saved,
                       const GradSource<Real>& source, const GradOutputs<T>& out,
                       const GradPlan& plan, void* stream);
+  static FusedPlan plan_fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
+                              const GradSource<Real>& source, const GradOutputs<T>& grad,
+                              const DeviceLimits& device);
   static int fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
                    const GradSource<Real>& source, const GradOutputs<T>& grad,
                    const FusedPlan& plan, void* stream);
@@ -33,6 +36,8 @@ template <typename Real>
 struct LossKernels {
   static int reduce_loss(const LossRows<Real>& rows, Reduction reduction, Real* loss, void* stream);
   static int denominator(const LossRows<Real>& rows, Real* denominator, void* stream);
+  // Both at once.
+  static int mean_loss(const LossRows<Real>& rows, Real* denominator, Real* loss, void* stream);
   static int sum(const Real* values, int64_t count, Real* sum, void* stream);
   static int merge_shards(const ShardRows<Real>& in, const RowOutputs<Real>& out, Real* owners,
                           void* stream);

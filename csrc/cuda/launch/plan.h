@@ -16,7 +16,10 @@ struct DeviceLimits {
 };
 
 inline constexpr int max_warps_per_block = 8;
+inline constexpr int most_warps_of_many_rows = 4;
+inline constexpr int stats_blocks_per_multiprocessor = 8;  // of so many warps
 inline constexpr int most_fused_warps = 12;
+inline constexpr int most_holding_warps = 20;
 inline constexpr int64_t tile_bytes = 32 * 8 * 16;  // lanes, vectors for each, their bytes
 inline constexpr int max_chunks = 256;
 // Where a row needs a cluster, so many blocks should share a multiprocessor: while some wait for
@@ -64,10 +67,10 @@ struct SharePlan {
 };
 
 // units: the pieces of a row that are large enough for a warp.
-inline SharePlan plan_share(int64_t rows, int64_t units, const DeviceLimits& device,
-                            bool may_split) {
+inline SharePlan plan_share(int64_t rows, int64_t units, const DeviceLimits& device, bool may_split,
+                            int most_warps = max_warps_per_block) {
   int warps = 1;
-  while (warps < max_warps_per_block && units >= 4 * warps) warps *= 2;
+  while (warps < most_warps && units >= 4 * warps) warps *= 2;
   int64_t blocks_per_row = 1;
   if (may_split && warps > 1 && rows < device.multiprocessors) {
     // Smaller blocks, if otherwise some multiprocessors would have none.
@@ -92,7 +95,10 @@ struct StatsPlan {
 inline StatsPlan plan_stats(int64_t rows, int64_t vocab_size, int64_t element_bytes,
                             int64_t state_bytes, const DeviceLimits& device) {
   const ChunkPlan chunks = plan_chunks(vocab_size, element_bytes);
-  const SharePlan share = plan_share(rows, chunks.count, device, true);
+  // Where there are rows enough, smaller blocks: while one merges its states, more others load.
+  const bool is_full = rows >= int64_t{device.multiprocessors} * stats_blocks_per_multiprocessor;
+  const int most_warps = is_full ? most_warps_of_many_rows : max_warps_per_block;
+  const SharePlan share = plan_share(rows, chunks.count, device, true, most_warps);
   const int64_t states = chunks.count * state_bytes;
   const bool is_split = share.blocks_per_row > 1;
   return {chunks, share, is_split || share.warps_per_row == 1 ? 0 : states,
@@ -140,22 +146,28 @@ struct FusedPlan {
   ChunkPlan chunks;
   int cluster;  // blocks per row
   int slice_chunks;
-  int staged_chunks;  // of a slice, kept in shared memory; the rest of it is read twice
+  int staged_chunks;  // of a slice, kept in shared memory
+  bool holds;         // the rest of it in registers; otherwise it is read twice
   int64_t blocks;
   int threads;
   int64_t shared_bytes;
 };
 
+// can_hold: whether a kernel that holds chunks in registers does all that is needed.
 inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_bytes,
-                            int64_t state_bytes, bool with_scale, const DeviceLimits& device) {
+                            int64_t state_bytes, bool can_hold, bool with_scale,
+                            const DeviceLimits& device) {
   FusedPlan plan{};
   plan.chunks = plan_chunks(vocab_size, element_bytes);
   const int64_t states = ceil_div(coefficient_bytes + plan.chunks.count * state_bytes, 16) * 16;
   const auto slice_chunks = [&](int cluster) { return int(ceil_div(plan.chunks.count, cluster)); };
   const auto shared_bytes = [&](int staged_chunks) {
     const int64_t columns = std::min(int64_t{staged_chunks} * plan.chunks.columns, vocab_size);
-    return states + ceil_div(columns * element_bytes, 16) * 16 + 16;  // 16: the row's skew
+    const int64_t arrivals = ceil_div(staged_chunks, 2) * 16;
+    return states + arrivals + ceil_div(columns * element_bytes, 16) * 16 + 16;  // 16: a skew
   };
+  int most_staged = plan.chunks.count;
+  while (most_staged > 0 && shared_bytes(most_staged) > device.shared_per_block) --most_staged;
   const int64_t comfortable = std::min(
       device.shared_per_block,
       device.shared_per_multiprocessor / fused_blocks_per_multiprocessor - reserved_shared);
@@ -163,23 +175,36 @@ inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_by
   while (cluster < device.max_cluster && shared_bytes(slice_chunks(cluster)) > comfortable) {
     cluster *= 2;
   }
+  // Fewer blocks that have a multiprocessor each are faster, if nothing is read twice and if they
+  // fill its shared memory. (An H200: 65,536 bfloat16 columns, half of it, 0.73 of a copy; in
+  // clusters of two small blocks 0.85.)
+  if (can_hold && plan.chunks.columns * element_bytes == tile_bytes) {
+    const int most_chunks = most_staged + most_holding_warps;
+    int alone = 1;
+    while (alone < cluster && slice_chunks(alone) > most_chunks) alone *= 2;
+    if (alone < cluster && 4 * slice_chunks(alone) >= 3 * most_staged) {
+      plan.holds = true;
+      cluster = alone;
+    }
+  }
   // With few rows, each gets more blocks, as long as a block has a few chunks: the shared memory of
   // a multiprocessor, not its number of warps, limits the loads in flight.
   while (cluster < device.max_cluster && rows * cluster * 2 <= device.multiprocessors &&
          plan.chunks.count >= 2 * cluster * fewest_chunks) {
     cluster *= 2;
+    plan.holds = plan.holds && shared_bytes(slice_chunks(cluster)) > comfortable;
   }
   plan.cluster = cluster;
-  plan.slice_chunks = plan.staged_chunks = slice_chunks(cluster);
-  while (plan.staged_chunks > 0 && shared_bytes(plan.staged_chunks) > device.shared_per_block) {
-    --plan.staged_chunks;
-  }
+  plan.slice_chunks = slice_chunks(cluster);
+  plan.staged_chunks = std::min(plan.slice_chunks, most_staged);
   plan.shared_bytes = shared_bytes(plan.staged_chunks);
   // One warp per chunk, but at least four for the gradient, which is not divided into chunks.
   // Blocks of which three do not fit in a multiprocessor need more of them.
   const int64_t least = plan.chunks.count < 4 ? 1 : 4;
   const bool is_large = plan.shared_bytes > device.shared_per_multiprocessor / 3 - reserved_shared;
-  const int most = is_large ? most_fused_warps : max_warps_per_block;
+  const int most = plan.holds ? most_holding_warps
+                   : is_large ? most_fused_warps
+                              : max_warps_per_block;
   const int warps = int(std::clamp<int64_t>(plan.slice_chunks, least, most));
   plan.threads = 32 * warps;
   plan.blocks = rows * plan.cluster;
