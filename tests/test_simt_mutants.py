@@ -347,10 +347,10 @@ MUTANTS = {
         "rank == 0 && warp == warps - 1;",
         "rank == 0 && warp == warps - (MUTANT ? 0 : 1);",
     ),
-    "a held chunk of the warp before": (
+    "the first held chunk left out": (
         "kernels/fused.cuh",
         "const int other_chunk = staged_chunk + warp;",
-        "const int other_chunk = staged_chunk + warp - (MUTANT && holds && warp > 0 ? 1 : 0);",
+        "const int other_chunk = staged_chunk + warp + (MUTANT && holds ? 1 : 0);",
     ),
     "a held tile as if it were whole": (
         "kernels/gradient.cuh",

@@ -56,7 +56,7 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
     # So far from 0 that the reference in powers of two would overflow.
     far = _problem(2 * tile - 1)
     far.logits[...] = np.where(far.logits > 150, 3e38, -3e38)
-    far.target[0] = 2 * tile - 2
+    far.target[[0, 2]] = 2 * tile - 2  # another's log-probability is beyond float32
     yield from ((0, *pair) for pair in _stats(Case(kernels, dtype, far), ("log_prob", "lse")))
     # Far enough that it is rounded, and near enough that the logits still differ.
     near = _problem(2 * tile - 1)
@@ -107,6 +107,12 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
             assert case.told["holds"], "no chunk is held in registers"
             yield 0, out["log_prob"], row_stats(case.problem).log_prob
             yield 1, grad, cross_entropy_gradient(case.problem).logits
+    # The same with nothing behind a row but the next one.
+    case = Case(kernels, dtype, _problem(16 * tile + 8), 0, device=(1, 48 << 10, 1))
+    out, grad = case.fused(("log_prob", "lse"))
+    assert case.told["holds"], "no chunk is held in registers"
+    yield 0, out["log_prob"], row_stats(case.problem).log_prob
+    yield 1, grad, cross_entropy_gradient(case.problem).logits
     # Chunks of two tiles, some of which a block keeps.
     case = Case(kernels, dtype, _problem(260 * tile, 1), 0, device=(1, 64 << 10, 4))
     out, grad = case.fused(("log_prob", "lse"))

@@ -181,7 +181,9 @@ void denominator(const py::dict& d) {
 }
 
 void mean_loss(const py::dict& d) {
-  Loss::mean_loss(loss_rows(d), pointer<Real>(d, "denominator"), pointer<Real>(d, "loss"), nullptr);
+  LossRows<Real> rows = loss_rows(d);
+  rows.denominator = {};  // it is not known yet
+  Loss::mean_loss(rows, pointer<Real>(d, "denominator"), pointer<Real>(d, "loss"), nullptr);
 }
 
 void sum(const py::dict& d, int64_t count) {

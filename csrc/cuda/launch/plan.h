@@ -182,7 +182,9 @@ inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_by
     const int most_chunks = most_staged + most_holding_warps;
     int alone = 1;
     while (alone < cluster && slice_chunks(alone) > most_chunks) alone *= 2;
-    if (alone < cluster && 4 * slice_chunks(alone) >= 3 * most_staged) {
+    const int slice = slice_chunks(alone);
+    const bool needs_registers = slice > most_staged && slice <= most_chunks;
+    if (needs_registers || (alone < cluster && 4 * slice >= 3 * most_staged)) {
       plan.holds = true;
       cluster = alone;
     }
