@@ -173,10 +173,15 @@ def _gpu(_: Results) -> str:
     """Of other results: one card's."""
     results = Results.load(GPU_RESULTS)
     facts = results.machine
-    others = ("torch", "liger", "cce")
     rows = []
     large = [r for r in results.of_figure("peers") if r.case.rows >= 8192]
-    for row in (r for r in large if r.case.dtype == "bfloat16"):
+    large = [r for r in large if r.case.dtype == "bfloat16"]
+    others = [
+        other
+        for other in ("torch", "compile", "liger", "quack", "cce")
+        if any(other in row.contenders for row in large)
+    ]
+    for row in large:
         names = ("llmloss", "llmloss inplace") if row.case.has_backward else ("llmloss",)
         rows += [
             [
