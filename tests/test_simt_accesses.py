@@ -150,6 +150,7 @@ def pass_every_barrier(kernels: Any, dtype: str) -> str:
         Case(kernels, dtype, problem(61)).row_grad(grad_loss=np.ones(3))
         Case(kernels, dtype, problem(5 * tile)).row_grad(grad_loss=np.ones(3), with_scale=True)
         Case(kernels, dtype, problem(9, 70, weight=weight, z_loss=0.1)).loss("mean")
+        Case(kernels, dtype, problem(9, 70, weight=weight, z_loss=0.1)).mean_loss()
         for skew in (0, 1):
             Case(kernels, dtype, problem(17 * tile + 5), skew, device=(1, 16 << 10, 8)).fused(PLAIN)
             Case(kernels, dtype, problem(5 * tile + 5), skew, device=small_blocks).fused(PLAIN)
@@ -178,7 +179,9 @@ def test_every_barrier_taken_away_is_a_race(kernels: Any, dtype: str) -> None:
     for kind, *place in sites:
         kernels.set_mutation(*place)
         fault = pass_every_barrier(kernels, dtype)
-        if not re.search("no barrier|not waited for|have arrived|nobody has written", fault):
+        if not re.search(
+            "no barrier|not waited for|have arrived|nobody has written|not been started", fault
+        ):
             not_found.append((kind, *place, fault))
     kernels.set_mutation("", 0, 0)
     assert not not_found
@@ -237,7 +240,9 @@ def test_a_gradient_reads_each_row_once_and_writes_it_once(
     for number, traffic in enumerate(logits_of(case, launch)):
         read = 0 if number in (1, 2) else row
         if elsewhere is None:
-            assert traffic["read"] == traffic["fetched"] == traffic["distinct_read"] == read
+            # The target's logit may be read once more, by the thread that writes its gradient.
+            assert traffic["distinct_read"] == read
+            assert read <= traffic["fetched"] <= traffic["read"] <= (read + size if read else 0)
         else:
             # The last skewed vector of a row may have a few bytes of the next row. And there is the
             # vector that the last lane of one warp and the first of another need.
@@ -264,10 +269,14 @@ def test_fused_reads_what_it_keeps_once(kernels: Any, dtype: str, staged: str, s
     (launch,) = kernels.launches()
     row, size = columns * SIZE[dtype], SIZE[dtype]
     kept = min(case.told["staged_columns"] * case.told["cluster"], columns) * size
-    assert (kept == row) == (staged != "part")
+    if case.told["holds"]:  # the rest, in registers
+        kept = row
+    assert case.told["holds"] == (dtype == "bfloat16" and skew == 0 and staged != "whole")
+    assert (kept == row) == (staged != "part" or case.told["holds"])
     warps = case.told["threads"] // 32 * case.told["cluster"]
-    # What is not kept is read as statistics and gradients are; each warp reads the target's logit.
-    again = warps * size + (0 if kept == row else 16 * 17)
+    # What is not kept is read as statistics and gradients are. Each warp reads the target's logit,
+    # and so does the thread that writes its gradient.
+    again = (warps + 2) * size + (0 if kept == row else 16 * 17)
     for number, traffic in enumerate(logits_of(case, launch)):
         assert traffic["distinct_written"] == row
         if number in (1, 2):  # one chunk by each warp, before it knows, of whole vectors

@@ -10,9 +10,9 @@
 // a group that holds both threads was completed between them. Shuffles order nothing, and neither
 // do the two halves of a cluster's barrier. An asynchronous copy may load and store at any time
 // until somebody has waited for it; whoever touches its target without having waited, nor a barrier
-// since somebody has, or before that its source by a store, races. What a copy to shared memory brings, also that of one element by one statement, is unknown
-// if its source was overwritten: that is a fault only once it is looked at. So is shared memory
-// that nobody has written.
+// since somebody has, or before that its source by a store, races. What a copy to shared memory
+// brings, also that of one element by one statement, is unknown if its source was overwritten: that
+// is a fault only once it is looked at. So is shared memory that nobody has written.
 //
 // It does not see what a call's return value is stored to, if the call is not inlined.
 #pragma once
@@ -69,7 +69,7 @@ size_t begin_copies();
 // Of sixteen bytes.
 void start_copy(size_t copies, const void* to, const void* from);
 void wait_for_copies(size_t copies);  // by the current thread
-void hide(bool is_hidden);  // the emulator's own accesses, which are no kernel's
+void hide(bool is_hidden);            // the emulator's own accesses, which are no kernel's
 #else
 inline constexpr bool are_seen = false;
 inline void begin_launch(const Launch&) {}

@@ -104,13 +104,13 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
             p.target[0] = columns // 16 * 16 + 5 if columns > 17 * tile else columns - 1
             case = Case(kernels, dtype, p, 0, device=device)
             out, grad = case.fused(("log_prob", "lse"))
-            assert case.told["holds"], "no chunk is held in registers"
+            assert case.told["holds"] == (dtype != "float64"), "which chunks are held in registers"
             yield 0, out["log_prob"], row_stats(case.problem).log_prob
             yield 1, grad, cross_entropy_gradient(case.problem).logits
     # The same with nothing behind a row but the next one.
     case = Case(kernels, dtype, _problem(16 * tile + 8), 0, device=(1, 48 << 10, 1))
     out, grad = case.fused(("log_prob", "lse"))
-    assert case.told["holds"], "no chunk is held in registers"
+    assert case.told["holds"] == (dtype != "float64"), "which chunks are held in registers"
     yield 0, out["log_prob"], row_stats(case.problem).log_prob
     yield 1, grad, cross_entropy_gradient(case.problem).logits
     # Chunks of two tiles, some of which a block keeps.

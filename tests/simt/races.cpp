@@ -115,7 +115,7 @@ PYBIND11_MODULE(simt_races, m) {
     simt::launch(write_one, {blocks}, 32, 1, 0, out.mutable_data());
   });
   m.def("copy", [](int use, py::array_t<float> data, py::array_t<float> out) {
-    simt::launch(copy, {1}, 32, 1, 32 * sizeof(float) + sizeof(simt::Arrival), Use(use), data.mutable_data(),
-                 out.mutable_data());
+    simt::launch(copy, {1}, 32, 1, 32 * sizeof(float) + sizeof(simt::Arrival), Use(use),
+                 data.mutable_data(), out.mutable_data());
   });
 }
