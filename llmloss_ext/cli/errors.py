@@ -63,6 +63,8 @@ def run_command(program: str, command: Callable[[], int], interrupted: str = "in
             _drop_stdout()
         place = f": {error.filename}" if error.filename else ""
         return _fail(program, f"{error.strerror or error}{place}")
+    except UnicodeEncodeError as error:  # the name of a file that no file can have
+        return _fail(program, f"{error.object!r} cannot be encoded: {error.reason}")
     except Exception as error:
         if os.environ.get("LLMLOSS_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()

@@ -228,3 +228,8 @@ def test_any_words(playground, program, command, actions_of, commands, examples)
     property_of()
     # Both happened: a command that was reached, and one that was refused.
     assert seen >= {(commands[0], True), (commands[0], False)}
+
+
+def test_the_name_of_no_file(playground):
+    """Found by the words above: half a surrogate pair."""
+    assert not runs(main.main, ["train", "--text", "\ud800"], "llmloss", playground)

@@ -184,7 +184,9 @@ inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_by
     while (alone < cluster && slice_chunks(alone) > most_chunks) alone *= 2;
     const int slice = slice_chunks(alone);
     const bool needs_registers = slice > most_staged && slice <= most_chunks;
-    if (needs_registers || (alone < cluster && 4 * slice >= 3 * most_staged)) {
+    const bool fills =
+        4 * shared_bytes(std::min(slice, most_staged)) >= 3 * device.shared_per_block;
+    if (needs_registers || (alone < cluster && fills)) {
       plan.holds = true;
       cluster = alone;
     }
