@@ -16,7 +16,7 @@ import inspect
 import math
 import operator
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -187,20 +187,27 @@ _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 """Their numbers in the kernels: Reduction of csrc/core/loss_rows.h."""
 
 
-def option_names(function: Callable[..., Any]) -> list[str]:
+def option_names(
+    function: Callable[..., Any], table: Mapping[str, Option] = OPTIONS
+) -> list[str]:
     """The options in a function's signature."""
-    return [name for name in inspect.signature(function).parameters if name in OPTIONS]
+    return [name for name in inspect.signature(function).parameters if name in table]
 
 
-def documented(function: F, names: Iterable[str] | None = None) -> F:
-    """The function, whose documentation lists its options in place of `_PLACE`."""
+def documented(
+    function: F, names: Iterable[str] | None = None, table: Mapping[str, Option] = OPTIONS
+) -> F:
+    """The function, whose documentation lists its options in place of `_PLACE`.
+
+    ``table`` says what they are; a family of losses has its own.
+    """
     if function.__doc__:  # none under python -OO
-        chosen = option_names(function) if names is None else names
+        chosen = option_names(function, table) if names is None else names
         at = function.__doc__.index(_PLACE)
         indent = " " * (at - function.__doc__.rindex("\n", 0, at) - 1)
         lines = (
             textwrap.fill(
-                f"{name}: {OPTIONS[name].text}",
+                f"{name}: {table[name].text}",
                 100,
                 initial_indent=indent,
                 subsequent_indent=indent + "    ",
@@ -212,7 +219,9 @@ def documented(function: F, names: Iterable[str] | None = None) -> F:
     return function
 
 
-def spelled_out(function: F, names: Iterable[str]) -> F:
+def spelled_out(
+    function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS
+) -> F:
     """The function, whose signature lists options in place of ``**options``."""
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -220,8 +229,8 @@ def spelled_out(function: F, names: Iterable[str]) -> F:
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=OPTIONS[name].default,
-            annotation=OPTIONS[name].type,
+            default=table[name].default,
+            annotation=table[name].type,
         )
         for name in names
     ]

@@ -24,13 +24,8 @@ from .language_model import (
     next_token_targets,
 )
 from .masked_lm import mask_tokens, mlm_loss
-from .preference import (
-    PreferenceLoss,
-    dpo_loss,
-    grpo_loss,
-    ppo_clip_loss,
-    sequence_log_probs,
-)
+from .policy import grpo_loss, ppo_clip_loss
+from .preference import PreferenceLoss, dpo_loss, sequence_log_probs
 
 __all__ = [
     "ClipLoss",

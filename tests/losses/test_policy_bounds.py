@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from properties import SETTINGS, hypothesis, st
 
 from llmloss_ext import losses
-from llmloss_ext.losses.preference import _LARGEST_EXPONENT
+from llmloss_ext.losses.bounded import _LARGEST_EXPONENT
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LOG_PROBS = st.one_of(st.floats(-1e4, 0), st.floats(-20, 0), st.sampled_from([0.0, -100.0, -1e4]))

@@ -1,0 +1,49 @@
+"""Guards of losses over log-probabilities: which tokens count, and no inf or nan in a gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["bounded_exponent", "check_same_shape", "finite", "valid_tokens", "where_valid"]
+
+
+def valid_tokens(mask: Tensor, like: Tensor) -> Tensor:
+    """The mask as bool, of the shape of the log-probabilities."""
+    check_same_shape(like, mask=mask)
+    return mask.bool()
+
+
+def check_same_shape(log_probs: Tensor, **others: Tensor | None) -> None:
+    """No broadcasting: a tensor of another shape is a mistake."""
+    for name, other in others.items():
+        if other is not None and other.shape != log_probs.shape:
+            raise ValueError(
+                f"{name} must have the shape of the log-probabilities, {tuple(log_probs.shape)}, "
+                f"got {tuple(other.shape)}"
+            )
+
+
+def where_valid(valid: Tensor, x: Tensor) -> Tensor:
+    """0 at tokens that do not count: a padding's -inf or nan gets into no exp, and no gradient."""
+    return torch.where(valid, x, 0.0)
+
+
+_LARGEST_EXPONENT = {
+    torch.float64: 709.782712893384,
+    torch.float32: 88.72283172607422,
+    torch.bfloat16: 88.5,
+    torch.float16: 11.0859375,
+}
+"""The largest number of each type whose exponential is finite."""
+
+
+def bounded_exponent(log_ratio: Tensor) -> Tensor:
+    """The logarithm of a ratio, as far as the ratio is finite; beyond, it is constant."""
+    return log_ratio.clamp_max(_LARGEST_EXPONENT[log_ratio.dtype])
+
+
+def finite(x: Tensor) -> Tensor:
+    """The nearest finite number, constant where that is another: no inf gets into a gradient."""
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(-largest, largest)
