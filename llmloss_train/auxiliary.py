@@ -8,15 +8,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from llmloss_ext import linear_cross_entropy
 from llmloss_ext.losses import contrastive_loss, mask_tokens, mlm_loss
 from llmloss_ext.training import count_items
 
 from .config import TrainConfig
 from .model import GPT
 from .parallel import Layout, local
+from .windows import IGNORED
 
 _MASK_TOKEN = 0
 """Tekken's <unk>, which no text contains."""
+_FURTHER_WEIGHT = 0.3
+"""Of the mean over the further tokens, as in DeepSeek-V3."""
 
 
 class Auxiliary:
@@ -33,18 +37,28 @@ class Auxiliary:
         self._micro_batches = config.accumulate
         self._masked_tokens: list[tuple[Tensor, Tensor]] = []
         self._items = torch.ones((), dtype=torch.int64)
-        every = {"contrastive": config.contrastive, "mlm": config.mlm}
+        self._further_labels: list[list[Tensor]] = []
+        self._further_items: list[Tensor] = []
+        every = {
+            "contrastive": config.contrastive,
+            "mlm": config.mlm,
+            "mtp": _FURTHER_WEIGHT if config.mtp else 0.0,
+        }
         self.weights = {name: weight for name, weight in every.items() if weight}
 
-    def begin_step(self, inputs: list[Tensor]) -> None:
-        """Masks tokens in each micro-batch, and counts them: the divisor of all their losses.
+    def begin_step(self, step: list[tuple[Tensor, Tensor]]) -> None:
+        """Prepares the labels of each micro-batch, and counts them: the divisor of their losses.
 
         Args:
-            inputs: Token ids (B, S) of each micro-batch on the host, of all ranks: each rank draws
-                what one process draws, and takes its part.
+            step: Token ids and targets (B, S) of each micro-batch on the host, of all ranks: each
+                rank draws what one process draws, and takes its part.
         """
-        if "mlm" not in self.weights:
-            return
+        if "mlm" in self.weights:
+            self._mask([inputs for inputs, _ in step])
+        if "mtp" in self.weights:
+            self._look_further([targets for _, targets in step])
+
+    def _mask(self, inputs: list[Tensor]) -> None:
         vocab_size = self._model.head.weight.shape[0]
         # Drawn on the host, because a checkpoint stores the random state of the host.
         masked_tokens = [
@@ -57,6 +71,12 @@ class Auxiliary:
             for masked, labels in masked_tokens
         ]
 
+    def _look_further(self, targets: list[Tensor]) -> None:
+        offsets = range(1, len(self._model.further) + 1)
+        labels = [[further_targets(t, offset) for t in targets] for offset in offsets]
+        self._further_items = [self._layout.divisor(count_items(each)) for each in labels]
+        self._further_labels = [[t[self._layout.rows(len(t))] for t in each] for each in labels]
+
     def terms(self, micro_batch: int, hidden: Tensor) -> dict[str, Callable[[], Tensor]]:
         """A function for each term. Its values for all micro-batches add up to the step's term.
 
@@ -67,6 +87,7 @@ class Auxiliary:
         every = {
             "contrastive": partial(self._contrastive, hidden),
             "mlm": partial(self._masked, micro_batch, hidden.device),
+            "mtp": partial(self._further, micro_batch, hidden),
         }
         return {name: every[name] for name in self.weights}
 
@@ -83,3 +104,30 @@ class Auxiliary:
         hidden = self._model.hidden(masked, causal=False)
         weight = self._model.head.weight
         return local(mlm_loss(hidden, labels, weight, num_items=self._items.to(device)))
+
+    def _further(self, micro_batch: int, hidden: Tensor) -> Tensor:
+        """The mean over the offsets of the cross entropy of the token that lies so far ahead."""
+        weight, losses = self._model.head.weight, []
+        for module, labels, items in zip(
+            self._model.further, self._further_labels, self._further_items, strict=True
+        ):
+            targets = labels[micro_batch].to(hidden.device)
+            loss = linear_cross_entropy(
+                module(hidden), weight, targets, ignore_index=IGNORED,
+                num_items=items.to(hidden.device),
+            )  # fmt: skip
+            losses.append(local(loss))
+        return torch.stack(losses).mean()
+
+
+def further_targets(targets: Tensor, offset: int) -> Tensor:
+    """The targets (B, S) of so many tokens further on, in the same document.
+
+    Ignored where a document ends before: a target that is ignored begins the next one.
+    """
+    valid = targets != IGNORED
+    result = torch.full_like(targets, IGNORED)
+    here, ahead = slice(None, -offset), slice(offset, None)
+    unbroken = torch.stack([valid.roll(-i, -1) for i in range(offset + 1)]).all(0)
+    result[:, here] = torch.where(unbroken[:, here], targets[:, ahead], IGNORED)
+    return result

@@ -59,9 +59,11 @@ def add_parser(subparsers: Any) -> None:
     )
     add("label-smoothing", _share, "weight of the uniform distribution in the targets")
     add("z-loss", _weight, "weight of lse^2")
+    add("focal-gamma", _weight, "exponent of 1 - p, the factor of a token's cross entropy")
     add("confidence-penalty", _weight, "weight of -entropy")
     add("contrastive", _weight, "weight of a contrastive loss between the halves of each sequence")
     add("mlm", _weight, "weight of a masked language modelling loss")
+    add("mtp", _count, "predict so many tokens after the next one too, with weight 0.3 in all")
     add("on-spike", str, "reaction to a spike of the loss: mark it, skip the step, lower the "
         "learning rate by half, or off; a step that is not finite is always skipped",
         choices=SPIKES)  # fmt: skip
@@ -300,6 +302,10 @@ def _name(text: str) -> str:
 def _positive(text: str) -> int:
     what = "a whole number of at least 1, and below 2^31"
     return int(_number(text, int, lambda v: 1 <= v < 2**31, what))
+
+
+def _count(text: str) -> int:
+    return int(_number(text, int, lambda v: 0 <= v <= 64, "a whole number from 0 to 64"))
 
 
 def _seed(text: str) -> int:

@@ -13,7 +13,7 @@ PARALLEL = ("none", "ddp", "fsdp", "tp")
 SPIKES = ("mark", "skip", "lower", "off")
 
 # The weights and the data order depend on these, so a resumed run cannot change them.
-_FIXED = ("layers", "heads", "dim", "seq_len", "seed")
+_FIXED = ("layers", "heads", "dim", "seq_len", "seed", "mtp")
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,11 @@ class TrainConfig:
     loss: str = "linear"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    focal_gamma: float = 0.0
     confidence_penalty: float = 0.0
     contrastive: float = 0.0
     mlm: float = 0.0
+    mtp: int = 0
     on_spike: str = "mark"
     spike_threshold: float = 4.0
     device: str = "cpu"
@@ -60,6 +62,10 @@ class TrainConfig:
         """
         if self.dim % self.heads:
             raise UserError(f"--dim {self.dim} is not divisible by --heads {self.heads}")
+        if self.mtp >= self.seq_len:
+            raise UserError(
+                f"--mtp {self.mtp} predicts further than --seq-len {self.seq_len} reaches"
+            )
         if self.contrastive and self.seq_len < 2:
             raise UserError(
                 "--contrastive compares the halves of sequences: --seq-len must be >= 2"
@@ -92,13 +98,13 @@ def resumed(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: An option that a resumed run cannot change differs from the checkpoint's.
     """
-    for name in _FIXED:
-        if name in given and given[name] != saved[name]:
-            option = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{option} {given[name]} differs from the checkpoint's {saved[name]}: "
-                "leave it out, or train into another --out"
-            )
     known = {field.name for field in fields(TrainConfig)} - {"parallel"}
     config = TrainConfig(**{k: v for k, v in saved.items() if k in known})
+    for name in _FIXED:
+        if name in given and given[name] != getattr(config, name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{option} {given[name]} differs from the checkpoint's {getattr(config, name)}: "
+                "leave it out, or train into another --out"
+            )
     return replace(config, **({"text": tuple(saved["text"])} | given))

@@ -83,13 +83,12 @@ class Run:
         self.training, self.validation = split(text.ids, config.seq_len, text.separator)
         self.order = Order(len(self.training), config.seed)
         torch.manual_seed(config.seed)
-        shape = (text.vocab_size, config.seq_len, config.dim, config.layers, config.heads)
-        least = _least_bytes(config, parameter_count(*shape[:4]))
+        size = (text.vocab_size, config.seq_len, config.dim, config.layers)
+        least = _least_bytes(config, parameter_count(*size, config.mtp))
         memory.require(self.device, least // world.size, world.local_size)  # at the least, a share
-        self.model = GPT(*shape).to(self.device)
+        self.model = GPT(*size, config.heads, config.mtp).to(self.device)
         self.layout = divide(self.model, config, world, self.device)
-        objective = Objective(config.label_smoothing, config.z_loss, config.confidence_penalty)
-        self.loss = create_loss(config.loss, self.device, objective)
+        self.loss = create_loss(config.loss, self.device, Objective.of(config))
         self.auxiliary = Auxiliary(config, self.model, self.layout, text.separator)
         self.monitor = LossMonitor(config.spike_threshold)
         self.rate_factor = 1.0  # lowered at spikes
@@ -213,7 +212,7 @@ class Run:
         logs = last % config.log_every == 0 or last == config.steps
         losses = torch.zeros(2 + len(self.auxiliary.weights), device=self.device)
         scores = []
-        self.auxiliary.begin_step([inputs for inputs, _ in step])
+        self.auxiliary.begin_step(step)
         for number, (inputs, targets) in enumerate(batches):
             use = partial(self._losses, number, targets, num_items, logs)
             with self.layout.micro_batch(number + 1 == len(batches)):

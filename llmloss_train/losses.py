@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 import llmloss_ext
 from llmloss_ext.cli import UserError
 
+from .config import TrainConfig
 from .parallel import local, whole
 from .windows import IGNORED
 
@@ -33,18 +34,37 @@ class Objective(NamedTuple):
     """In [0, 1]."""
     z_loss: float = 0.0
     """Factor of lse^2, at least 0."""
+    focal_gamma: float = 0.0
+    """Exponent of 1 - p, the factor of the cross entropy, at least 0."""
     confidence_penalty: float = 0.0
     """Factor of -entropy, at least 0."""
 
+    @classmethod
+    def of(cls, config: TrainConfig) -> Objective:
+        """The settings of the same names."""
+        return cls(*(getattr(config, name) for name in cls._fields))
+
+    def cross_entropy_options(self) -> dict[str, Any]:
+        """The terms that are options of the library's cross entropy."""
+        options = self._asdict()
+        del options["confidence_penalty"]
+        return options
+
+    def difficulty(self, log_prob: Tensor) -> Tensor:
+        """(1 - p)^focal_gamma; where p is 1, also of ignored tokens, without a gradient."""
+        least = torch.finfo(log_prob.dtype).tiny
+        return (-torch.expm1(log_prob)).clamp_min(least).pow(self.focal_gamma)
+
     def rows(self, stats: llmloss_ext.TokenStats) -> Tensor:
         """The loss of each token in nats; 0 where it is ignored."""
-        smoothing, z_loss, penalty = self
-        loss = (smoothing - 1) * stats.log_prob - penalty * stats.entropy
-        if smoothing:
-            loss = loss - smoothing * stats.mean_log_prob
-        if z_loss:
-            loss = loss + z_loss * stats.lse.square()
-        return loss
+        loss = (self.label_smoothing - 1) * stats.log_prob
+        if self.label_smoothing:
+            loss = loss - self.label_smoothing * stats.mean_log_prob
+        if self.focal_gamma:
+            loss = loss * self.difficulty(stats.log_prob)
+        if self.z_loss:
+            loss = loss + self.z_loss * stats.lse.square()
+        return loss - self.confidence_penalty * stats.entropy
 
 
 class TokenScores(NamedTuple):
@@ -198,8 +218,7 @@ class LinearLoss(TokenLoss):
                 targets,
                 ignore_index=IGNORED,
                 num_items=num_items,
-                label_smoothing=self.objective.label_smoothing,
-                z_loss=self.objective.z_loss,
+                **self.objective.cross_entropy_options(),
             )
         loss = local(loss)
         self.clock.stop()
@@ -247,8 +266,7 @@ class LogitsLoss(_LossOfLogits):
             targets,
             ignore_index=IGNORED,
             num_items=num_items,
-            label_smoothing=self.objective.label_smoothing,
-            z_loss=self.objective.z_loss,
+            **self.objective.cross_entropy_options(),
             inplace=True,
         )
 
@@ -266,10 +284,14 @@ class TorchLoss(_LossOfLogits):
 
     def _loss(self, logits: Tensor, targets: Tensor, num_items: Tensor) -> Tensor:
         rows, labels = logits.flatten(0, 1), targets.flatten()
-        smoothing, z_loss, penalty = self.objective
+        smoothing, z_loss, gamma, penalty = self.objective
         total = F.cross_entropy(
-            rows, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-        )
+            rows, labels, ignore_index=IGNORED, reduction="none" if gamma else "sum",
+            label_smoothing=smoothing,
+        )  # fmt: skip
+        if gamma:
+            nll = F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="none")
+            total = (total * self.objective.difficulty(-nll)).sum()
         if z_loss:
             total = total + z_loss * torch.logsumexp(rows, -1)[labels != IGNORED].square().sum()
         if penalty:

@@ -47,10 +47,27 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
-def parameter_count(vocab_size: int, seq_len: int, dim: int, layers: int) -> int:
+class Further(nn.Module):
+    """The hidden states that predict one token further: a block over the shared ones.
+
+    As in Gloeckle et al. 2024; the head is shared.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        """``heads`` divides ``dim``."""
+        super().__init__()
+        self.block = Block(dim, heads)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D), normalised."""
+        return self.norm(self.block(hidden))
+
+
+def parameter_count(vocab_size: int, seq_len: int, dim: int, layers: int, further: int) -> int:
     """The number of parameters of a `GPT`, without making it."""
-    block = 12 * dim * dim + 4 * dim
-    return (vocab_size + seq_len) * dim + layers * block + 2 * dim
+    block, norm = 12 * dim * dim + 4 * dim, 2 * dim
+    return (vocab_size + seq_len) * dim + layers * block + norm + further * (block + norm)
 
 
 class GPT(nn.Module):
@@ -64,8 +81,10 @@ class GPT(nn.Module):
     at every step, through the head.
     """
 
-    def __init__(self, vocab_size: int, seq_len: int, dim: int, layers: int, heads: int) -> None:
-        """Draws the weights from torch's generator."""
+    def __init__(
+        self, vocab_size: int, seq_len: int, dim: int, layers: int, heads: int, further: int = 0
+    ) -> None:
+        """Draws the weights from torch's generator; ``further``: for so many tokens more."""
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, dim)
         self.positions = nn.Embedding(seq_len, dim)
@@ -73,7 +92,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
-        self._initialise(layers)
+        self.further = nn.ModuleList(Further(dim, heads) for _ in range(further))
+        self._initialise(layers + (further > 0))
 
     def _initialise(self, layers: int) -> None:
         """As in GPT-2: std 0.02, scaled down where 2 * layers branches join the residual."""

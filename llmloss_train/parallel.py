@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleInput,
     PrepareModuleOutput,
     RowwiseParallel,
     parallelize_module,
@@ -99,7 +100,12 @@ class DataParallel(_DividedBatches):
     def __init__(self, model: GPT, config: TrainConfig, world: World, device: str) -> None:
         """Wraps the model."""
         super().__init__(model, config, world, device)
-        self._replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._replica = DistributedDataParallel(
+            model,
+            gradient_as_bucket_view=True,
+            # The closing comparison of the losses predicts one token only.
+            find_unused_parameters=config.mtp > 0,
+        )
         self.forward = self._replica
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[Any]:
@@ -145,6 +151,12 @@ class TensorParallel(Layout):
             "blocks.*.up": ColwiseParallel(),
             "blocks.*.down": RowwiseParallel(),
             "norm": as_dtensor,
+            "further.*": PrepareModuleInput(
+                input_layouts=everywhere, desired_input_layouts=everywhere, use_local_output=True
+            ),
+            "further.*.block.up": ColwiseParallel(),
+            "further.*.block.down": RowwiseParallel(),
+            "further.*.norm": as_dtensor,
         }
         parallelize_module(model, mesh, plan)
         model.head.weight = model.embedding.weight

@@ -304,10 +304,12 @@ def test_more_than_the_memory_is_refused(corpus, tmp_path, capsys, options):
 
 
 @pytest.mark.parametrize("shape", [(97, 5, 8, 0), (97, 5, 8, 1), (33, 16, 12, 3)])
-def test_parameters_are_counted_without_the_model(shape):
+@pytest.mark.parametrize("further", [0, 3])
+def test_parameters_are_counted_without_the_model(shape, further):
     from llmloss_train.model import GPT, parameter_count
 
-    assert parameter_count(*shape) == sum(p.numel() for p in GPT(*shape, 2).parameters())
+    model = GPT(*shape, 2, further)
+    assert parameter_count(*shape, further) == sum(p.numel() for p in model.parameters())
 
 
 def test_a_contrastive_loss_needs_two_halves(corpus, tmp_path, capsys):
@@ -422,7 +424,10 @@ def test_every_setting_is_an_option():
     [
         ("--label-smoothing", "0.1", "--z-loss", "0.001"),
         ("--confidence-penalty", "0.1"),
+        ("--focal-gamma", "2"),
+        ("--focal-gamma", "0.5", "--label-smoothing", "0.1", "--confidence-penalty", "0.1"),
         ("--contrastive", "0.1", "--mlm", "0.5", "--accumulate", "2"),
+        ("--mtp", "2", "--accumulate", "2"),
     ],
 )
 def test_objectives_agree_between_the_losses(corpus, tmp_path, options):
@@ -433,9 +438,32 @@ def test_objectives_agree_between_the_losses(corpus, tmp_path, options):
     for kind in ("linear", "logits"):
         for ours, torchs in zip(metrics(tmp_path / kind), metrics(tmp_path / "torch"), strict=True):
             assert ours["loss"] == pytest.approx(torchs["loss"], rel=1e-3)
-            for name in ("contrastive", "mlm"):
+            for name in ("contrastive", "mlm", "mtp"):
                 assert (name in ours) == (ours["kind"] == "train" and f"--{name}" in options)
     assert losses(plain)[1:] != losses(tmp_path / "linear")[1:]
+
+
+def test_further_targets_stay_in_their_document():
+    from llmloss_train.auxiliary import further_targets
+
+    ignored = -100
+    targets = torch.tensor([[1, 2, 3, ignored, 5, 6], [1, 2, 3, 4, 5, 6]])
+    x = ignored
+    assert further_targets(targets, 1).tolist() == [[2, 3, x, x, 6, x], [2, 3, 4, 5, 6, x]]
+    assert further_targets(targets, 2).tolist() == [[3, x, x, x, x, x], [3, 4, 5, 6, x, x]]
+
+
+def test_further_tokens_are_learnt(corpus, tmp_path, capsys):
+    options = ("--mtp", "2", "--steps", "12", "--lr", "0.01")
+    assert train(corpus, tmp_path / "run", *options) == 0
+    records = [r["mtp"] for r in metrics(tmp_path / "run") if r["kind"] == "train"]
+    assert records[0] == pytest.approx(6.23, abs=0.2)  # ln 509
+    assert records[-1] < records[0] - 0.5
+    capsys.readouterr()
+    assert main(["train", "--resume", "--mtp", "1", "--out", str(tmp_path / "run")]) == 1
+    assert "--mtp 1 differs" in one_line(capsys)
+    assert train(corpus, tmp_path / "other", "--mtp", "64") == 1
+    assert "predicts further" in one_line(capsys)
 
 
 @pytest.mark.parametrize("reaction", ["mark", "skip", "lower", "off"])
@@ -509,8 +537,9 @@ def test_the_curve_shows_a_loss_that_is_no_number(monkeypatch):
     assert list(line.get_xdata()) == [3, 3]
 
 
-def test_masked_micro_batches_equal_the_large_batch(monkeypatch):
-    """Unequal numbers of hidden tokens: each micro-batch's sum is divided by that of the step."""
+@pytest.mark.parametrize("term", ["mlm", "mtp"])
+def test_auxiliary_micro_batches_equal_the_large_batch(monkeypatch, term):
+    """Unequal numbers of labels: each micro-batch's sum is divided by that of the step."""
     from llmloss_train import auxiliary
     from llmloss_train.model import GPT
     from llmloss_train.parallel import Layout
@@ -524,12 +553,15 @@ def test_masked_micro_batches_equal_the_large_batch(monkeypatch):
     gradients = []
     for micro_batches in ([ids], [ids[:1], ids[1:2], ids[2:3], ids[3:]]):
         torch.manual_seed(0)
-        model = GPT(20, 5, 8, 1, 2).double()
-        config = TrainConfig(mlm=1.0, accumulate=len(micro_batches))
+        mtp = 2 if term == "mtp" else 0
+        model = GPT(20, 5, 8, 1, 2, mtp).double()
+        config = TrainConfig(mlm=float(term == "mlm"), mtp=mtp, accumulate=len(micro_batches))
         terms = auxiliary.Auxiliary(config, model, Layout(model), separator=0)
-        terms.begin_step(micro_batches)
+        # The token 12 begins a document.
+        step = [(part, part.roll(-1, 1).masked_fill(part == 12, -100)) for part in micro_batches]
+        terms.begin_step(step)
         for number, part in enumerate(micro_batches):
-            terms.terms(number, model.hidden(part))["mlm"]().backward()
+            terms.terms(number, model.hidden(part))[term]().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

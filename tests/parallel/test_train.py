@@ -32,7 +32,20 @@ SMALL = (
     *("--max-tokens", "1600"),  # 5 windows to validate on: a rank gets none of the last
 )
 # What each rank has a part of: micro-batches, masked tokens, the pairs of a batch.
-TERMS = ("--accumulate", "2", "--mlm", "0.5", "--contrastive", "0.1", "--z-loss", "0.001")
+TERMS = (
+    "--accumulate",
+    "2",
+    "--mlm",
+    "0.5",
+    "--contrastive",
+    "0.1",
+    "--z-loss",
+    "0.001",
+    "--mtp",
+    "2",
+    "--focal-gamma",
+    "0.5",
+)
 
 
 @pytest.fixture(scope="module")
@@ -148,18 +161,20 @@ def problem(way, kind, rank, ranks):
     from llmloss_train.world import World
 
     torch.manual_seed(0)
-    model = GPT(V, 16, 6, 2, 2).double()
+    model = GPT(V, 16, 6, 2, 2, 2).double()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     ids = torch.randint(V, (ranks, 16))
     targets = ids.roll(-1, 1)
     targets[0, :13] = targets[1, ::5] = -100
     cpu, world = torch.device("cpu"), World(rank, ranks, rank, ranks, is_joined=way != "none")
-    config = TrainConfig(batch_size=ranks, dim=6, heads=2, contrastive=0.3, mlm=0.5, parallel=way)
+    config = TrainConfig(
+        batch_size=ranks, dim=6, heads=2, contrastive=0.3, mlm=0.5, mtp=2, parallel=way
+    )
     layout = divide(model, config, world, cpu)
-    loss = create_loss(kind, cpu, Objective(0.1, 1e-3, 0.2 if kind != "torch" else 0.0))
+    loss = create_loss(kind, cpu, Objective(0.1, 1e-3, 0.5, 0.2 if kind != "torch" else 0.0))
     auxiliary = Auxiliary(config, model, layout, separator=0)
-    auxiliary.begin_step([ids])
+    auxiliary.begin_step([(ids, targets)])
     mine = targets[layout.rows(ranks)]
     items = layout.divisor(count_items([mine], group=layout.group))
 
