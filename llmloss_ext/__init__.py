@@ -15,11 +15,13 @@ from .linear import (
 )
 from .shard import Shard
 from .statistics import TokenStats
+from .version import __version__
 
 __all__ = [
     "Plan",
     "Shard",
     "TokenStats",
+    "__version__",
     "cross_entropy",
     "functional",
     "linear",

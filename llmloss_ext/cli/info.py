@@ -6,11 +6,11 @@ import argparse
 import json
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .. import chips
+from ..version import __version__
 from .errors import UserError, first_line
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -128,7 +128,7 @@ def facts() -> list[tuple[str, str]]:
     from .. import ops
 
     return [
-        ("llmloss_ext", version()),
+        ("llmloss_ext", __version__),
         ("torch", torch.__version__),
         ("python", platform.python_version()),
         ("library", str(ops.LIBRARY)),
@@ -138,14 +138,6 @@ def facts() -> list[tuple[str, str]]:
         ("CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
         ("llmloss train", _train()),
     ]
-
-
-def version() -> str:
-    """The version of the installed package."""
-    try:
-        return metadata.version("llmloss_ext")
-    except metadata.PackageNotFoundError:
-        return "unknown (not installed, built in place)"
 
 
 def _isa() -> str:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
+from ..version import __version__
 from .errors import OneLineParser, UserError, run_command
-from .info import version
 
 
 class Command(NamedTuple):
@@ -63,7 +63,7 @@ def _parser(arguments: Sequence[str]) -> tuple[OneLineParser, ModuleType | None]
     not pay for another's imports and does not fail when they fail.
     """
     parser = OneLineParser(prog="llmloss", description="Losses of large language models.")
-    parser.add_argument("--version", action="version", version=f"llmloss {version()}")
+    parser.add_argument("--version", action="version", version=f"llmloss {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     asked = next((word for word in arguments if not word.startswith("-")), None)
     command = None
