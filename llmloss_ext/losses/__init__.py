@@ -1,12 +1,33 @@
 """The loss family: each a few readable lines over the row statistics."""
 
+from .adversarial import (
+    DiscriminatorLoss,
+    GeneratorLoss,
+    PolicyGradientLoss,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    policy_gradient_loss,
+    r1_penalty,
+)
 from .combined import (
     CombinedLoss,
     UncertaintyWeights,
     combined_loss,
     linear_schedule,
 )
+from .conflict import (
+    BalancedLoss,
+    GradNorm,
+    GradNormLoss,
+    conflict_backward,
+    conflict_loss,
+    gradient_gram,
+    min_norm_weights,
+    pcgrad_weights,
+)
 from .contrastive import ClipLoss, contrastive_loss
+from .difficulty import difficulty_weights, select_difficult_tokens
 from .distillation import distillation_loss, top_k_distillation_loss
 from .distributions import (
     check_probabilities,
@@ -28,30 +49,48 @@ from .policy import grpo_loss, ppo_clip_loss
 from .preference import PreferenceLoss, dpo_loss, sequence_log_probs
 
 __all__ = [
+    "BalancedLoss",
     "ClipLoss",
     "CombinedLoss",
+    "DiscriminatorLoss",
+    "GeneratorLoss",
+    "GradNorm",
+    "GradNormLoss",
     "LabelSmoothingCrossEntropy",
     "LanguageModelLoss",
     "LossStats",
+    "PolicyGradientLoss",
     "PreferenceLoss",
     "UncertaintyWeights",
     "causal_lm_loss",
     "check_probabilities",
     "combined_loss",
     "confidence_penalty_loss",
+    "conflict_backward",
+    "conflict_loss",
     "contrastive_loss",
     "create_causal_mask",
     "cross_entropy_between",
+    "difficulty_weights",
+    "discriminator_loss",
     "distillation_loss",
     "dpo_loss",
     "entropy",
+    "generator_loss",
+    "gradient_gram",
+    "gradient_penalty",
     "grpo_loss",
     "kl_divergence",
     "linear_schedule",
     "mask_tokens",
+    "min_norm_weights",
     "mlm_loss",
     "next_token_targets",
+    "pcgrad_weights",
+    "policy_gradient_loss",
     "ppo_clip_loss",
+    "r1_penalty",
+    "select_difficult_tokens",
     "sequence_log_probs",
     "top_k_distillation_loss",
 ]
