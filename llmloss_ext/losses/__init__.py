@@ -35,6 +35,7 @@ from .distributions import (
     entropy,
     kl_divergence,
 )
+from .gumbel import GumbelEmbeddings, gumbel_softmax, linear_gumbel_embeddings
 from .language_model import (
     LabelSmoothingCrossEntropy,
     LanguageModelLoss,
@@ -56,6 +57,7 @@ __all__ = [
     "GeneratorLoss",
     "GradNorm",
     "GradNormLoss",
+    "GumbelEmbeddings",
     "LabelSmoothingCrossEntropy",
     "LanguageModelLoss",
     "LossStats",
@@ -80,7 +82,9 @@ __all__ = [
     "gradient_gram",
     "gradient_penalty",
     "grpo_loss",
+    "gumbel_softmax",
     "kl_divergence",
+    "linear_gumbel_embeddings",
     "linear_schedule",
     "mask_tokens",
     "min_norm_weights",

@@ -329,7 +329,7 @@ def _groups(parameters: Iterable[Tensor] | Iterable[Mapping[str, Any]]) -> list[
         groups = [list(p["params"]) for p in given]  # type: ignore[index, call-overload]
     else:
         raise ValueError('parameters must be tensors, or all of them groups: {"params": tensors}')
-    leaves = [[p for p in group if p.requires_grad] for group in groups]  # type: ignore[union-attr]
+    leaves = [[p for p in group if p.requires_grad] for group in groups]  # type: ignore[union-attr, attr-defined]
     if not all(leaves):
         raise ValueError("a group of parameters has none that requires a gradient")
     return leaves  # type: ignore[return-value]
