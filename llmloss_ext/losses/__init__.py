@@ -46,8 +46,18 @@ from .language_model import (
     next_token_targets,
 )
 from .masked_lm import mask_tokens, mlm_loss
+from .multi_token import (
+    MultiTokenLoss,
+    count_multi_token_items,
+    multi_token_prediction_loss,
+)
 from .policy import grpo_loss, ppo_clip_loss
 from .preference import PreferenceLoss, dpo_loss, sequence_log_probs
+from .unlikelihood import (
+    repeated_ngrams,
+    sequence_unlikelihood_loss,
+    unlikelihood_loss,
+)
 
 __all__ = [
     "BalancedLoss",
@@ -61,6 +71,7 @@ __all__ = [
     "LabelSmoothingCrossEntropy",
     "LanguageModelLoss",
     "LossStats",
+    "MultiTokenLoss",
     "PolicyGradientLoss",
     "PreferenceLoss",
     "UncertaintyWeights",
@@ -71,6 +82,7 @@ __all__ = [
     "conflict_backward",
     "conflict_loss",
     "contrastive_loss",
+    "count_multi_token_items",
     "create_causal_mask",
     "cross_entropy_between",
     "difficulty_weights",
@@ -89,12 +101,16 @@ __all__ = [
     "mask_tokens",
     "min_norm_weights",
     "mlm_loss",
+    "multi_token_prediction_loss",
     "next_token_targets",
     "pcgrad_weights",
     "policy_gradient_loss",
     "ppo_clip_loss",
     "r1_penalty",
+    "repeated_ngrams",
     "select_difficult_tokens",
     "sequence_log_probs",
+    "sequence_unlikelihood_loss",
     "top_k_distillation_loss",
+    "unlikelihood_loss",
 ]
