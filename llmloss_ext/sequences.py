@@ -24,9 +24,8 @@ def moved(per_label: Tensor, shift: int, fill: float) -> Tensor:
 class Sequences(NamedTuple):
     """What is known of the tokens of a batch; None: a row is one document without padding.
 
-    A position predicts the label ``shift`` positions later if both, and all tokens between them, are
-    real tokens of one document.
-    Nothing here reads a tensor's values.
+    A position predicts the label ``shift`` positions later if both, and all tokens between them,
+    are real tokens of one document. Nothing here reads a tensor's values.
     """
 
     attention_mask: Tensor | None = None

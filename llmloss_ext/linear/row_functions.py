@@ -181,7 +181,7 @@ def _rows(
     for chunk in projection.chunks(unpack_limit(limit), valid, drop=drop):
         parts = [take(t, chunk.rows) for t in others]
         found = result.new_empty(chunk.hidden.shape[0], width)
-        for at in _slices(len(found)):
+        for at in _slices(len(found), vocab_size):
             rows = Rows(
                 chunk.logits[at, :vocab_size], [t[at] for t in parts], list(shared), numbers
             )
@@ -233,7 +233,7 @@ def _rows_backward(
     for chunk in projection.chunks(unpack_limit(limit), counts, drop=drop):
         parts = [take(t, chunk.rows) for t in others]
         upstream = take(grad_rows, chunk.rows)
-        for at in _slices(upstream.shape[0]):
+        for at in _slices(upstream.shape[0], vocab_size):
             keep = None if chunk.counts is None else chunk.counts[at]
             of_rows = upstream[at] if keep is None else only(keep, upstream[at])
             with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False):
@@ -278,9 +278,13 @@ def _(  # type: ignore[no-untyped-def]
     ]
 
 
-def _slices(rows: int) -> list[slice]:
+_LEAST_ELEMENTS = 1 << 18
+"""Of the logits that have float32 copies at a time: fewer are not worth their calls."""
+
+
+def _slices(rows: int, columns: int) -> list[slice]:
     """Rows of a chunk that have float32 copies at a time."""
-    step = max(-(-rows // COPIES), 1)
+    step = max(-(-rows // COPIES), _LEAST_ELEMENTS // columns, 1)
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 

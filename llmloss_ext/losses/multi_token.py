@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,12 +11,19 @@ import torch
 from torch import Tensor
 
 from .. import composite
-from ..checks import check_all_dense, check_scale, check_token_weight, items_tensor
+from ..checks import (
+    check_all_dense,
+    check_range,
+    check_scale,
+    check_token_weight,
+    items_tensor,
+)
 from ..composite import real_of
 from ..confident import Distribution
 from ..functional import cross_entropy
 from ..linear import linear_cross_entropy
 from ..linear.row_functions import Rows, linear_rows, row_function
+from ..ops import can_read
 from ..options import LogitOptions, LossOptions, as_integer, documented
 from ..sequences import Sequences, moved
 from ..statistics import FloatStats
@@ -122,6 +130,8 @@ def multi_token_prediction_loss(
     targets = [sequences.targets(labels, k, ignore_index) for k in ahead]
     token_weights: list[Tensor | None] = [None] * len(ahead)
     if token_weight is not None:
+        if token_weight.requires_grad:
+            raise ValueError("token_weight must not require a gradient here: pass it detached")
         checked = check_token_weight(token_weight, labels.shape, labels)
         token_weights = [moved(checked, k, 0.0) for k in ahead]
     items = _items(num_items, targets, token_weights, ignore_index, inputs[0])
@@ -136,7 +146,7 @@ def multi_token_prediction_loss(
     is_one = isinstance(input, Tensor) and isinstance(linear_weight, Tensor)
     if is_one and len(ahead) > 1 and not isinstance(linear_bias, Sequence):
         losses = _one_projection(
-            inputs[0], heads[0], biases[0], targets, token_weights, items, ignore_index,
+            inputs[0], heads[0], biases[0], targets, ahead, token_weights, items, ignore_index,
             LossOptions.of(**options, reduction="none"), how, chunks,
         )  # fmt: skip
     else:
@@ -203,7 +213,7 @@ def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
     factors = [1.0] * count if weights is None else [float(w) for w in weights]
     if len(factors) != count:
         raise ValueError(f"expected {count} weights, one for each offset, got {len(factors)}")
-    if not all(abs(w) < float("inf") for w in factors):
+    if not all(abs(w) < math.inf for w in factors):
         raise ValueError(f"weights must be finite, got {factors}")
     return factors
 
@@ -254,6 +264,7 @@ def _one_projection(
     weight: Tensor,
     bias: Tensor | None,
     targets: list[Tensor],
+    ahead: list[int],
     token_weights: list[Tensor | None],
     items: list[Tensor],
     ignore_index: int,
@@ -270,12 +281,16 @@ def _one_projection(
     shared = torch.full((), options.scale, device=hidden.device) if tensor is None else tensor
     if token_weights[0] is not None:
         targets = [
-            composite.without_weightless(target, w, options, w.requires_grad)
+            composite.without_weightless(target, w, options, is_learned=False)
             for target, w in zip(targets, token_weights, strict=True)
             if w is not None
         ]
+    for target, k in zip(targets, ahead, strict=True):
+        if can_read(target):
+            check_range(target, ignore_index, options.vocab_size, k)
     valid = [target != ignore_index for target in targets]
-    labels = torch.stack([torch.where(v, y, 0) for v, y in zip(valid, targets, strict=True)], -1)
+    classes = [composite.is_class(target, options) for target in targets]
+    labels = torch.stack([torch.where(c, y, 0) for c, y in zip(classes, targets, strict=True)], -1)
     rows = linear_rows(
         statistics_of_labels, len(targets) + 2, hidden, weight, bias, others=[labels.long()],
         shared=[shared], numbers=[options.softcap], valid=torch.stack(valid).any(0),
@@ -283,9 +298,11 @@ def _one_projection(
     )  # fmt: skip
     *log_probs, lse, mean_log_prob = rows.unbind(-1)
     found = []
-    for log_prob, target, is_valid, w, n in zip(
-        log_probs, targets, valid, token_weights, items, strict=True
+    for log_prob, target, is_valid, is_class, w, n in zip(
+        log_probs, targets, valid, classes, token_weights, items, strict=True
     ):
+        # Elsewhere than on a CPU, a target out of range is nan, as the kernels have it.
+        log_prob = torch.where(is_class, log_prob, math.nan)
         stats = FloatStats(
             *(torch.where(is_valid, x, 0.0) for x in (log_prob, lse, lse, mean_log_prob, lse))
         )
