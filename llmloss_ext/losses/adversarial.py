@@ -7,6 +7,7 @@ its generator gets a gradient through `llmloss_ext.losses.linear_gumbel_embeddin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -148,7 +149,7 @@ def generator_loss(
     if kind == "logistic":
         each = F.softplus(-fake)
     elif kind == "least_squares":
-        each = (fake - 1).square() / 2
+        each = _half_square(fake - 1)
     else:
         each = -fake
     return GeneratorLoss(finite(_mean(each, counts, num_items)), _mean(fake.detach(), counts))
@@ -165,8 +166,14 @@ def _of_discriminator(kind: str, real: Tensor, fake: Tensor) -> tuple[Tensor, Te
     if kind == "hinge":
         return torch.relu(1 - real), torch.relu(1 + fake)
     if kind == "least_squares":
-        return (real - 1).square() / 2, fake.square() / 2
+        return _half_square(real - 1), _half_square(fake)
     return -real, fake
+
+
+def _half_square(x: Tensor) -> Tensor:
+    """Flat where the square would be no number of its type."""
+    most = math.sqrt(torch.finfo(x.dtype).max) / 2
+    return x.clamp(-most, most).square() / 2
 
 
 def _scores(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

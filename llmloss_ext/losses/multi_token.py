@@ -18,8 +18,8 @@ from ..checks import (
     check_token_weight,
     items_tensor,
 )
+from ..columns import Distribution
 from ..composite import real_of
-from ..confident import Distribution
 from ..functional import cross_entropy
 from ..linear import linear_cross_entropy
 from ..linear.row_functions import Rows, linear_rows, row_function

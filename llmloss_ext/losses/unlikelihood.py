@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import composite
 from ..checks import check_all_dense, items_tensor
+from ..columns import Distribution
 from ..composite import real_of
-from ..confident import Distribution
 from ..linear.row_functions import Rows, linear_rows, row_function
 from ..options import LogitOptions, as_integer, documented
 from ..rowwise import by_rows
