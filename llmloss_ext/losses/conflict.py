@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..composite import real_of
-from ..options import as_integer
 from .combined import Term, check_names, computed_terms
 
 __all__ = [
@@ -109,16 +108,17 @@ def _gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     return total
 
 
-def min_norm_weights(gram: Tensor, *, iterations: int = 100) -> Tensor:
+def min_norm_weights(gram: Tensor) -> Tensor:
     """The convex combination of gradients that is shortest: MGDA (Sener and Koltun 2018).
 
     The a >= 0 with sum 1 that minimise |sum_i a_i g_i|^2 = a' gram a. Along its negative, to first
-    order, no term grows. Frank-Wolfe steps with exact line search, pairwise as Lacoste-Julien and
-    Jaggi (2015) have them, which converge linearly; of two terms the first step is the closed form.
+    order, no term grows. Where the paper has a closed form for two terms and Frank-Wolfe steps for
+    more, which need very many where gradients differ in size, this is an active-set method, which
+    is exact after a few steps a term; as many are always done, so that nobody waits to see that it
+    has converged.
 
     Args:
         gram: (T, T) of `gradient_gram`, or (..., T, T).
-        iterations: Steps; always as many, so that nobody waits to see that it has converged.
 
     Returns:
         (..., T), of the Gram matrix's dtype.
@@ -127,30 +127,54 @@ def min_norm_weights(gram: Tensor, *, iterations: int = 100) -> Tensor:
         ValueError: It is not square.
     """
     _check_gram(gram)
-    iterations = as_integer("iterations", iterations)
-    # Of any size: relative to the largest gradient.
-    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    scaled = gram / torch.where(scale > 0, scale, 1.0)
+    tasks, double = gram.shape[-1], gram.double()
+    # Of any size: relative to the largest gradient. The ridge decides between equal gradients.
+    scale = double.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    identity = torch.eye(tasks, dtype=torch.float64, device=gram.device)
+    scaled = double / torch.where(scale > 0, scale, 1.0) + _RIDGE * identity
+    first = scaled.diagonal(dim1=-2, dim2=-1).argmin(-1, keepdim=True)
+    weights = torch.zeros(gram.shape[:-1], dtype=torch.float64, device=gram.device)
+    weights = weights.scatter(-1, first, 1.0)
+    has_weight = weights > 0
+    for _ in range(_STEPS * tasks):
+        weights, has_weight = _active_set_step(scaled, weights, has_weight)
+    return weights.to(gram.dtype)
+
+
+_RIDGE = 1e-14
+_STEPS = 4
+
+
+def _active_set_step(gram: Tensor, weights: Tensor, has_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Towards the shortest combination of those that have weight, as far as none gets less than 0.
+
+    There, the one whose product with it is the smallest gets weight, too; where one is in the way,
+    it loses its weight.
+    """
+    free = has_weight.to(gram.dtype)
     tasks = gram.shape[-1]
-    weights = torch.full(gram.shape[:-1], 1.0 / tasks, dtype=gram.dtype, device=gram.device)
-    columns = torch.arange(tasks, device=gram.device)
-    for _ in range(iterations):
-        slope = (scaled @ weights.unsqueeze(-1)).squeeze(-1)
-        best = slope.argmin(-1, keepdim=True)
-        # Weight goes from the worst term that has any to the best.
-        worst = torch.where(weights > 0, slope, -math.inf).argmax(-1, keepdim=True)
-        step = (columns == best).to(gram.dtype) - (columns == worst).to(gram.dtype)
-        curvature = (step * (scaled @ step.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True)
-        descent = -(step * slope).sum(-1, keepdim=True)
-        room = weights.gather(-1, worst)
-        ideal = torch.where(curvature > 0, descent / torch.where(curvature > 0, curvature, 1.0),
-                            torch.where(descent > 0, room, 0.0))  # fmt: skip
-        length = torch.minimum(ideal.clamp_min(0.0), room)
-        moved = weights + length * step
-        # What is taken away whole leaves no rounding behind.
-        emptied = (columns == worst) & (length >= room) & (best != worst)
-        weights = torch.where(emptied, 0.0, moved)
-    return weights
+    system = torch.zeros(*gram.shape[:-2], tasks + 1, tasks + 1, dtype=gram.dtype,
+                         device=gram.device)  # fmt: skip
+    system[..., :tasks, :tasks] = gram * free[..., None, :] * free[..., :, None]
+    system.diagonal(dim1=-2, dim2=-1)[..., :tasks] += 1 - free
+    system[..., :tasks, tasks] = system[..., tasks, :tasks] = free
+    sides = torch.zeros_like(system[..., 0])
+    sides[..., tasks] = 1
+    solved = torch.linalg.solve_ex(system, sides).result[..., :tasks] * free
+    in_the_way = has_weight & (solved < 0)
+    blocked = in_the_way.any(-1, keepdim=True)
+    room = torch.where(in_the_way, weights / (weights - solved), torch.inf)
+    share = room.amin(-1, keepdim=True).clamp_max(1.0)
+    leaves = in_the_way & (room <= share)
+    reached = weights + share * (solved - weights)
+    weights = torch.where(leaves, 0.0, reached.clamp_min(0.0))
+    weights = weights / weights.sum(-1, keepdim=True)
+    products = (gram @ weights.unsqueeze(-1)).squeeze(-1)
+    least = (products * weights).sum(-1, keepdim=True)
+    outside = torch.where(has_weight, torch.inf, products)
+    place = outside.argmin(-1, keepdim=True)
+    enters = torch.zeros_like(has_weight).scatter(-1, place, outside.amin(-1, keepdim=True) < least)
+    return weights, torch.where(blocked, has_weight & ~leaves, has_weight | enters)
 
 
 def pcgrad_weights(gram: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -212,7 +236,6 @@ def conflict_loss(
     *,
     method: str = "mgda",
     weights: Mapping[str, float] | None = None,
-    iterations: int = 100,
     generator: torch.Generator | None = None,
 ) -> BalancedLoss:
     """The terms' sum, weighted by what their gradients have in common; its backward is to come.
@@ -226,7 +249,6 @@ def conflict_loss(
         method: ``"mgda"``, ``"pcgrad"``, or ``"sum"``, which only looks.
         weights: Factors of the terms, and of their gradients before these are compared; 1 each by
             default.
-        iterations: Of "mgda"; see `min_norm_weights`.
         generator: Of "pcgrad"; see `pcgrad_weights`.
 
     Returns:
@@ -238,7 +260,7 @@ def conflict_loss(
     names, losses, factors = _weighted(terms, weights, method)
     wanted = list(parameters)
     gram = gradient_gram(factors, wanted)
-    found = _coefficients(gram, method, iterations, generator)
+    found = _coefficients(gram, method, generator)
     total = (torch.stack([f.to(gram.device) for f in factors]) * found.to(factors[0].dtype)).sum()
     by_name = dict(zip(names, found.unbind(), strict=True))
     of_terms = {name: loss.detach() for name, loss in zip(names, losses, strict=True)}
@@ -251,7 +273,6 @@ def conflict_backward(
     *,
     method: str = "mgda",
     weights: Mapping[str, float] | None = None,
-    iterations: int = 100,
     generator: torch.Generator | None = None,
 ) -> BalancedLoss:
     """In place of ``total.backward()``: adds the combined gradient to each parameter's ``grad``.
@@ -265,7 +286,6 @@ def conflict_backward(
             (``optimizer.param_groups``): dictionaries with ``"params"``. No others get a gradient.
         method: ``"mgda"``, ``"pcgrad"`` or ``"sum"``.
         weights: As in `conflict_loss`.
-        iterations: Of "mgda".
         generator: Of "pcgrad".
 
     Returns:
@@ -285,7 +305,7 @@ def conflict_backward(
     for group in groups:
         of_group = [g[begin : begin + len(group)] for g in gradients]
         gram = _gram(of_group)
-        found.append(_coefficients(gram, method, iterations, generator))
+        found.append(_coefficients(gram, method, generator))
         cosines.append(_smallest_cosine(gram))
         for parameter, each in zip(group, zip(*of_group, strict=True), strict=True):
             _add_gradient(parameter, each, found[-1])
@@ -311,11 +331,9 @@ def _weighted(
     return names, losses, [computed[name] * factors[name] for name in names]
 
 
-def _coefficients(
-    gram: Tensor, method: str, iterations: int, generator: torch.Generator | None
-) -> Tensor:
+def _coefficients(gram: Tensor, method: str, generator: torch.Generator | None) -> Tensor:
     if method == "mgda":
-        return min_norm_weights(gram, iterations=iterations)
+        return min_norm_weights(gram)
     if method == "pcgrad":
         return pcgrad_weights(gram, generator=generator)
     return torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
