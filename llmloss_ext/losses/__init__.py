@@ -1,12 +1,33 @@
 """The loss family: each a few readable lines over the row statistics."""
 
+from .adversarial import (
+    DiscriminatorLoss,
+    GeneratorLoss,
+    PolicyGradientLoss,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    policy_gradient_loss,
+    r1_penalty,
+)
 from .combined import (
     CombinedLoss,
     UncertaintyWeights,
     combined_loss,
     linear_schedule,
 )
+from .conflict import (
+    BalancedLoss,
+    GradNorm,
+    GradNormLoss,
+    conflict_backward,
+    conflict_loss,
+    gradient_gram,
+    min_norm_weights,
+    pcgrad_weights,
+)
 from .contrastive import ClipLoss, contrastive_loss
+from .difficulty import difficulty_weights, select_difficult_tokens
 from .distillation import distillation_loss, top_k_distillation_loss
 from .distributions import (
     check_probabilities,
@@ -14,6 +35,7 @@ from .distributions import (
     entropy,
     kl_divergence,
 )
+from .gumbel import GumbelEmbeddings, gumbel_softmax, linear_gumbel_embeddings
 from .language_model import (
     LabelSmoothingCrossEntropy,
     LanguageModelLoss,
@@ -24,34 +46,71 @@ from .language_model import (
     next_token_targets,
 )
 from .masked_lm import mask_tokens, mlm_loss
+from .multi_token import (
+    MultiTokenLoss,
+    count_multi_token_items,
+    multi_token_prediction_loss,
+)
 from .policy import grpo_loss, ppo_clip_loss
 from .preference import PreferenceLoss, dpo_loss, sequence_log_probs
+from .unlikelihood import (
+    repeated_ngrams,
+    sequence_unlikelihood_loss,
+    unlikelihood_loss,
+)
 
 __all__ = [
+    "BalancedLoss",
     "ClipLoss",
     "CombinedLoss",
+    "DiscriminatorLoss",
+    "GeneratorLoss",
+    "GradNorm",
+    "GradNormLoss",
+    "GumbelEmbeddings",
     "LabelSmoothingCrossEntropy",
     "LanguageModelLoss",
     "LossStats",
+    "MultiTokenLoss",
+    "PolicyGradientLoss",
     "PreferenceLoss",
     "UncertaintyWeights",
     "causal_lm_loss",
     "check_probabilities",
     "combined_loss",
     "confidence_penalty_loss",
+    "conflict_backward",
+    "conflict_loss",
     "contrastive_loss",
+    "count_multi_token_items",
     "create_causal_mask",
     "cross_entropy_between",
+    "difficulty_weights",
+    "discriminator_loss",
     "distillation_loss",
     "dpo_loss",
     "entropy",
+    "generator_loss",
+    "gradient_gram",
+    "gradient_penalty",
     "grpo_loss",
+    "gumbel_softmax",
     "kl_divergence",
+    "linear_gumbel_embeddings",
     "linear_schedule",
     "mask_tokens",
+    "min_norm_weights",
     "mlm_loss",
+    "multi_token_prediction_loss",
     "next_token_targets",
+    "pcgrad_weights",
+    "policy_gradient_loss",
     "ppo_clip_loss",
+    "r1_penalty",
+    "repeated_ngrams",
+    "select_difficult_tokens",
     "sequence_log_probs",
+    "sequence_unlikelihood_loss",
     "top_k_distillation_loss",
+    "unlikelihood_loss",
 ]
