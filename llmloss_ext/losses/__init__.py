@@ -36,6 +36,7 @@ from .distributions import (
     kl_divergence,
 )
 from .gumbel import GumbelEmbeddings, gumbel_softmax, linear_gumbel_embeddings
+from .hidden_distillation import cosine_distillation_loss
 from .language_model import (
     LabelSmoothingCrossEntropy,
     LanguageModelLoss,
@@ -53,6 +54,8 @@ from .multi_token import (
 )
 from .policy import grpo_loss, ppo_clip_loss
 from .preference import PreferenceLoss, dpo_loss, sequence_log_probs
+from .sampled_distillation import SampledKL, sampled_reverse_kl
+from .selected import linear_selected_log_probs, selected_log_probs
 from .unlikelihood import (
     repeated_ngrams,
     sequence_unlikelihood_loss,
@@ -74,6 +77,7 @@ __all__ = [
     "MultiTokenLoss",
     "PolicyGradientLoss",
     "PreferenceLoss",
+    "SampledKL",
     "UncertaintyWeights",
     "causal_lm_loss",
     "check_probabilities",
@@ -82,6 +86,7 @@ __all__ = [
     "conflict_backward",
     "conflict_loss",
     "contrastive_loss",
+    "cosine_distillation_loss",
     "count_multi_token_items",
     "create_causal_mask",
     "cross_entropy_between",
@@ -98,6 +103,7 @@ __all__ = [
     "kl_divergence",
     "linear_gumbel_embeddings",
     "linear_schedule",
+    "linear_selected_log_probs",
     "mask_tokens",
     "min_norm_weights",
     "mlm_loss",
@@ -108,7 +114,9 @@ __all__ = [
     "ppo_clip_loss",
     "r1_penalty",
     "repeated_ngrams",
+    "sampled_reverse_kl",
     "select_difficult_tokens",
+    "selected_log_probs",
     "sequence_log_probs",
     "sequence_unlikelihood_loss",
     "top_k_distillation_loss",
