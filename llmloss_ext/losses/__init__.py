@@ -24,7 +24,8 @@ from .language_model import (
     next_token_targets,
 )
 from .masked_lm import mask_tokens, mlm_loss
-from .policy import grpo_loss, ppo_clip_loss
+from .policy import PolicyLoss, PolicyMetrics, ValueLoss, grpo_loss, ppo_clip_loss, value_loss
+from .policy_weights import high_entropy_mask, off_policy_mask, rollout_weights
 from .preference import PreferenceLoss, dpo_loss, sequence_log_probs
 
 __all__ = [
@@ -33,8 +34,11 @@ __all__ = [
     "LabelSmoothingCrossEntropy",
     "LanguageModelLoss",
     "LossStats",
+    "PolicyLoss",
+    "PolicyMetrics",
     "PreferenceLoss",
     "UncertaintyWeights",
+    "ValueLoss",
     "causal_lm_loss",
     "check_probabilities",
     "combined_loss",
@@ -46,12 +50,16 @@ __all__ = [
     "dpo_loss",
     "entropy",
     "grpo_loss",
+    "high_entropy_mask",
     "kl_divergence",
     "linear_schedule",
     "mask_tokens",
     "mlm_loss",
     "next_token_targets",
+    "off_policy_mask",
     "ppo_clip_loss",
+    "rollout_weights",
     "sequence_log_probs",
     "top_k_distillation_loss",
+    "value_loss",
 ]
