@@ -1,5 +1,6 @@
 """The loss family: each a few readable lines over the row statistics."""
 
+from .advantages import Advantages, gae, group_advantages, masked_whiten, rloo_advantages
 from .combined import (
     CombinedLoss,
     UncertaintyWeights,
@@ -29,6 +30,7 @@ from .policy_weights import high_entropy_mask, off_policy_mask, rollout_weights
 from .preference import PreferenceLoss, dpo_loss, sequence_log_probs
 
 __all__ = [
+    "Advantages",
     "ClipLoss",
     "CombinedLoss",
     "LabelSmoothingCrossEntropy",
@@ -49,15 +51,19 @@ __all__ = [
     "distillation_loss",
     "dpo_loss",
     "entropy",
+    "gae",
+    "group_advantages",
     "grpo_loss",
     "high_entropy_mask",
     "kl_divergence",
     "linear_schedule",
     "mask_tokens",
+    "masked_whiten",
     "mlm_loss",
     "next_token_targets",
     "off_policy_mask",
     "ppo_clip_loss",
+    "rloo_advantages",
     "rollout_weights",
     "sequence_log_probs",
     "top_k_distillation_loss",

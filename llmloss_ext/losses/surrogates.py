@@ -290,10 +290,17 @@ def _phi(difference: Tensor, tokens: Tokens, options: PolicyOptions) -> Tensor:
         log_w = log_w + tokens.log_rollout
     log_w = log_w.clamp(_LOWEST_LOG_W, _LARGEST_LOG_W)
     is_good = tokens.advantages >= 0
-    k = torch.where(is_good, options.vespo_k_pos, options.vespo_k_neg)
-    rate = torch.where(is_good, options.vespo_lambda_pos, options.vespo_lambda_neg)
+    k = _either(is_good, options.vespo_k_pos, options.vespo_k_neg, log_w)
+    rate = _either(is_good, options.vespo_lambda_pos, options.vespo_lambda_neg, log_w)
     phi = torch.exp(rate + k * log_w - rate * log_w.exp())
     return phi.nan_to_num(nan=0.0, posinf=0.0)
+
+
+def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """One of two numbers, in the dtype of another tensor."""
+    return torch.full(condition.shape, no, dtype=like.dtype, device=like.device).masked_fill(
+        condition, yes
+    )
 
 
 class Terms(NamedTuple):
@@ -353,7 +360,7 @@ def _clipped(ratio: Tensor, a: Tensor, options: PolicyOptions, bounds: Bounds) -
 
 
 def _sapo(ratio: Tensor, a: Tensor, options: PolicyOptions, bounds: Bounds) -> Tensor:
-    t = torch.where(a > 0, options.sapo_temperature_pos, options.sapo_temperature_neg)
+    t = _either(a > 0, options.sapo_temperature_pos, options.sapo_temperature_neg, a)
     return -bounds.finite(torch.sigmoid(t * (ratio - 1)) * 4 / t * a)
 
 
