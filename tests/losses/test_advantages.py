@@ -112,7 +112,7 @@ def test_group_advantages(device, scale):
     rewards = torch.tensor(REWARDS, dtype=torch.float64, device=device, requires_grad=True)
     found = losses.group_advantages(rewards, 4, scale_rewards=scale)
     assert not found.requires_grad
-    assert_close(found, torch.tensor(want), 1e-6 if scale == "none" else 1e-9)
+    assert_close(found, torch.tensor(want, dtype=torch.float64), 1e-6 if scale == "none" else 1e-9)
     assert (losses.group_advantages(rewards[:3], 1, scale_rewards=scale) == 0).all()
 
 
@@ -131,7 +131,7 @@ def test_leave_one_out(device, normalized):
     want = [0.0 if math.isnan(a) else a for a in want]
     rewards = torch.tensor(REWARDS, dtype=torch.float64, device=device)
     found = losses.rloo_advantages(rewards, 4, normalize_advantages=normalized)
-    assert_close(found, torch.tensor(want), 1e-9)
+    assert_close(found, torch.tensor(want, dtype=torch.float64), 1e-9)
 
 
 def test_what_does_not_fit():
