@@ -11,6 +11,11 @@ from torch import Tensor
 __all__ = ["Problem", "by_definition"]
 
 
+def number(x: Tensor) -> float:
+    """Without its gradient."""
+    return float(x.detach())
+
+
 class Problem:
     """A batch of sequences of different lengths, with all that a policy loss may ask for."""
 
@@ -100,7 +105,7 @@ def by_definition(
         log_ratios = [x[i, t] - old[i, t] for t in of]
         mean_log_ratio = sum(log_ratios) / len(of)
         sampled = old if sampling_log_probs is None else sampling_log_probs
-        fallen = sum(float(sampled[i, t] - x[i, t]) for t in of) / len(of)
+        fallen = sum(number(sampled[i, t] - x[i, t]) for t in of) / len(of)
         for t, log_ratio in zip(of, log_ratios, strict=True):
             a = advantages[i] if advantages.dim() == 1 else advantages[i, t]
             if importance_sampling_level == "token":
@@ -110,12 +115,12 @@ def by_definition(
             else:  # s_i without a gradient times pi / sg(pi)
                 r = torch.exp(mean_log_ratio).detach() * torch.exp(x[i, t] - x[i, t].detach())
             if loss_type == "cispo":
-                loss = -min(float(r), high) * a * x[i, t]
+                loss = -min(number(r), high) * a * x[i, t]
             elif loss_type == "sapo":
                 tau = sapo_temperature_pos if a > 0 else sapo_temperature_neg
                 loss = -4 / tau / (1 + torch.exp(-tau * (r - 1))) * a
             elif loss_type == "vespo":
-                w = math.exp(sum(float(y) for y in log_ratios))
+                w = math.exp(sum(number(y) for y in log_ratios))
                 if importance_sampling_ratio is not None:
                     w *= math.prod(float(importance_sampling_ratio[i, s]) for s in of)
                 k, rate = (
@@ -123,11 +128,11 @@ def by_definition(
                 )
                 loss = -math.exp(rate) * w**k * math.exp(-rate * w) * a * x[i, t]
             else:
-                clipped = min(max(float(r), 1 - epsilon), 1 + high)
-                within = r if clipped == float(r) else x.new_tensor(clipped)
-                r_two_sided = r if float(r) < delta else x.new_tensor(delta)
+                clipped = min(max(number(r), 1 - epsilon), 1 + high)
+                within = r if clipped == number(r) else x.new_tensor(clipped)
+                r_two_sided = r if number(r) < delta else x.new_tensor(delta)
                 candidates = r_two_sided * a, within * a
-                loss = -min(candidates, key=float)
+                loss = -min(candidates, key=number)
             if off_policy_mask_threshold < fallen and a < 0:
                 loss = 0.0 * loss
             acts = entropy_mask is None or bool(entropy_mask[i, t])
@@ -144,7 +149,7 @@ def by_definition(
             losses[i][t] = loss
     rows = [[loss for loss in row if loss is not None] for row in losses]
     whole = [loss for row in rows for loss in row]
-    zero = 0.0 * x[mask].sum()
+    zero = 0.0 * x[mask.bool()].sum()
     if loss_type in ("grpo", "sapo"):
         total = sum((sum(row) / len(row) for row in rows if row), zero) / sequences
     elif loss_type == "luspo":
