@@ -76,12 +76,12 @@ def test_what_rollout_weights_refuse(how, message):
 
 @pytest.mark.parametrize("by_tokens", [False, True])
 def test_off_policy_mask(device, by_tokens):
-    p = Problem(2, sequences=12)
+    p = Problem(2, sequences=40)
     p.sampling[0, 1] = math.nan
     p.mask[3] = False
     a = p.advantages[:, None] * (p.entropy - 0.5) if by_tokens else p.advantages
-    want = torch.ones(12, 6 if by_tokens else 1, dtype=torch.bool)
-    for i in range(12):
+    want = torch.ones(40, 6 if by_tokens else 1, dtype=torch.bool)
+    for i in range(40):
         of = [t for t in range(6) if p.mask[i, t]]
         fallen = [float(p.sampling[i, t] - p.log_probs[i, t]) for t in of]
         mean = sum(y for y in fallen if not math.isnan(y)) / max(len(of), 1)
