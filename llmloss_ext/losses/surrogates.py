@@ -346,8 +346,11 @@ def surrogate(log_probs: Tensor, tokens: Tokens, options: PolicyOptions) -> Term
         estimate = _kl(tokens.reference, x, options.kl_estimator, bounds)
         corrects = options.use_bias_correction_kl
         if options.beta:
-            coefficient = bounds.finite(options.beta * ratio) if corrects else options.beta
-            losses = losses + bounds.finite(coefficient * estimate)
+            penalty = bounds.finite(options.beta * estimate)
+            if corrects:  # each factor is bounded: so is what backward multiplies them by
+                weight = ratio.clamp_max(bounds.largest / max(options.beta, 1.0))
+                penalty = bounds.finite(penalty * weight)
+            losses = losses + penalty
         kl = bounds.finite(ratio * estimate if corrects else estimate).detach()
     return Terms(losses, ratio, difference, kl)
 
