@@ -213,11 +213,11 @@ SYMBOLIC = {
         x[:, 0], x[:, 1].detach(), b, b, num_items=y.shape[0]
     ),
     "grpo": lambda x, y, w, b: losses.grpo_loss(
-        x[:, :3], x[:, 3:6].detach(), b, x[:, :3] < 1, loss_type="grpo", epsilon_high=0.3,
-        importance_sampling_level="sequence", reference_log_probs=x[:, 1:4].detach(), beta=0.1,
-        off_policy_mask_threshold=0.5, entropy=x[:, 2:5].exp(), entropy_coef=0.1,
-        entropy_mask=losses.high_entropy_mask(x[:, 2:5].exp(), x[:, :3] < 1, 0.5),
-        importance_sampling_ratio=losses.rollout_weights(x[:, :3], x[:, 1:4], x[:, :3] < 1),
+        x[:, :2], x[:, 1:3].detach(), b, x[:, :2] < 1, loss_type="grpo", epsilon_high=0.3,
+        importance_sampling_level="sequence", reference_log_probs=x[:, 2:4].detach(), beta=0.1,
+        off_policy_mask_threshold=0.5, entropy=x[:, 2:4].exp(), entropy_coef=0.1,
+        entropy_mask=losses.high_entropy_mask(x[:, 2:4].exp(), x[:, :2] < 1, 0.5),
+        importance_sampling_ratio=losses.rollout_weights(x[:, :2], x[:, 1:3], x[:, :2] < 1),
     ).loss,
     "vespo": lambda x, y, w, b: losses.grpo_loss(
         x[:, :3], None, losses.gae(x[:, :3], x[:, 1:4], x[:, :3] < 1).advantages, x[:, :3] < 1,

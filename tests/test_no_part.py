@@ -370,7 +370,7 @@ def test_policy_and_preference_losses(seed, value):
             loss_type="grpo", entropy=entropy, entropy_coef=0.1,
         ).loss  # fmt: skip
 
-    def value(policy, old, reference, entropy, advantages):
+    def critic(policy, old, reference, entropy, advantages):
         return losses.value_loss(policy, old, losses.gae(old, reference, mask).returns, mask).loss
 
     def dpo(policy, old, reference, entropy, advantages):
@@ -382,7 +382,7 @@ def test_policy_and_preference_losses(seed, value):
 
     given_clean = (policy, old, reference, entropy, advantages)
     given_dirty = tuple(spoilt(x, batch.absent, value) for x in given_clean)
-    for function in (ppo, grpo, value, dpo, mean):
+    for function in (ppo, grpo, critic, dpo, mean):
         one, other = (
             results(lambda x, f=function, t=tensors: f(x, *t[1:]), tensors[0])
             for tensors in (given_clean, given_dirty)

@@ -451,6 +451,24 @@ def test_tensors_that_do_not_fit():
         PolicyOptions.of(clip=0.1)
 
 
+@pytest.mark.parametrize("name", ["old_log_probs", "advantages", "mask", "entropy",
+                                  "reference_log_probs", "entropy_mask"])  # fmt: skip
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 5), (3, 1), (3, 5, 1)])
+def test_policy_losses_do_not_broadcast(name, shape):
+    whole = dict.fromkeys(("log_probs", "old_log_probs", "mask", "entropy"), torch.ones(3, 5))
+    ppo = {**whole, "advantages": torch.ones(3, 5)}
+    grpo = {**ppo, "reference_log_probs": torch.ones(3, 5), "entropy_mask": torch.ones(3, 5)}
+    for function, arguments in ((losses.ppo_clip_loss, ppo), (losses.grpo_loss, grpo)):
+        if name not in arguments:
+            continue
+        function(**arguments)
+        if (name, shape) == ("advantages", (3, 1)):
+            function(**{**arguments, name: torch.ones(shape)})  # one for each sequence
+            continue
+        with pytest.raises(ValueError, match=name.split("_")[0]):
+            function(**{**arguments, name: torch.ones(shape)})
+
+
 def value_by_definition(v, old, wanted, mask, clip):
     chosen = [
         max(
