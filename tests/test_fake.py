@@ -115,6 +115,12 @@ def of_sequences(b, given):
         yield module.compute_loss_with_stats(b.hidden, b.ids, linear_weight=b.weight, **given).loss
 
 
+POLICY_KINDS = [
+    ("dapo", "token"), ("grpo", "sequence"), ("bnpo", "sequence_token"), ("dr_grpo", "token"),
+    ("luspo", "sequence"), ("cispo", "token"), ("sapo", "token"), ("vespo", "token"),
+]  # fmt: skip
+
+
 def of_others(b):
     teacher = b.logits.detach()
     for items, direction in itertools.product((None, 3, b.number), ("forward", "reverse", "jsd")):
@@ -128,9 +134,19 @@ def of_others(b):
     for items in (None, 3, b.number):
         policy, old = b.hidden[..., 0], b.hidden[..., 1].detach()
         yield losses.ppo_clip_loss(policy, old, b.mask, b.mask, num_items=items)
-        yield losses.grpo_loss(
-            policy, old, b.mask[:, 0], b.mask, reference_log_probs=old, num_items=items
-        )
+        for loss_type, level in POLICY_KINDS:
+            how = {"max_completion_length": 9} if loss_type == "dr_grpo" else {}
+            result = losses.grpo_loss(
+                policy, old, b.mask[:, 0], b.mask, loss_type=loss_type, beta=0.1,
+                importance_sampling_level=level, reference_log_probs=old, entropy=policy.exp(),
+                entropy_mask=losses.high_entropy_mask(policy.exp(), b.mask, 0.5), entropy_coef=0.1,
+                importance_sampling_ratio=losses.rollout_weights(old, old, b.mask),
+                off_policy_mask_threshold=0.5, sampling_log_probs=old, entropy_items=3,
+                num_items=None if loss_type == "bnpo" else items, **how,
+            )  # fmt: skip
+            yield result.loss
+            yield from result.metrics
+        yield losses.value_loss(policy, old, old, b.mask, num_items=items).loss
         sums = (losses.sequence_log_probs(x, b.mask) for x in (policy, old, old, old))
         yield losses.dpo_loss(*sums, num_items=items).loss
         yield losses.confidence_penalty_loss(b.logits, b.ids, num_items=items)
@@ -196,6 +212,21 @@ SYMBOLIC = {
     "ppo": lambda x, y, w, b: losses.ppo_clip_loss(
         x[:, 0], x[:, 1].detach(), b, b, num_items=y.shape[0]
     ),
+    "grpo": lambda x, y, w, b: losses.grpo_loss(
+        x[:, :2], x[:, 1:3].detach(), b, x[:, :2] < 1, loss_type="grpo", epsilon_high=0.3,
+        importance_sampling_level="sequence", reference_log_probs=x[:, 2:4].detach(), beta=0.1,
+        off_policy_mask_threshold=0.5, entropy=x[:, 2:4].exp(), entropy_coef=0.1,
+        entropy_mask=losses.high_entropy_mask(x[:, 2:4].exp(), x[:, :2] < 1, 0.5),
+        importance_sampling_ratio=losses.rollout_weights(x[:, :2], x[:, 1:3], x[:, :2] < 1),
+    ).loss,
+    "vespo": lambda x, y, w, b: losses.grpo_loss(
+        x[:, :3], None, losses.gae(x[:, :3], x[:, 1:4], x[:, :3] < 1).advantages, x[:, :3] < 1,
+        loss_type="vespo", num_items=y.shape[0],
+    ).loss,
+    "value": lambda x, y, w, b: losses.value_loss(
+        x[:, :3], x[:, 1:4].detach(), losses.gae(x[:, :3], x[:, 1:4], x[:, :3] < 1).returns,
+        x[:, :3] < 1,
+    ).loss,
 }  # fmt: skip
 
 

@@ -361,14 +361,17 @@ def test_policy_and_preference_losses(seed, value):
 
     def ppo(policy, old, reference, entropy, advantages):
         return losses.ppo_clip_loss(
-            policy, old, advantages, mask, entropy=entropy, entropy_bonus=0.1
+            policy, old, advantages, mask, entropy=entropy, entropy_coef=0.1
         )
 
     def grpo(policy, old, reference, entropy, advantages):
         return losses.grpo_loss(
-            policy, old, by_sequence, mask, reference_log_probs=reference, entropy=entropy,
-            entropy_bonus=0.1,
-        )  # fmt: skip
+            policy, old, by_sequence, mask, reference_log_probs=reference, beta=0.1,
+            loss_type="grpo", entropy=entropy, entropy_coef=0.1,
+        ).loss  # fmt: skip
+
+    def critic(policy, old, reference, entropy, advantages):
+        return losses.value_loss(policy, old, losses.gae(old, reference, mask).returns, mask).loss
 
     def dpo(policy, old, reference, entropy, advantages):
         sums = [losses.sequence_log_probs(x, mask) for x in (policy, old, reference, entropy)]
@@ -379,7 +382,7 @@ def test_policy_and_preference_losses(seed, value):
 
     given_clean = (policy, old, reference, entropy, advantages)
     given_dirty = tuple(spoilt(x, batch.absent, value) for x in given_clean)
-    for function in (ppo, grpo, dpo, mean):
+    for function in (ppo, grpo, critic, dpo, mean):
         one, other = (
             results(lambda x, f=function, t=tensors: f(x, *t[1:]), tensors[0])
             for tensors in (given_clean, given_dirty)
@@ -502,7 +505,10 @@ ZERO_ITEMS: dict[str, Loss] = {
     ),
     "grpo": lambda b, n: losses.grpo_loss(
         b.logits[..., 0], b.logits[..., 1].detach(), b.token_weight[:, 0], ~b.absent, num_items=n
-    ),
+    ).loss,
+    "value": lambda b, n: losses.value_loss(
+        b.logits[..., 0], b.logits[..., 1].detach(), b.token_weight, ~b.absent, num_items=n
+    ).loss,
 }  # fmt: skip
 
 
@@ -516,7 +522,7 @@ def test_0_items(device, name, dtype):
             batch.absent[:] = True
             batch.ignored[:] = -100
             batch.token_weight[:] = 0
-            if name not in ("ppo", "grpo"):
+            if name not in ("ppo", "grpo", "value"):
                 batch.hidden[:] = batch.logits[:] = value
             leaves = [batch.logits, batch.hidden, batch.weight]
             for leaf in leaves:

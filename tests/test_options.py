@@ -264,27 +264,6 @@ def test_options_of_masked_and_contrastive_losses():
     assert wide(*views) != narrow(*views)
 
 
-def test_options_of_the_policy_losses():
-    x = -torch.rand(2, 4)
-    mask, advantages = torch.ones(2, 4), torch.ones(2)
-    reference = x - 0.5
-
-    def grpo(weight):
-        return losses.grpo_loss(
-            x, x, advantages, mask, reference_log_probs=reference, kl_weight=weight
-        )
-
-    d = torch.tensor(-0.5)
-    assert_close(grpo(2.0) - grpo(0.0), 2.0 * (d.exp() - d - 1), 1e-6)
-    old, a = x - 1.0, torch.ones(2, 4)  # a ratio of e is clipped
-    for clip in (0.1, 0.5):
-        assert_close(
-            losses.ppo_clip_loss(x, old, a, mask, clip=clip), torch.tensor(-1 - clip), 1e-6
-        )
-        assert_close(losses.grpo_loss(x, old, advantages, mask, clip=clip),
-                     torch.tensor(-1 - clip), 1e-6)  # fmt: skip
-
-
 def test_counts_are_added_over_the_group(monkeypatch):
     seen = []
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["bounded_exponent", "check_same_shape", "finite", "valid_tokens", "where_valid"]
+__all__ = [
+    "Bounds",
+    "bounded_exponent",
+    "check_same_shape",
+    "finite",
+    "valid_tokens",
+    "where_valid",
+]
 
 
 def valid_tokens(mask: Tensor, like: Tensor) -> Tensor:
@@ -47,3 +57,30 @@ def finite(x: Tensor) -> Tensor:
     """The nearest finite number, constant where that is another: no inf gets into a gradient."""
     largest = torch.finfo(x.dtype).max
     return x.clamp(-largest, largest)
+
+
+class Bounds(NamedTuple):
+    """How large the parts of a token's loss may get, so that the gradient of a type stays finite.
+
+    Losses are computed in float32 or float64 whatever the log-probabilities are, but their gradient
+    is of the log-probabilities' type: of float16, nothing beyond 65504. Where a part is beyond its
+    bound it is constant. The gradient is a sum of few parts, of which each may have its share.
+    """
+
+    exponent: float
+    """The largest logarithm of a ratio."""
+    largest: float
+    """The largest part."""
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, parts: int = 8) -> Bounds:
+        """Those of a type of log-probabilities, whose gradient is the sum of so many parts."""
+        return cls(_LARGEST_EXPONENT[dtype] - math.log(parts), torch.finfo(dtype).max / parts)
+
+    def exp(self, log_ratio: Tensor) -> Tensor:
+        """The ratio, as far as it may grow."""
+        return torch.exp(log_ratio.clamp_max(self.exponent))
+
+    def finite(self, x: Tensor) -> Tensor:
+        """The part, as far as it may grow."""
+        return x.clamp(-self.largest, self.largest)

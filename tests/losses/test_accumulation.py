@@ -122,9 +122,18 @@ LOSSES: dict[str, tuple[Callable[..., Any], str, Callable[[Batch], float]]] = {
     ),
     "grpo": (
         lambda b, x, n: losses.grpo_loss(
-            x, b.old, b.advantages, b.mask, reference_log_probs=b.old - 0.2, num_items=n
-        ),
+            x, b.old, b.advantages, b.mask, reference_log_probs=b.old - 0.2, beta=0.1,
+            loss_type="grpo", num_items=n,
+        ).loss,
         "policy", sequences,
+    ),
+    "dapo": (
+        lambda b, x, n: losses.grpo_loss(x, b.old, b.advantages, b.mask, num_items=n).loss,
+        "policy", tokens,
+    ),
+    "value": (
+        lambda b, x, n: losses.value_loss(x, b.old, b.old.flip(-1), b.mask, num_items=n).loss,
+        "policy", tokens,
     ),
     "dpo": (
         lambda b, x, n: losses.dpo_loss(

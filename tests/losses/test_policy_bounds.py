@@ -1,6 +1,6 @@
 """Policy and preference losses of finite log-probabilities are finite, and so are their gradients.
 
-Where the formulas as they stand in the papers are finite, nothing is different by a bit.
+Where the formulas as they stand in the papers are finite, preference losses differ by no bit.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from properties import SETTINGS, hypothesis, st
 
 from llmloss_ext import losses
 from llmloss_ext.losses.bounded import _LARGEST_EXPONENT
+from llmloss_ext.losses.policy_options import LEVELS, LOSS_TYPES
+from losses.policy_definition import Problem, by_definition
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LOG_PROBS = st.one_of(st.floats(-1e4, 0), st.floats(-20, 0), st.sampled_from([0.0, -100.0, -1e4]))
@@ -28,53 +30,75 @@ def test_the_largest_exponents(dtype):
     assert (bits + 1).view(dtype).exp().isinf()
 
 
-def as_in_the_papers(kind, x, old, reference, advantages, mask):
-    """The formulas, without a thought of overflow."""
-    ratio = torch.exp(x - old)
-    a = advantages if kind == "ppo" else advantages[:, :1]
-    each = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.3) * a)
-    if kind == "ppo":
-        total = torch.where(mask, each, 0.0).flatten().double()
-        return F.pad(total, (1, 0)).cumsum(0)[-1].to(each.dtype) / mask.sum()
-    d = reference - x
-    each = each + 0.04 * (torch.expm1(d) - d)
-    return (torch.where(mask, each, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)).mean()
-
-
-def ours(kind, x, old, reference, advantages, mask):
-    clip = {"clip": 0.2, "clip_high": 0.3}
-    if kind == "ppo":
-        return losses.ppo_clip_loss(x, old, advantages, mask, **clip)
-    return losses.grpo_loss(
-        x, old, advantages[:, 0], mask, reference_log_probs=reference, kl_weight=0.04, **clip
-    )
-
-
-def with_gradient(function, kind, x, *others):
-    leaf = x.clone().requires_grad_()
-    loss = function(kind, leaf, *others)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+def policy_loss(x, old, reference, advantages, mask, **how):
+    tensors = {"reference_log_probs": reference, "importance_sampling_ratio": how.pop("rollout")}
+    return losses.grpo_loss(x, old, advantages, mask, **tensors, **how).loss
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["ppo", "grpo"])
-@hypothesis.settings(SETTINGS, max_examples=150)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@hypothesis.settings(SETTINGS, max_examples=20)
 @hypothesis.given(st.data())
-def test_policy_losses(dtype, kind, data):
-    def draw(of):
-        numbers = data.draw(st.lists(of, min_size=6, max_size=6))
-        return torch.tensor(numbers).to(dtype).view(2, 3)
+def test_policy_losses(dtype, loss_type, data):
+    """Finite for whatever finite numbers, and as in the papers where these stay in bounds."""
 
-    x, old, reference = draw(LOG_PROBS), draw(LOG_PROBS), draw(LOG_PROBS)
-    advantages = draw(ADVANTAGES)
+    def draw(of, number=6):
+        numbers = data.draw(st.lists(of, min_size=number, max_size=number))
+        return torch.tensor(numbers).to(dtype)
+
+    x, old, reference = (draw(LOG_PROBS).view(2, 3) for _ in range(3))
+    advantages, rollout = draw(ADVANTAGES, 2), draw(st.sampled_from([0.0, 0.5, 1.0, 1e4]), 2)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=6, max_size=6))).view(2, 3)
     mask[0, 0] = True
-    found = with_gradient(ours, kind, x, old, reference, advantages, mask)
-    assert all(t.isfinite().all() for t in found)
-    plain = with_gradient(as_in_the_papers, kind, x, old, reference, advantages, mask)
-    if all(t.isfinite().all() for t in plain):
-        for one, other in zip(found, plain, strict=True):
-            assert torch.equal(one, other)
+    levels = ["token"] if loss_type == "vespo" else LEVELS
+    how = {
+        "loss_type": loss_type, "importance_sampling_level": data.draw(st.sampled_from(levels)),
+        "beta": data.draw(st.sampled_from([0.0, 0.04, 100.0])),
+        "kl_estimator": data.draw(st.sampled_from(["k1", "k2", "k3"])),
+        "use_bias_correction_kl": data.draw(st.booleans()),
+    }  # fmt: skip
+    if loss_type == "dr_grpo":
+        how["max_completion_length"] = 3
+    leaf = x.clone().requires_grad_()
+    given = old, reference, advantages, mask
+    loss = policy_loss(leaf, *given, rollout=rollout[:, None], **how)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+    assert grad.dtype == dtype
+    parts = [(x - old)[mask], (reference - x)[mask]]
+    if dtype.itemsize == 2 or loss_type == "vespo" or max(part.max() for part in parts) > 40:
+        return
+    double = [t.double() for t in (x, old, reference, advantages)]
+    exact = double[0].clone().requires_grad_()
+    wanted, each = by_definition(
+        exact, double[1], double[3], mask, reference_log_probs=double[2],
+        importance_sampling_ratio=rollout[:, None].expand(2, 3).double(), **how,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(wanted, exact)
+    if each.detach().abs().max() < 1e36:
+        scale = each.detach().abs().max().clamp_min(1) * (1e-4 if dtype == torch.float32 else 1e-9)
+        assert (loss - wanted).abs() <= scale
+        assert (grad - gradient).abs().max() <= scale * (1 + double[0].abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_16_bits_are_read_as_float32_and_the_gradient_is_rounded_once(dtype, loss_type):
+    p = Problem(3).to(torch.float32).to(dtype)
+    length = {"max_completion_length": 6} if loss_type == "dr_grpo" else {}
+    results = []
+    for q in (p, p.to(torch.float32)):
+        leaf = q.log_probs.clone().requires_grad_()
+        loss = policy_loss(
+            leaf, q.old, q.reference, q.advantages, q.mask, rollout=q.rollout, beta=0.1,
+            loss_type=loss_type, **length,
+        )  # fmt: skip
+        results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+    (loss, grad), (wide, gradient) = results
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, wide)
+    assert torch.equal(grad, gradient.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
