@@ -114,6 +114,13 @@ OPTIONS = {
         None,
         "Where each rank of a process group holds some of the classes: see `llmloss_ext.Shard`.",
     ),
+    "return_stats": Option(
+        "bool | Sequence[str]",
+        False,
+        "Whether to return ``(loss, stats)``: a `TokenStats`, detached, from the same read of the "
+        "logits. True: log_prob, lse, entropy, argmax and rank; or names of statistics; the others "
+        "are None. For class indices, and not in place.",
+    ),
     "with_rank": Option("bool", False, "Whether to fill ``argmax`` and ``rank``."),
     "extra": Option(
         "Sequence[str]",
@@ -187,9 +194,7 @@ _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 """Their numbers in the kernels: Reduction of csrc/core/loss_rows.h."""
 
 
-def option_names(
-    function: Callable[..., Any], table: Mapping[str, Option] = OPTIONS
-) -> list[str]:
+def option_names(function: Callable[..., Any], table: Mapping[str, Option] = OPTIONS) -> list[str]:
     """The options in a function's signature."""
     return [name for name in inspect.signature(function).parameters if name in table]
 
@@ -219,9 +224,7 @@ def documented(
     return function
 
 
-def spelled_out(
-    function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS
-) -> F:
+def spelled_out(function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS) -> F:
     """The function, whose signature lists options in place of ``**options``."""
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

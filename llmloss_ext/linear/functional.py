@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..checks import (
 from ..composite import real_of
 from ..entry import entry_point
 from ..ops import LossInputs, StatsInputs
+from ..ops.rows import Rows, take
 from ..options import (
     MEAN,
     NONE,
@@ -33,19 +34,49 @@ from ..options import (
 )
 from ..sequences import Sequences, moved
 from ..shard import Shard, ShardedColumns
-from ..statistics import RowStats, TokenStats, asked, asked_by_user
+from ..statistics import (
+    FloatStats,
+    RowStats,
+    TokenStats,
+    asked,
+    asked_beside_a_loss,
+    asked_by_user,
+)
+from . import objective as objectives
 from . import operators
 from .operators import needs_gradients
 from .planning import Sums, chunk_limit
 from .projection import as_rows, check_projection, to_dtype_of_products
-from .walk import Inputs, Targets
+from .walk import Inputs, Objective, Targets
 
 __all__ = ["linear_cross_entropy", "linear_log_probs", "linear_token_stats"]
 
 T = TypeVar("T")
 
 
-@entry_point("input", "target", "token_weight")
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: bool | Sequence[str],
+    **options: Any,
+) -> tuple[Tensor, TokenStats]: ...
+
+
+@entry_point("input", "target", "token_weight")  # type: ignore[misc]  # in other words
 @documented
 def linear_cross_entropy(
     input: Tensor,
@@ -75,8 +106,9 @@ def linear_cross_entropy(
     drop_ignored: bool | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     weight_grad_accumulator: Tensor | None = None,
+    return_stats: bool | Sequence[str] = False,
     shard: Shard | None = None,
-) -> Tensor:
+) -> Any:
     r"""``cross_entropy(input @ linear_weight.T + linear_bias, target)`` without the N x V logits.
 
     The tokens are walked through in chunks; the one large buffer holds the logits of one chunk.
@@ -100,6 +132,8 @@ def linear_cross_entropy(
 
     Returns:
         The loss: 0-d, or of the target's shape for ``reduction="none"``; float32 for 16-bit inputs.
+        With ``return_stats``, the loss and a `TokenStats`, from the same three products (compiled:
+        four).
 
     Raises:
         ValueError: Shapes that do not fit, or an option out of range.
@@ -123,14 +157,15 @@ def linear_cross_entropy(
     walk = _HowChunks(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
     )
+    wanted = asked_beside_a_loss(return_stats)
     check_dense("linear_weight", linear_weight)
     items = items_tensor(num_items, reduction, input)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     if linear_weight.dim() > 2:
-        is_flat = shift or sequences.given or weight_grad_accumulator is not None
+        is_flat = shift or sequences.given or weight_grad_accumulator is not None or wanted
         if is_flat or shard is not None:
             raise ValueError(
-                "shard, shift and weight_grad_accumulator need a weight (V, D), got "
+                "shard, shift, return_stats and weight_grad_accumulator need a weight (V, D), got "
                 f"{tuple(linear_weight.shape)}"
             )
         return _multi_dimensional(
@@ -140,7 +175,8 @@ def linear_cross_entropy(
     call = LinearCall(
         input, linear_weight, target, linear_bias, weight, logits, shift, sequences, shard
     )
-    return call.loss(call.token_weights(token_weight), items, loss, walk)
+    value, stats = call.loss(call.token_weights(token_weight), items, loss, walk, wanted)
+    return value if stats is None else (value, TokenStats.beside(stats, wanted, call.shape))
 
 
 def _torchs_options(
@@ -363,8 +399,11 @@ class LinearCall:
         num_items: Tensor | None,
         loss: LossOptions,
         walk: _HowChunks,
-    ) -> Tensor:
-        """The loss, by the way that the situation allows."""
+        wanted: int = 0,
+    ) -> tuple[Tensor, RowStats | None]:
+        """The loss, by the way that the situation allows; with statistics if any are wanted."""
+        if wanted and self.has_probabilities:
+            raise RuntimeError("return_stats: target must hold class indices (int64 or int32)")
         # A loss is made of the rows' statistics, and not with its gradients at once, where a
         # gradient has to wait for what backward knows.
         by_rows = (
@@ -374,7 +413,10 @@ class LinearCall:
         )
         chunks = self.chunk_options(walk)
         whole = self.has_probabilities and (self.targets.requires_grad or by_rows)
-        if ops.in_transform() or whole:
+        is_transformed, stats = ops.in_transform(), None
+        if wanted and is_transformed:
+            by_rows = True
+        if whole or (is_transformed and not wanted):
             if walk.accumulator is not None:
                 raise RuntimeError(
                     "weight_grad_accumulator works neither with probability targets nor under "
@@ -382,12 +424,30 @@ class LinearCall:
                 )
             value = self._from_whole_logits(token_weight, num_items, loss)
         elif by_rows:
-            stats = self.stats(asked(loss.statistics()), chunks, walk.accumulator)
+            stats = self.stats(wanted | asked(loss.statistics()), chunks, walk.accumulator)
             value = self._loss_of(stats, token_weight, num_items, loss)
+        elif wanted:
+            value, _, stats = self.walk(
+                self._objective(token_weight, num_items, loss),
+                wanted | asked(loss.statistics()), chunks,
+            )  # fmt: skip
         else:
             targets = Targets(self.targets, self.weight, token_weight, num_items)
             value = self._run(operators.loss, self.inputs, targets, self.options, loss, chunks)
-        return value.reshape(self.shape) if loss.reduction == NONE else value
+        value = value.reshape(self.shape) if loss.reduction == NONE else value
+        return value, stats if wanted else None
+
+    def walk(
+        self, objective: Objective, wanted: int, chunks: ChunkOptions
+    ) -> objectives.ObjectiveLoss:
+        """A sum over tokens, in one walk; under transforms from whole logits."""
+        if ops.in_transform():
+            stats = self.stats(wanted, chunks)
+            return objectives.of_statistics(stats, len(self.targets), objective, wanted)
+        targets = Targets(self.targets, self.weight)
+        return self._run(
+            objectives.run, self.inputs, targets, self.options, objective, wanted, chunks
+        )
 
     def stats(
         self, wanted: int, chunks: ChunkOptions, accumulator: Tensor | None = None
@@ -411,11 +471,25 @@ class LinearCall:
         num_items: Tensor | None,
         loss: LossOptions,
     ) -> Tensor:
+        w_y, weights = self._weights(token_weight)
+        return composite.loss_of(stats.floats, w_y, weights, num_items, loss)
+
+    def _objective(
+        self, token_weight: Tensor | None, num_items: Tensor | None, loss: LossOptions
+    ) -> CrossEntropy:
+        """The reduced loss as a sum over tokens."""
+        w_y, weights = self._weights(token_weight)
+        divisor = torch.ones(2, dtype=weights.dtype, device=weights.device)
+        if loss.reduction == MEAN:
+            divisor = composite.mean_denominator(w_y, weights, num_items, loss)
+        return CrossEntropy(loss, w_y, weights, divisor)
+
+    def _weights(self, token_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(N) of each: the class weights of the targets, and the tokens' weights."""
         find = composite.target_weights if self.shard is None else self.shard.target_weights
         ignored, real = self.options.ignore_index, real_of(self.inputs.input)
-        w_y = find(self.targets, self.weight, ignored, real)
-        weights = composite.row_weights(token_weight, self.targets, ignored, real)
-        return composite.loss_of(stats.floats, w_y, weights, num_items, loss)
+        w_y: Tensor = find(self.targets, self.weight, ignored, real)
+        return w_y, composite.row_weights(token_weight, self.targets, ignored, real)
 
     def _from_whole_logits(
         self, token_weight: Tensor | None, num_items: Tensor | None, loss: LossOptions
@@ -460,6 +534,25 @@ class LinearCall:
             columns, hidden.dtype, hidden.device.type, walk.chunk_tokens, walk.max_chunk_bytes, sums
         )
         return ChunkOptions(limit, drops, dtype, self.shard)
+
+
+class CrossEntropy(NamedTuple):
+    """The cross entropy as an `Objective`."""
+
+    loss: LossOptions
+    w_y: Tensor
+    """(N): the class weight of each target, 0 where ignored."""
+    weights: Tensor
+    """(N): of the tokens, 0 where ignored."""
+    divisor: Tensor
+    """`composite.denominator`."""
+
+    def __call__(self, stats: FloatStats, rows: Rows) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The sum of some tokens' losses, divided."""
+        w_y, weights = take(self.w_y, rows), take(self.weights, rows)
+        items, z_factor = self.divisor
+        losses = composite.losses_of(stats, w_y, weights, self.loss, z_factor)
+        return composite.total(losses) / items.to(losses.dtype), ()
 
 
 def _check_accumulator(accumulator: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
@@ -526,7 +619,9 @@ def _multi_dimensional(
     weights = [call.token_weights(t) for call, t in zip(calls, each(token_weight), strict=True)]
     if loss.reduction == MEAN and num_items is None:
         num_items = _counted(calls, weights, loss)
-    losses = [call.loss(w, num_items, loss, walk) for call, w in zip(calls, weights, strict=True)]
+    losses = [
+        call.loss(w, num_items, loss, walk)[0] for call, w in zip(calls, weights, strict=True)
+    ]
     stacked = torch.stack(losses, dim=-1)
     return stacked.reshape(shape) if loss.reduction == NONE else stacked.sum()
 

@@ -211,9 +211,16 @@ class LinearCrossEntropy(Function):
         if ctx.results is None:  # a second backward
             ctx.results = _loss_and_gradients(inputs, targets, ctx.options, ctx.needs)
         results, ctx.results = ctx.results, None
-        factor = grad_loss * results.factor
-        every = zip(results.gradients, inputs, ctx.needs, strict=True)
-        return (*(_scaled(g, factor, x.dtype) if need else None for g, x, need in every), *others)
+        return (*scaled(results, inputs, ctx.needs, grad_loss), *others)
+
+
+def scaled(
+    results: LossResults, inputs: Inputs, needs: Inputs, grad_loss: Tensor
+) -> list[Tensor | None]:
+    """What a forward pass has left of its gradients, times that of the loss; in place."""
+    factor = grad_loss * results.factor
+    every = zip(results.gradients, inputs, needs, strict=True)
+    return [_scaled(g, factor, x.dtype) if need else None for g, x, need in every]
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
