@@ -321,6 +321,8 @@ def surrogate(log_probs: Tensor, tokens: Tokens, options: PolicyOptions) -> Term
     """
     bounds = Bounds.of(log_probs.dtype)
     a = tokens.advantages
+    if tokens.factor is not None:  # on them, not on the loss: then it is in the bounds of gradients
+        a = bounds.finite(a * tokens.factor)
     x = where_valid(tokens.valid, log_probs.to(a.dtype))
     difference = bounds.finite(x - (x.detach() if tokens.old is None else tokens.old))
     ratio = bounds.exp(difference if tokens.log_ratio is None else tokens.log_ratio)
@@ -331,8 +333,6 @@ def surrogate(log_probs: Tensor, tokens: Tokens, options: PolicyOptions) -> Term
     else:
         factor = tokens.phi if tokens.phi is not None else ratio.clamp_max(options.epsilon_high)
         losses = -bounds.finite(bounds.finite(factor.detach() * a) * x)
-    if tokens.factor is not None:
-        losses = bounds.finite(losses * tokens.factor)
     kl = None
     if tokens.reference is not None:
         estimate = _kl(tokens.reference, x, options.kl_estimator, bounds)
