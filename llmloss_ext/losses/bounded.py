@@ -13,6 +13,7 @@ __all__ = [
     "bounded_exponent",
     "check_same_shape",
     "finite",
+    "of_tokens_or_sequences",
     "valid_tokens",
     "where_valid",
 ]
@@ -32,6 +33,19 @@ def check_same_shape(log_probs: Tensor, **others: Tensor | None) -> None:
                 f"{name} must have the shape of the log-probabilities, {tuple(log_probs.shape)}, "
                 f"got {tuple(other.shape)}"
             )
+
+
+def of_tokens_or_sequences(name: str, x: Tensor, log_probs: Tensor) -> Tensor:
+    """One number for each token, (..., S), or for each sequence, (...) or (..., 1), as (..., 1)."""
+    leading = log_probs.shape[:-1]
+    if x.shape == leading:
+        return x.unsqueeze(-1)
+    if x.shape not in (log_probs.shape, (*leading, 1)):
+        raise ValueError(
+            f"{name} must have one number per token, {tuple(log_probs.shape)}, or per sequence, "
+            f"{tuple(leading)} or {(*leading, 1)}; got {tuple(x.shape)}"
+        )
+    return x
 
 
 def where_valid(valid: Tensor, x: Tensor) -> Tensor:

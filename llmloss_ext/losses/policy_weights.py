@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import composite
-from .bounded import Bounds, check_same_shape, valid_tokens, where_valid
+from .bounded import (
+    Bounds,
+    check_same_shape,
+    of_tokens_or_sequences,
+    valid_tokens,
+    where_valid,
+)
 
 __all__ = ["high_entropy_mask", "off_policy_mask", "rollout_weights"]
 
@@ -99,8 +105,7 @@ def off_policy_mask(
         raise ValueError(f"threshold must be > 0, got {threshold}")
     check_same_shape(log_probs, sampling_log_probs=sampling_log_probs)
     valid = valid_tokens(mask, log_probs)
-    if advantages.dim() == log_probs.dim() - 1:
-        advantages = advantages.unsqueeze(-1)
+    advantages = of_tokens_or_sequences("advantages", advantages, log_probs)
     fallen = _real(sampling_log_probs) - _real(log_probs)
     fallen = torch.where(valid & ~fallen.isnan(), fallen, 0.0).sum(-1, keepdim=True)
     return (advantages >= 0) | (fallen / valid.sum(-1, keepdim=True).clamp_min(1) <= threshold)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .. import composite
 from ..checks import items_tensor
-from .bounded import Bounds, check_same_shape, where_valid
+from .bounded import Bounds, check_same_shape, of_tokens_or_sequences, where_valid
 from .policy_options import BY_SEQUENCES, CLIPPED, PolicyOptions
 from .policy_weights import off_policy_mask
 
@@ -125,7 +125,10 @@ def prepare(
     acting = valid if entropy_mask is None else valid & entropy_mask.bool()
     rollout = log_rollout = None
     if importance_sampling_ratio is not None:
-        rollout = _fitting("importance_sampling_ratio", importance_sampling_ratio, mask, real)
+        rollout = of_tokens_or_sequences(
+            "importance_sampling_ratio", importance_sampling_ratio, mask
+        )
+        rollout = rollout.detach().to(real)
     factor = None if entropy_mask is None else acting.to(real)
     if rollout is not None and options.loss_type == "vespo":
         log_rollout = _log_rollout(rollout, valid).expand(valid.shape)
@@ -138,7 +141,9 @@ def prepare(
     by_sequence = options.importance_sampling_level == "sequence"
     return Tokens(
         valid=valid,
-        advantages=where_valid(valid, _fitting("advantages", advantages, mask, real)),
+        advantages=where_valid(
+            valid, of_tokens_or_sequences("advantages", advantages, mask).detach().to(real)
+        ),
         weights=normalizing_weights(valid, options, num_items, real),
         entropy_weights=_entropy_weights(acting, options, num_items, entropy_items, real),
         mean_weights=mean_weights,
@@ -156,19 +161,6 @@ def prepare(
 
 def _stored(log_probs: Tensor | None, valid: Tensor, real: torch.dtype) -> Tensor | None:
     return None if log_probs is None else where_valid(valid, log_probs.detach().to(real))
-
-
-def _fitting(name: str, x: Tensor, mask: Tensor, real: torch.dtype) -> Tensor:
-    """One number for each sequence or each token as (..., 1) or (..., S), without a gradient."""
-    leading = mask.shape[:-1]
-    if x.shape == leading:
-        x = x.unsqueeze(-1)
-    elif x.shape not in (mask.shape, (*leading, 1)):
-        raise ValueError(
-            f"{name} must have one number per token, {tuple(mask.shape)}, or per sequence, "
-            f"{tuple(leading)} or {(*leading, 1)}; got {tuple(x.shape)}"
-        )
-    return x.detach().to(real)
 
 
 def _sequences(valid: Tensor, real: torch.dtype) -> Tensor:
@@ -329,6 +321,8 @@ def surrogate(log_probs: Tensor, tokens: Tokens, options: PolicyOptions) -> Term
     """
     bounds = Bounds.of(log_probs.dtype)
     a = tokens.advantages
+    if tokens.factor is not None:  # on them, not on the loss: then it is in the bounds of gradients
+        a = bounds.finite(a * tokens.factor)
     x = where_valid(tokens.valid, log_probs.to(a.dtype))
     difference = bounds.finite(x - (x.detach() if tokens.old is None else tokens.old))
     ratio = bounds.exp(difference if tokens.log_ratio is None else tokens.log_ratio)
@@ -339,8 +333,6 @@ def surrogate(log_probs: Tensor, tokens: Tokens, options: PolicyOptions) -> Term
     else:
         factor = tokens.phi if tokens.phi is not None else ratio.clamp_max(options.epsilon_high)
         losses = -bounds.finite(bounds.finite(factor.detach() * a) * x)
-    if tokens.factor is not None:
-        losses = bounds.finite(losses * tokens.factor)
     kl = None
     if tokens.reference is not None:
         estimate = _kl(tokens.reference, x, options.kl_estimator, bounds)

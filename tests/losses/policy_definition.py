@@ -103,7 +103,7 @@ def by_definition(
         if not of:
             continue
         log_ratios = [x[i, t] - old[i, t] for t in of]
-        mean_log_ratio = sum(log_ratios) / len(of)
+        mean_log_ratio = torch.stack(log_ratios).mean()
         sampled = old if sampling_log_probs is None else sampling_log_probs
         fallen = sum(number(sampled[i, t] - x[i, t]) for t in of) / len(of)
         for t, log_ratio in zip(of, log_ratios, strict=True):
@@ -151,7 +151,7 @@ def by_definition(
     whole = [loss for row in rows for loss in row]
     zero = 0.0 * x[mask.bool()].sum()
     if loss_type in ("grpo", "sapo"):
-        total = sum((sum(row) / len(row) for row in rows if row), zero) / sequences
+        total = sum((torch.stack(row).mean() for row in rows if row), zero) / sequences
     elif loss_type == "luspo":
         total = sum(whole, zero) / sequences
     elif loss_type == "dr_grpo":
@@ -159,6 +159,6 @@ def by_definition(
     else:
         total = sum(whole, zero) / max(len(whole), 1)
     if entropy_coef and bonuses:
-        total = total - entropy_coef * sum(bonuses) / len(bonuses)
+        total = total - entropy_coef * torch.stack(bonuses).mean()
     each = [[zero if loss is None else loss for loss in row] for row in losses]
     return total, torch.stack([torch.stack(row) for row in each])

@@ -91,6 +91,8 @@ def test_off_policy_mask(device, by_tokens):
     q = p.spoilt(math.nan).to(device)
     found = losses.off_policy_mask(q.log_probs, q.sampling, a.to(device), q.mask, 0.1)
     assert torch.equal(found.cpu(), want)
+    with pytest.raises(ValueError, match="advantages must have one number per token"):
+        losses.off_policy_mask(q.log_probs, q.sampling, a[:3], q.mask, 0.1)
     with pytest.raises(ValueError, match="threshold must be > 0"):
         losses.off_policy_mask(q.log_probs, q.sampling, a, q.mask, 0.0)
 
