@@ -153,8 +153,8 @@ def linear_cross_entropy(
     )  # fmt: skip
     if options is not None:
         chunk_tokens, weight_grad_dtype = _torchs_options(options, chunk_tokens, weight_grad_dtype)
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
-    walk = _HowChunks(
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    walk = HowChunks(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
     )
     wanted = asked_beside_a_loss(return_stats)
@@ -243,8 +243,8 @@ def linear_token_stats(
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
         RuntimeError: A wrong dtype or device.
     """
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
-    walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    walk = HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
         input, linear_weight, target, linear_bias, weight, logits, shift, sequences, shard
@@ -293,8 +293,8 @@ def linear_log_probs(
     Raises:
         ValueError, IndexError, RuntimeError: As `linear_token_stats`.
     """
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
-    walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    walk = HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
         input, linear_weight, target, linear_bias, None, logits, shift, sequences, shard
@@ -305,7 +305,7 @@ def linear_log_probs(
     return log_probs.reshape(call.shape)
 
 
-class _HowLogits(NamedTuple):
+class HowLogits(NamedTuple):
     """The options of the logits as users give them."""
 
     ignore_index: int | None
@@ -314,7 +314,7 @@ class _HowLogits(NamedTuple):
     vocab_size: int | None
 
 
-class _HowChunks(NamedTuple):
+class HowChunks(NamedTuple):
     """The options of the walk as users give them."""
 
     chunk_tokens: int | None
@@ -341,7 +341,7 @@ class LinearCall:
         target: Tensor,
         linear_bias: Tensor | None,
         weight: Tensor | None,
-        logits: _HowLogits,
+        logits: HowLogits,
         shift: int,
         sequences: Sequences,
         shard: Shard | None,
@@ -393,12 +393,38 @@ class LinearCall:
             )
         return token_weight
 
+    @property
+    def real(self) -> torch.dtype:
+        """The dtype of the statistics."""
+        return real_of(self.inputs.input)
+
+    def leave_out(self, mask: Tensor | None) -> Tensor:
+        """Which tokens take part, shaped like them: those of the mask that are not ignored.
+
+        The others are ignored then.
+
+        Raises:
+            ValueError: The mask has another shape.
+        """
+        ignored = self.options.ignore_index
+        valid = self.targets.reshape(self.shape) != ignored
+        if mask is None:
+            return valid
+        if mask.shape != self.shape:
+            raise ValueError(
+                f"mask must have the shape of the tokens, {tuple(self.shape)}, got "
+                f"{tuple(mask.shape)}"
+            )
+        valid = valid & mask.bool()
+        self.targets = torch.where(valid.reshape(-1), self.targets, ignored)
+        return valid
+
     def loss(
         self,
         token_weight: Tensor | None,
         num_items: Tensor | None,
         loss: LossOptions,
-        walk: _HowChunks,
+        walk: HowChunks,
         wanted: int = 0,
     ) -> tuple[Tensor, RowStats | None]:
         """The loss, by the way that the situation allows; with statistics if any are wanted."""
@@ -516,7 +542,7 @@ class LinearCall:
             self._check_range(self.options.vocab_size)
             raise
 
-    def chunk_options(self, walk: _HowChunks) -> ChunkOptions:
+    def chunk_options(self, walk: HowChunks) -> ChunkOptions:
         """How to walk through the tokens, by the plan: the same chunks on every rank."""
         hidden, weight = self.inputs.input, self.inputs.linear_weight
         columns = weight.shape[0] if self.shard is None else self.shard.usual_count
@@ -582,9 +608,9 @@ def _multi_dimensional(
     weight: Tensor | None,
     token_weight: Tensor | None,
     num_items: Tensor | None,
-    logits: _HowLogits,
+    logits: HowLogits,
     loss: LossOptions,
-    walk: _HowChunks,
+    walk: HowChunks,
 ) -> Tensor:
     """Torch's K-dimensional loss: a classification at each of d1 x ... x dK positions."""
     classes, *positions, features = linear_weight.shape

@@ -284,7 +284,7 @@ def objective_by_chunks(
         of_part, of_metrics, grads = _part_of(
             objective, stats.floats.only(wanted), chunk.rows, any(needs)
         )
-        value += of_part
+        value = value + of_part  # not in place: a metric may be the same number
         metrics = tuple(
             x if x is None or y is None else x + y for x, y in zip(metrics, of_metrics, strict=True)
         )

@@ -24,6 +24,7 @@ from .language_model import (
     create_causal_mask,
     next_token_targets,
 )
+from .linear_policy import linear_policy_loss
 from .masked_lm import mask_tokens, mlm_loss
 from .policy import PolicyLoss, PolicyMetrics, ValueLoss, grpo_loss, ppo_clip_loss, value_loss
 from .policy_weights import high_entropy_mask, off_policy_mask, rollout_weights
@@ -56,6 +57,7 @@ __all__ = [
     "grpo_loss",
     "high_entropy_mask",
     "kl_divergence",
+    "linear_policy_loss",
     "linear_schedule",
     "mask_tokens",
     "masked_whiten",

@@ -79,7 +79,7 @@ class Tokens(NamedTuple):
         """The same as vectors of length N."""
         return Tokens._make(None if x is None else x.reshape(-1) for x in self)
 
-    def chunk(self, at: slice) -> Tokens:
+    def chunk(self, at: slice | Tensor) -> Tokens:
         """Some of the tokens, of `flat`."""
         return Tokens._make(None if x is None else x[at] for x in self)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close
-from linear.problem import N, Problem, V, error
-from linear.test_functional import OPTIONS
 
 import llmloss_ext
+from linear.problem import N, Problem, V, error
+from linear.test_functional import OPTIONS
 from llmloss_ext import cross_entropy, linear_cross_entropy, linear_token_stats, token_stats
 
 FIELDS = llmloss_ext.TokenStats._fields
