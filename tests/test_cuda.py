@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import FLOATS, GRADIENT, VALUE, Passed, assert_close
 from torch import Tensor
 
-from llmloss_ext import cross_entropy, token_stats
+from llmloss_ext import cross_entropy, losses, token_stats
 
 pytestmark = [
     pytest.mark.cuda,
@@ -167,6 +167,23 @@ def _no_waiting() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("_no_waiting")
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "vespo"])
+def test_policy_losses_do_not_wait_for_the_device(loss_type: str) -> None:
+    x, old = (-torch.rand(4, 9, device="cuda").requires_grad_() for _ in range(2))
+    mask = torch.ones(4, 9, device="cuda").bool()
+    advantages = losses.group_advantages(x.detach().sum(-1), 2)
+    result = losses.grpo_loss(
+        x, old, advantages, mask, loss_type=loss_type, reference_log_probs=old, beta=0.1,
+        entropy=x.exp(), entropy_coef=0.1, off_policy_mask_threshold=0.1,
+        entropy_mask=losses.high_entropy_mask(x.exp(), mask, 0.5), num_items=4, entropy_items=4,
+        importance_sampling_ratio=losses.rollout_weights(old, x, mask),
+    )  # fmt: skip
+    result.loss.backward()
+    returns = losses.gae(x, old, mask).returns
+    losses.value_loss(x, losses.masked_whiten(old, mask), returns, mask).loss.backward()
 
 
 @pytest.mark.usefixtures("_no_waiting")
