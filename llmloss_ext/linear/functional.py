@@ -23,7 +23,6 @@ from ..checks import (
 from ..composite import real_of
 from ..entry import entry_point
 from ..ops import LossInputs, StatsInputs
-from ..ops.rows import Rows, take
 from ..options import (
     MEAN,
     NONE,
@@ -35,7 +34,6 @@ from ..options import (
 from ..sequences import Sequences, moved
 from ..shard import Shard, ShardedColumns
 from ..statistics import (
-    FloatStats,
     RowStats,
     TokenStats,
     asked,
@@ -132,8 +130,7 @@ def linear_cross_entropy(
 
     Returns:
         The loss: 0-d, or of the target's shape for ``reduction="none"``; float32 for 16-bit inputs.
-        With ``return_stats``, the loss and a `TokenStats`, from the same three products (compiled:
-        four).
+        With ``return_stats``, the loss and a `TokenStats`, from the same three products.
 
     Raises:
         ValueError: Shapes that do not fit, or an option out of range.
@@ -452,14 +449,11 @@ class LinearCall:
         elif by_rows:
             stats = self.stats(wanted | asked(loss.statistics()), chunks, walk.accumulator)
             value = self._loss_of(stats, token_weight, num_items, loss)
-        elif wanted:
-            value, _, stats = self.walk(
-                self._objective(token_weight, num_items, loss),
-                wanted | asked(loss.statistics()), chunks,
-            )  # fmt: skip
         else:
             targets = Targets(self.targets, self.weight, token_weight, num_items)
-            value = self._run(operators.loss, self.inputs, targets, self.options, loss, chunks)
+            value, stats = self._run(
+                operators.loss, self.inputs, targets, self.options, loss, chunks, wanted
+            )
         value = value.reshape(self.shape) if loss.reduction == NONE else value
         return value, stats if wanted else None
 
@@ -497,25 +491,12 @@ class LinearCall:
         num_items: Tensor | None,
         loss: LossOptions,
     ) -> Tensor:
-        w_y, weights = self._weights(token_weight)
-        return composite.loss_of(stats.floats, w_y, weights, num_items, loss)
-
-    def _objective(
-        self, token_weight: Tensor | None, num_items: Tensor | None, loss: LossOptions
-    ) -> CrossEntropy:
-        """The reduced loss as a sum over tokens."""
-        w_y, weights = self._weights(token_weight)
-        divisor = torch.ones(2, dtype=weights.dtype, device=weights.device)
-        if loss.reduction == MEAN:
-            divisor = composite.mean_denominator(w_y, weights, num_items, loss)
-        return CrossEntropy(loss, w_y, weights, divisor)
-
-    def _weights(self, token_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(N) of each: the class weights of the targets, and the tokens' weights."""
         find = composite.target_weights if self.shard is None else self.shard.target_weights
-        ignored, real = self.options.ignore_index, real_of(self.inputs.input)
-        w_y: Tensor = find(self.targets, self.weight, ignored, real)
-        return w_y, composite.row_weights(token_weight, self.targets, ignored, real)
+        w_y = find(self.targets, self.weight, self.options.ignore_index, self.real)
+        weights = composite.row_weights(
+            token_weight, self.targets, self.options.ignore_index, self.real
+        )
+        return composite.loss_of(stats.floats, w_y, weights, num_items, loss)
 
     def _from_whole_logits(
         self, token_weight: Tensor | None, num_items: Tensor | None, loss: LossOptions
@@ -560,25 +541,6 @@ class LinearCall:
             columns, hidden.dtype, hidden.device.type, walk.chunk_tokens, walk.max_chunk_bytes, sums
         )
         return ChunkOptions(limit, drops, dtype, self.shard)
-
-
-class CrossEntropy(NamedTuple):
-    """The cross entropy as an `Objective`."""
-
-    loss: LossOptions
-    w_y: Tensor
-    """(N): the class weight of each target, 0 where ignored."""
-    weights: Tensor
-    """(N): of the tokens, 0 where ignored."""
-    divisor: Tensor
-    """`composite.denominator`."""
-
-    def __call__(self, stats: FloatStats, rows: Rows) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The sum of some tokens' losses, divided."""
-        w_y, weights = take(self.w_y, rows), take(self.weights, rows)
-        items, z_factor = self.divisor
-        losses = composite.losses_of(stats, w_y, weights, self.loss, z_factor)
-        return composite.total(losses) / items.to(losses.dtype), ()
 
 
 def _check_accumulator(accumulator: Tensor, weight: Tensor, dtype: torch.dtype) -> None:

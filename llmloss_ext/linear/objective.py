@@ -133,4 +133,4 @@ def run(
         loss = LinearObjective.apply(*inputs, call, others)  # type: ignore[no-untyped-call]
         (found,) = others
     state = inputs.input.new_empty(0)
-    return ObjectiveLoss(loss, found.metrics, RowStats.of((state, *found.stats)))
+    return ObjectiveLoss(loss, found.metrics, RowStats.of((state, *found.results.stats)))

@@ -31,7 +31,7 @@ from ..ops.library import STATE, kernels
 from ..ops.namespace import qualified
 from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions, pack, unpack
 from ..shard import ShardedColumns, refuse_second_order
-from ..statistics import FloatStats, RowStats
+from ..statistics import FloatStats, RowStats, asked
 from .planning import ChunkLimit
 from .walk import (
     Inputs,
@@ -51,6 +51,8 @@ class _Options(NamedTuple):
     loss: LossOptions
     """Of the statistics: not read."""
     chunks: ChunkOptions
+    wanted: int = 0
+    """The statistics beside a loss."""
 
 
 UNSHARDED = len(ChunkLimit._fields) + 1
@@ -123,21 +125,24 @@ def _linear_loss(
     group: str,
     weight_grad_dtype: torch.dtype,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wanted: int,
+) -> list[Tensor]:
     """`loss_by_chunks`; ``needs`` says which of the first four arguments get a gradient."""
-    return loss_by_chunks(
+    *results, stats = loss_by_chunks(
         Inputs(input, linear_weight, linear_bias, logit_scale),
         Targets(target, weight, token_weight, num_items),
         *unpack(floats, ints),
         unpack_chunks(chunks, group, weight_grad_dtype),
         Inputs(*needs),
+        wanted,
     )
+    return [*results, *stats]
 
 
 @_linear_loss.register_fake
 def _(  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, logit_scale, target, weight, token_weight, num_items,
-    floats, ints, chunks, group, weight_grad_dtype, needs,
+    floats, ints, chunks, group, weight_grad_dtype, needs, wanted,
 ):  # fmt: skip
     def gradient(parameter: Any, asked: bool, dtype: Callable[[Tensor], torch.dtype]) -> Tensor:
         if not asked or parameter is None:
@@ -147,51 +152,58 @@ def _(  # type: ignore[no-untyped-def]
 
     needs = Inputs(*needs)
     scalar = input.new_empty((), dtype=real_of(input))
-    return (
+    stats = []
+    if wanted:
+        _, loss = unpack(floats, ints)
+        stats = statistics_like(input, (input.shape[0],), wanted | asked(loss.statistics()))
+    return [
         scalar,
         gradient(input, needs.input, lambda x: x.dtype),
         gradient(linear_weight, needs.linear_weight, lambda x: gradient_dtype(input, x)),
         gradient(linear_bias, needs.linear_bias, lambda x: gradient_dtype(input, x)),
         gradient(logit_scale, needs.logit_scale, lambda x: x.dtype),
         torch.empty_like(scalar),
-    )
+        *stats,
+    ]
 
 
 def _loss_and_gradients(
     inputs: Inputs, targets: Targets, options: _Options, needs: Inputs
 ) -> LossResults:
-    chunks = options.chunks
+    logits, loss, chunks, wanted = options
     if not must_be_opaque(inputs.input):
-        return loss_by_chunks(inputs, targets, options.logits, options.loss, chunks, needs)
-    packed = pack(options.logits, options.loss)
+        return loss_by_chunks(inputs, targets, logits, loss, chunks, needs, wanted)
     how = (*pack_chunks(chunks), chunks.weight_grad_dtype)
-    return LossResults(*_linear_loss(*inputs, *targets, *packed, *how, needs))
+    results = _linear_loss(*inputs, *targets, *pack(logits, loss), *how, needs, wanted)
+    count = len(LossResults._fields) - 1
+    return LossResults._make((*results[:count], tuple(results[count:])))
 
 
 class LinearCrossEntropy(Function):
     """`loss`: the gradients are formed in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        """The loss; ``needs`` says which inputs get a gradient."""
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        """The loss and its statistics; ``needs`` says which inputs get a gradient."""
         *tensors, options, needs = args
         count = len(Inputs._fields)
         inputs, targets = Inputs(*tensors[:count]), Targets(*tensors[count:])
         ctx.set_materialize_grads(False)
         ctx.options, ctx.needs = options, needs
-        results = _loss_and_gradients(inputs, targets, options, needs)
+        *results, stats = _loss_and_gradients(inputs, targets, options, needs)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*inputs, *targets, *results)
         else:
             # Not saved, but handed out by the first backward: then nothing is copied. Without the
             # loss, whose graph this is: in a cycle, all of it would wait for the collector.
             ctx.save_for_backward(*inputs, *targets)
-            ctx.results = results._replace(loss=None)
-        return results.loss
+            ctx.results = LossResults(*results)._replace(loss=None)
+        ctx.mark_non_differentiable(*stats)
+        return (results[0], *stats)
 
     @staticmethod
     @one_gradient_at_a_time
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Multiplies what the forward pass has left by the gradient of the loss."""
         others = (*Targets(), None, None)
         if grad_loss is None:
@@ -233,7 +245,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _loss_composite(inputs: Inputs, targets: Targets, options: _Options) -> Composite:
     target, weight, token_weight, num_items = targets
-    logits, loss, _ = options
+    logits, loss, *_ = options
     items, z_factor = None, None
     if loss.reduction == MEAN:
         real = real_of(inputs.input)
@@ -268,13 +280,20 @@ def loss(
     logits: LogitOptions,
     loss: LossOptions,
     chunks: ChunkOptions,
-) -> Tensor:
-    """The mean or sum over tokens, 0-d, of class indices or probabilities without a gradient."""
+    wanted: int = 0,
+) -> tuple[Tensor, RowStats | None]:
+    """The mean or sum over tokens, 0-d, of class indices or probabilities without a gradient.
+
+    With the statistics that are ``wanted`` (class indices), of which none has a gradient.
+    """
     needs = Inputs(*needs_gradients(inputs))
-    options = _Options(logits, loss, chunks)
-    if not any(needs):
-        return _loss_and_gradients(inputs, targets, options, needs).loss
-    return LinearCrossEntropy.apply(*inputs, *targets, options, needs)  # type: ignore[no-untyped-call]
+    options = _Options(logits, loss, chunks, wanted)
+    if any(needs):
+        value, *stats = LinearCrossEntropy.apply(*inputs, *targets, options, needs)  # type: ignore[no-untyped-call]
+    else:
+        results = _loss_and_gradients(inputs, targets, options, needs)
+        value, stats = results.loss, list(results.stats)
+    return value, RowStats.of((value.new_empty(0), *stats)) if wanted else None
 
 
 # ---------------------------------------------------------------------------- the statistics

@@ -19,7 +19,7 @@ from ..ops.library import MEAN_DENOMINATOR, STATE
 from ..ops.rows import LocalRows, Rows, put, take
 from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions
 from ..shard import ShardedRows
-from ..statistics import STATISTICS, FloatStats, RowStats, is_asked
+from ..statistics import STATISTICS, FloatStats, RowStats, asked, is_asked
 from .projection import Chunk, Gradients, Projection
 
 _MOST_TOKENS = 2.0**40
@@ -60,6 +60,8 @@ class LossResults(NamedTuple):
     grad_linear_bias: Tensor
     grad_logit_scale: Tensor
     factor: Tensor
+    stats: tuple[Tensor, ...] = ()
+    """A column (N) for each of `STATISTICS` where some were asked for; of others, no elements."""
 
     @property
     def gradients(self) -> Inputs:
@@ -104,10 +106,18 @@ def loss_by_chunks(
     loss: LossOptions,
     chunks: ChunkOptions,
     needs: Inputs,
+    wanted: int = 0,
 ) -> LossResults:
-    """The mean or sum over the tokens, with the gradients that ``needs`` names."""
+    """The mean or sum over the tokens, with the gradients that ``needs`` names.
+
+    And with statistics if any are ``wanted``: then of class indices.
+    """
     input = inputs.input
     real = real_of(input)
+    if wanted:
+        objective = cross_entropy_objective(inputs, targets, logits, loss, chunks)
+        wanted |= asked(loss.statistics())
+        return objective_by_chunks(inputs, targets, logits, objective, wanted, chunks, needs)[0]
     rows = rows_of(inputs, targets, logits, chunks)
     labels = rows.labels(input, targets.target, targets.token_weight)
     projection = _projection(inputs, logits, chunks)
@@ -186,6 +196,40 @@ class _LossGradients:
         )
 
 
+class CrossEntropy(NamedTuple):
+    """A reduced cross entropy as an `Objective`."""
+
+    loss: LossOptions
+    w_y: Tensor
+    """(N): the class weight of each target, 0 where ignored."""
+    weights: Tensor
+    """(N): of the tokens, 0 where ignored."""
+    divisor: Tensor
+    """`composite.denominator`."""
+
+    def __call__(self, stats: FloatStats, rows: Rows) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The sum of some tokens' losses, divided."""
+        items, z_factor = self.divisor
+        losses = composite.losses_of(
+            stats, take(self.w_y, rows), take(self.weights, rows), self.loss, z_factor
+        )
+        return composite.total(losses) / items.to(losses.dtype), ()
+
+
+def cross_entropy_objective(
+    inputs: Inputs, targets: Targets, logits: LogitOptions, loss: LossOptions, chunks: ChunkOptions
+) -> CrossEntropy:
+    """Of all tokens."""
+    ignored, real = logits.ignore_index, real_of(inputs.input)
+    find = composite.target_weights if chunks.shard is None else chunks.shard.target_weights
+    w_y: Tensor = find(targets.target, targets.weight, ignored, real)
+    weights = composite.row_weights(targets.token_weight, targets.target, ignored, real)
+    divisor = torch.ones(2, dtype=real, device=weights.device)
+    if loss.reduction == MEAN:
+        divisor = composite.mean_denominator(w_y, weights, targets.num_items, loss)
+    return CrossEntropy(loss, w_y, weights, divisor)
+
+
 def stats_by_chunks(
     inputs: Inputs, targets: Targets, logits: LogitOptions, wanted: int, chunks: ChunkOptions
 ) -> RowStats:
@@ -245,8 +289,6 @@ class ObjectiveResults(NamedTuple):
 
     results: LossResults
     metrics: tuple[Tensor | None, ...]
-    stats: list[Tensor]
-    """A column for each of `STATISTICS`; without elements where not asked for."""
 
 
 def objective_by_chunks(
@@ -297,7 +339,8 @@ def objective_by_chunks(
         )  # fmt: skip
         gradients.add(chunk, scale)
         del chunk  # its buffer, before the gradient of the weight is rounded
-    return ObjectiveResults(gradients.results(value.to(real), rows), metrics, wholes)
+    results = gradients.results(value.to(real), rows)
+    return ObjectiveResults(results._replace(stats=tuple(wholes)), metrics)
 
 
 def _part_of(
@@ -305,7 +348,9 @@ def _part_of(
 ) -> tuple[Tensor, tuple[Tensor | None, ...], FloatStats]:
     """What some tokens add to the loss and the metrics, and the gradients of their statistics."""
     names = stats.used
-    with torch.set_grad_enabled(with_gradient):
+    # Inside an operator, which a compiled graph calls, autograd is switched off.
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch.set_grad_enabled(with_gradient), torch._C._SetExcludeDispatchKeyGuard(key, False):
         leaves = {name: getattr(stats, name).detach().requires_grad_() for name in names}
         value, metrics = objective(FloatStats(**leaves), rows)
         grads: Iterable[Tensor | None] = [None] * len(names)
