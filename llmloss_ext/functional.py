@@ -194,7 +194,7 @@ def cross_entropy(
     if call.has_probabilities and not input.numel() and loss.reduction == MEAN:
         value = value + math.nan  # 0 / 0, as torch
     value = value.reshape(call.shape) if loss.reduction == NONE else value
-    if not wanted or stats is None:
+    if return_stats is False:
         return value
     return value, TokenStats.beside(stats, wanted, call.shape)
 

@@ -131,8 +131,10 @@ class TokenStats(NamedTuple):
     """log sum_j p_j^2, minus the Renyi entropy of order 2, in nats: an ``extra``."""
 
     @classmethod
-    def beside(cls, rows: RowStats, wanted: int, shape: torch.Size) -> TokenStats:
-        """`shaped`, without a gradient."""
+    def beside(cls, rows: RowStats | None, wanted: int, shape: torch.Size) -> TokenStats:
+        """`shaped`, without a gradient; of None, nothing."""
+        if rows is None:
+            return cls.shaped(RowStats.of([torch.empty(0)] * (1 + len(STATISTICS))), 0, shape)
         floats = FloatStats(*(x.detach() for x in rows.floats))
         return cls.shaped(rows._replace(floats=floats), wanted, shape)
 

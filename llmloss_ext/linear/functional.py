@@ -173,7 +173,9 @@ def linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, logits, shift, sequences, shard
     )
     value, stats = call.loss(call.token_weights(token_weight), items, loss, walk, wanted)
-    return value if stats is None else (value, TokenStats.beside(stats, wanted, call.shape))
+    if return_stats is False:
+        return value
+    return value, TokenStats.beside(stats, wanted, call.shape)
 
 
 def _torchs_options(

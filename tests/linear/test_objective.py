@@ -103,6 +103,18 @@ def test_what_trainers_log(device):
     assert_close(loss - ce, 0.1 * logits.logsumexp(-1).square().mean(), 1e-12)
 
 
+def test_no_statistic(device):
+    """Names that happen to be none change neither the way nor what comes back."""
+    p = Problem(device)
+    for call in (
+        lambda **how: linear_cross_entropy(p.hidden, p.weight, p.target, **how),
+        lambda **how: cross_entropy(p.hidden, p.target % 8, **how),
+    ):
+        loss, stats = call(return_stats=())
+        assert torch.equal(loss, call())
+        assert not any(x is not None for x in stats)
+
+
 def test_no_token(device):
     p = Problem(device)
     p.target.fill_(-100)

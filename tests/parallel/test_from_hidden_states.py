@@ -34,6 +34,8 @@ def rank_linear(rank, ranks, dtype, option, reduction, how):
     )
     if how == "accumulator":
         options["weight_grad_accumulator"] = accumulator
+    if how == "stats":
+        options["return_stats"] = True
     loss = parallel.linear_cross_entropy(
         mine[0], mine[1], p.target, linear_bias=mine[2], reduction=reduction,
         sum_input_grad=how != "part", **options,
@@ -41,6 +43,19 @@ def rank_linear(rank, ranks, dtype, option, reduction, how):
     expected = llmloss_ext.linear_cross_entropy(
         whole[0], whole[1], p.target, linear_bias=whole[2], reduction=reduction, **exact
     )
+    if how == "stats":
+        loss, stats = loss
+        same_on_every_rank(stats.entropy)
+        given = {n: exact[n] for n in ("softcap", "logit_scale", "vocab_size") if n in exact}
+        every = llmloss_ext.linear_token_stats(
+            whole[0], whole[1], p.target, linear_bias=whole[2], with_rank=True, **given
+        )
+        counts = p.target != -100
+        if "token_weight" in exact:
+            counts &= exact["token_weight"] != 0
+        assert_close(stats.entropy, torch.where(counts, every.entropy, 0.0).detach(), 1e-4)
+        assert torch.equal(stats.rank[counts], every.rank[counts])
+        assert not stats.lse.requires_grad
     with torch.no_grad():  # without gradients, the loss is made another way
         again = parallel.linear_cross_entropy(
             mine[0], mine[1], p.target, linear_bias=mine[2], reduction=reduction, **p.mine()
@@ -70,6 +85,12 @@ def rank_linear(rank, ranks, dtype, option, reduction, how):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear(ranks, option, reduction):
     ranks.run(rank_linear, torch.float32, option, reduction, "drop")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_with_statistics(two, option, reduction):
+    two.run(rank_linear, torch.float32, option, reduction, "stats")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
