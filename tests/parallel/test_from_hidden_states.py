@@ -46,11 +46,12 @@ def rank_linear(rank, ranks, dtype, option, reduction, how):
     if how == "stats":
         loss, stats = loss
         same_on_every_rank(stats.entropy)
-        given = {n: exact[n] for n in ("softcap", "logit_scale", "vocab_size") if n in exact}
+        read = ("softcap", "logit_scale", "vocab_size", "ignore_index")
+        given = {name: exact[name] for name in read if name in exact}
         every = llmloss_ext.linear_token_stats(
             whole[0], whole[1], p.target, linear_bias=whole[2], with_rank=True, **given
         )
-        counts = p.target != -100
+        counts = p.target != exact.get("ignore_index", -100)
         if "token_weight" in exact:
             counts &= exact["token_weight"] != 0
         assert_close(stats.entropy, torch.where(counts, every.entropy, 0.0).detach(), 1e-4)
