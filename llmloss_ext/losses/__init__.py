@@ -24,8 +24,14 @@ from .language_model import (
     next_token_targets,
 )
 from .masked_lm import mask_tokens, mlm_loss
+from .pairs import PreferenceLoss
 from .policy import grpo_loss, ppo_clip_loss
-from .preference import PreferenceLoss, dpo_loss, sequence_log_probs
+from .preference import dpo_loss
+from .sequence_scores import (
+    length_desensitized_log_probs,
+    sequence_log_probs,
+    wpo_weights,
+)
 
 __all__ = [
     "ClipLoss",
@@ -47,6 +53,7 @@ __all__ = [
     "entropy",
     "grpo_loss",
     "kl_divergence",
+    "length_desensitized_log_probs",
     "linear_schedule",
     "mask_tokens",
     "mlm_loss",
@@ -54,4 +61,5 @@ __all__ = [
     "ppo_clip_loss",
     "sequence_log_probs",
     "top_k_distillation_loss",
+    "wpo_weights",
 ]

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["bounded_exponent", "check_same_shape", "finite", "valid_tokens", "where_valid"]
+__all__ = [
+    "bounded_exponent",
+    "check_same_shape",
+    "finite",
+    "finite_gradient",
+    "valid_tokens",
+    "where_valid",
+]
 
 
 def valid_tokens(mask: Tensor, like: Tensor) -> Tensor:
@@ -47,3 +56,32 @@ def finite(x: Tensor) -> Tensor:
     """The nearest finite number, constant where that is another: no inf gets into a gradient."""
     largest = torch.finfo(x.dtype).max
     return x.clamp(-largest, largest)
+
+
+def finite_gradient(x: Tensor) -> Tensor:
+    """x, whose gradient is the nearest finite number of x's dtype.
+
+    A float32 gradient on its way to a float16 leaf, or the product of two derivatives, may overflow
+    though each factor is finite; an inf that a 0 multiplies further up would be nan.
+    """
+    return _FiniteGradient.apply(x)
+
+
+class _FiniteGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return finite(grad)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
