@@ -27,11 +27,13 @@ from .masked_lm import mask_tokens, mlm_loss
 from .pairs import PreferenceLoss
 from .policy import grpo_loss, ppo_clip_loss
 from .preference import dpo_loss
+from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .sequence_scores import (
     length_desensitized_log_probs,
     sequence_log_probs,
     wpo_weights,
 )
+from .unpaired import RunningMean, UnpairedLoss, bco_loss, kl_estimate, kto_loss
 
 __all__ = [
     "ClipLoss",
@@ -40,12 +42,16 @@ __all__ = [
     "LanguageModelLoss",
     "LossStats",
     "PreferenceLoss",
+    "RunningMean",
     "UncertaintyWeights",
+    "UnpairedLoss",
+    "bco_loss",
     "causal_lm_loss",
     "check_probabilities",
     "combined_loss",
     "confidence_penalty_loss",
     "contrastive_loss",
+    "cpo_loss",
     "create_causal_mask",
     "cross_entropy_between",
     "distillation_loss",
@@ -53,13 +59,17 @@ __all__ = [
     "entropy",
     "grpo_loss",
     "kl_divergence",
+    "kl_estimate",
+    "kto_loss",
     "length_desensitized_log_probs",
     "linear_schedule",
     "mask_tokens",
     "mlm_loss",
     "next_token_targets",
+    "orpo_loss",
     "ppo_clip_loss",
     "sequence_log_probs",
+    "simpo_loss",
     "top_k_distillation_loss",
     "wpo_weights",
 ]

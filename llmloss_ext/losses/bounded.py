@@ -64,7 +64,7 @@ def finite_gradient(x: Tensor) -> Tensor:
     A float32 gradient on its way to a float16 leaf, or the product of two derivatives, may overflow
     though each factor is finite; an inf that a 0 multiplies further up would be nan.
     """
-    return _FiniteGradient.apply(x)
+    return _FiniteGradient.apply(x)  # type: ignore[no-untyped-call]
 
 
 class _FiniteGradient(torch.autograd.Function):

@@ -20,7 +20,7 @@ PREFERENCE_OPTIONS = {
     "kind": Option(
         "str | Sequence[str]",
         "sigmoid",
-        "One of the kinds below, or several of them, whose losses are added up.",
+        "One of the kinds above, or several of them, whose losses are added up.",
     ),
     "loss_weights": Option(
         "Sequence[float] | None",
@@ -64,12 +64,12 @@ PREFERENCE_OPTIONS = {
     "reduction": Option(
         "str",
         "mean",
-        '``"mean"``, or ``"none"`` for one loss a pair, whose mean is that of ``"mean"``.',
+        '``"mean"``, or ``"none"``: one loss each, (B), whose mean is that of ``"mean"``.',
     ),
     "num_items": Option(
         "int | Tensor | None",
         None,
-        "What the sum over pairs is divided by in place of their number: the pairs of all "
+        "What the sum over the batch is divided by in place of B: the pairs (or sequences) of all "
         "micro-batches of a step. Of 0 items, the loss and its gradients are 0.",
     ),
     "simpo_gamma": Option("float", 0.5, "The margin that ``simpo`` asks for, in units of rewards."),

@@ -287,8 +287,8 @@ def dpo_loss(
 
     Returns:
         A `PreferenceLoss`; the rewards are beta (log pi - log ref) in nats, whatever the
-        divergence. float64 for float64, else float32. Finite log-probabilities give a finite loss and gradient.
-        Micro-batches with ``num_items`` add up to the batch, but for ``aot`` and ``aot_unpaired``,
+        divergence. float64 for float64, else float32. Finite log-probabilities give a finite loss
+        and gradient. Micro-batches with ``num_items`` add up to the batch, but for ``aot`` and ``aot_unpaired``,
         which sort it (and whose losses without a reduction belong to ranks, not to pairs).
 
     Raises:
