@@ -288,8 +288,9 @@ def dpo_loss(
     Returns:
         A `PreferenceLoss`; the rewards are beta (log pi - log ref) in nats, whatever the
         divergence. float64 for float64, else float32. Finite log-probabilities give a finite loss
-        and gradient. Micro-batches with ``num_items`` add up to the batch, but for ``aot`` and ``aot_unpaired``,
-        which sort it (and whose losses without a reduction belong to ranks, not to pairs).
+        and gradient. Micro-batches with ``num_items`` add up to the batch, but for ``aot`` and
+        ``aot_unpaired``, which sort it (and whose losses without a reduction belong to ranks, not
+        to pairs).
 
     Raises:
         ValueError: The shapes differ, or an option is out of range or not one of the kind's.

@@ -82,8 +82,8 @@ def kto_loss(
 
     With d = log pi - log ref, ``"kto"``: 1 - sigma(beta (d - kl)) of a desirable sequence,
     1 - sigma(beta (kl - d)) of another; ``"apo_zero_unpaired"``: 1 - sigma(beta d) and
-    sigma(beta d) (D'Oosterlinck et al. 2024). As in TRL, the mean divides by the number of sequences, not by
-    their weights.
+    sigma(beta d) (D'Oosterlinck et al. 2024). As in TRL, the mean divides by the number of
+    sequences, not by their weights.
 
     Args:
         policy: (B) log-probabilities of sequences, see `sequence_log_probs`.
