@@ -26,9 +26,17 @@ from .language_model import (
 )
 from .linear_policy import linear_policy_loss
 from .masked_lm import mask_tokens, mlm_loss
+from .pairs import PreferenceLoss
 from .policy import PolicyLoss, PolicyMetrics, ValueLoss, grpo_loss, ppo_clip_loss, value_loss
 from .policy_weights import high_entropy_mask, off_policy_mask, rollout_weights
-from .preference import PreferenceLoss, dpo_loss, sequence_log_probs
+from .preference import dpo_loss
+from .reference_free import cpo_loss, orpo_loss, simpo_loss
+from .sequence_scores import (
+    length_desensitized_log_probs,
+    sequence_log_probs,
+    wpo_weights,
+)
+from .unpaired import RunningMean, UnpairedLoss, bco_loss, kl_estimate, kto_loss
 
 __all__ = [
     "Advantages",
@@ -40,13 +48,17 @@ __all__ = [
     "PolicyLoss",
     "PolicyMetrics",
     "PreferenceLoss",
+    "RunningMean",
     "UncertaintyWeights",
+    "UnpairedLoss",
     "ValueLoss",
+    "bco_loss",
     "causal_lm_loss",
     "check_probabilities",
     "combined_loss",
     "confidence_penalty_loss",
     "contrastive_loss",
+    "cpo_loss",
     "create_causal_mask",
     "cross_entropy_between",
     "distillation_loss",
@@ -57,6 +69,9 @@ __all__ = [
     "grpo_loss",
     "high_entropy_mask",
     "kl_divergence",
+    "kl_estimate",
+    "kto_loss",
+    "length_desensitized_log_probs",
     "linear_policy_loss",
     "linear_schedule",
     "mask_tokens",
@@ -64,10 +79,13 @@ __all__ = [
     "mlm_loss",
     "next_token_targets",
     "off_policy_mask",
+    "orpo_loss",
     "ppo_clip_loss",
     "rloo_advantages",
     "rollout_weights",
     "sequence_log_probs",
+    "simpo_loss",
     "top_k_distillation_loss",
     "value_loss",
+    "wpo_weights",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ __all__ = [
     "bounded_exponent",
     "check_same_shape",
     "finite",
+    "finite_gradient",
     "of_tokens_or_sequences",
     "valid_tokens",
     "where_valid",
@@ -98,3 +99,32 @@ class Bounds(NamedTuple):
     def finite(self, x: Tensor) -> Tensor:
         """The part, as far as it may grow."""
         return x.clamp(-self.largest, self.largest)
+
+
+def finite_gradient(x: Tensor) -> Tensor:
+    """x, whose gradient is the nearest finite number of x's dtype.
+
+    A float32 gradient on its way to a float16 leaf, or the product of two derivatives, may overflow
+    though each factor is finite; an inf that a 0 multiplies further up would be nan.
+    """
+    return _FiniteGradient.apply(x)  # type: ignore[no-untyped-call]
+
+
+class _FiniteGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return finite(grad)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
