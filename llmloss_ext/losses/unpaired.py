@@ -117,7 +117,7 @@ def kto_loss(
     margin = finite(beta * finite(log_ratio - shift))
     # 1 - sigma(x) = sigma(-x), which keeps its digits as it goes to 0.
     losses = torch.sigmoid(torch.where(good, -margin, margin))
-    losses = finite(torch.where(good, desirable_weight, undesirable_weight) * losses)
+    losses = finite(torch.where(good, desirable_weight * losses, undesirable_weight * losses))
     loss = reduced(losses, reduction, num_items)
     return _result(loss, finite(beta * log_ratio), log_probs, good, finite(beta * shift))
 
