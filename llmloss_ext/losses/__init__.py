@@ -25,6 +25,7 @@ from .language_model import (
     next_token_targets,
 )
 from .linear_policy import linear_policy_loss
+from .linear_preference import linear_preference_loss
 from .masked_lm import mask_tokens, mlm_loss
 from .pairs import PreferenceLoss
 from .policy import PolicyLoss, PolicyMetrics, ValueLoss, grpo_loss, ppo_clip_loss, value_loss
@@ -73,6 +74,7 @@ __all__ = [
     "kto_loss",
     "length_desensitized_log_probs",
     "linear_policy_loss",
+    "linear_preference_loss",
     "linear_schedule",
     "mask_tokens",
     "masked_whiten",

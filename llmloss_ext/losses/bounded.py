@@ -107,12 +107,11 @@ def finite_gradient(x: Tensor) -> Tensor:
     A float32 gradient on its way to a float16 leaf, or the product of two derivatives, may overflow
     though each factor is finite; an inf that a 0 multiplies further up would be nan.
     """
-    return _FiniteGradient.apply(x)  # type: ignore[no-untyped-call]
+    function = _FiniteGradient if torch.compiler.is_compiling() else _Transformable
+    return function.apply(x)  # type: ignore[no-untyped-call]
 
 
 class _FiniteGradient(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
@@ -124,6 +123,12 @@ class _FiniteGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return finite(grad)
+
+
+class _Transformable(_FiniteGradient):
+    """With what compilers refuse."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
