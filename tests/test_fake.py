@@ -18,6 +18,7 @@ from llmloss_ext import (
     metrics,
     token_stats,
 )
+from llmloss_ext.losses import preference
 
 B, S, D, V = 2, 5, 4, 13
 
@@ -121,6 +122,33 @@ POLICY_KINDS = [
 ]  # fmt: skip
 
 
+def of_preferences(policy, old, b, items):
+    chosen, reference = (losses.sequence_log_probs(x, b.mask, average=True) for x in (policy, old))
+    rejected, nll = chosen - 1, -chosen.mean()
+    for kind, entry in preference.KINDS.items():
+        how = {"num_items": items}
+        if kind in ("robust", "exo_pair"):
+            how["label_smoothing"] = 0.1
+        if kind == "sigmoid_norm":
+            how |= {"chosen_lengths": b.mask.sum(1), "rejected_lengths": b.mask.sum(1)}
+        if kind == "sft":
+            how["nll_loss"] = nll
+        yield losses.dpo_loss(chosen, rejected, reference, reference, kind=kind, **how).loss
+        if entry.of_scores:
+            how |= {"f_divergence_type": "alpha_divergence", "pair_weight": b.mask[:, 0]}
+            yield losses.dpo_loss(chosen, rejected, reference, reference, kind=kind, **how).loss
+    yield losses.cpo_loss(chosen, rejected, nll, alpha=0.1, num_items=items).loss
+    yield losses.simpo_loss(chosen, rejected, num_items=items).loss
+    yield losses.orpo_loss(chosen, rejected, nll, num_items=items).loss
+    kl, good = losses.kl_estimate(rejected, reference), b.mask[:, 0]
+    yield losses.kto_loss(chosen, reference, good, kl=kl, num_items=items).margins
+    yield losses.kto_loss(chosen, reference, good, kl=kl, num_items=items).loss
+    yield losses.bco_loss(chosen, reference, good, shift=kl, num_items=items).loss
+    ld = losses.length_desensitized_log_probs(policy, old, b.mask, b.mask, ld_alpha=0.5)
+    weights = losses.wpo_weights(policy, old, b.mask)
+    yield losses.dpo_loss(*ld, *ld, pair_weight=weights).loss
+
+
 def of_others(b):
     teacher = b.logits.detach()
     for items, direction in itertools.product((None, 3, b.number), ("forward", "reverse", "jsd")):
@@ -149,6 +177,7 @@ def of_others(b):
         yield losses.value_loss(policy, old, old, b.mask, num_items=items).loss
         sums = (losses.sequence_log_probs(x, b.mask) for x in (policy, old, old, old))
         yield losses.dpo_loss(*sums, num_items=items).loss
+        yield from of_preferences(policy, old, b, items)
         yield losses.confidence_penalty_loss(b.logits, b.ids, num_items=items)
         yield losses.LabelSmoothingCrossEntropy()(b.logits, b.ids, num_items=items)
         yield losses.mlm_loss(b.hidden, b.ids, b.weight, num_items=items)
@@ -209,6 +238,23 @@ SYMBOLIC = {
     "distillation": lambda x, y, w, b: losses.distillation_loss(
         x @ w.t(), (x @ w.t()).detach(), target=y
     ),
+    "dpo": lambda x, y, w, b: losses.dpo_loss(
+        *x[:, :2].unbind(1), *x[:, 2:].detach().unbind(1), kind=("sigmoid", "discopop", "aot"),
+        label_smoothing=0.1, num_items=y.shape[0],
+    ).loss,
+    "f-divergence": lambda x, y, w, b: losses.dpo_loss(
+        *x[:, :2].unbind(1), *x[:, 2:].detach().unbind(1), f_divergence_type="forward_kl"
+    ).loss,
+    "orpo": lambda x, y, w, b: losses.orpo_loss(
+        -x[:, 0].square(), -x[:, 1].square(), x.square().mean()
+    ).loss,
+    "simpo": lambda x, y, w, b: losses.simpo_loss(x[:, 0], x[:, 1], num_items=y.shape[0]).loss,
+    "kto": lambda x, y, w, b: losses.kto_loss(
+        x[:, 0], x[:, 1].detach(), y > 5, kl=losses.kl_estimate(x[:, 2], x[:, 3])
+    ).loss,
+    "bco": lambda x, y, w, b: losses.bco_loss(
+        x[:, 0], x[:, 1].detach(), y > 5, shift=losses.RunningMean()
+    ).loss,
     "ppo": lambda x, y, w, b: losses.ppo_clip_loss(
         x[:, 0], x[:, 1].detach(), b, b, num_items=y.shape[0]
     ),

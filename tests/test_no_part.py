@@ -380,9 +380,30 @@ def test_policy_and_preference_losses(seed, value):
     def mean(policy, *others):
         return losses.sequence_log_probs(policy, mask, average=True)[0]
 
+    def pairs(policy, old, reference, entropy, advantages):
+        weights = losses.wpo_weights(policy, old, mask)
+        of_policy = losses.length_desensitized_log_probs(policy, old, mask, mask, ld_alpha=0.5)
+        of_reference = losses.length_desensitized_log_probs(
+            reference, entropy, mask, mask, ld_alpha=0.5
+        )
+        how = {"kind": ("sigmoid", "hinge"), "pair_weight": weights}
+        return losses.dpo_loss(*of_policy, *of_reference, **how).loss
+
+    def without_reference(policy, old, reference, entropy, advantages):
+        # Without the sequence of nothing, which has no mean.
+        x, y = (losses.sequence_log_probs(t, mask, average=True)[::2] for t in (policy, old))
+        both = losses.simpo_loss(x, y).loss, losses.orpo_loss(x, y, x.new_zeros(())).loss
+        return sum(both)
+
+    def unpaired(policy, old, reference, entropy, advantages):
+        x, y, z = (losses.sequence_log_probs(t, mask) for t in (policy, old, reference))
+        good = torch.arange(B) % 2
+        kto = losses.kto_loss(x, y, good, kl=losses.kl_estimate(z, y)).loss
+        return kto + losses.bco_loss(x, y, good, shift=losses.RunningMean()).loss
+
     given_clean = (policy, old, reference, entropy, advantages)
     given_dirty = tuple(spoilt(x, batch.absent, value) for x in given_clean)
-    for function in (ppo, grpo, critic, dpo, mean):
+    for function in (ppo, grpo, critic, dpo, mean, pairs, without_reference, unpaired):
         one, other = (
             results(lambda x, f=function, t=tensors: f(x, *t[1:]), tensors[0])
             for tensors in (given_clean, given_dirty)

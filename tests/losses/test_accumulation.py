@@ -141,6 +141,34 @@ LOSSES: dict[str, tuple[Callable[..., Any], str, Callable[[Batch], float]]] = {
         ).loss,
         "policy", sequences,
     ),
+    "simpo": (
+        lambda b, x, n: losses.simpo_loss(x.mean(1), b.old.mean(1), num_items=n).loss,
+        "policy", sequences,
+    ),
+    "cpo": (
+        lambda b, x, n: losses.cpo_loss(
+            x.sum(1), b.old.sum(1), kind="hinge", cpo_alpha=0.0, num_items=n
+        ).loss,
+        "policy", sequences,
+    ),
+    "orpo": (
+        lambda b, x, n: losses.orpo_loss(
+            x.mean(1) - 0.1, b.old.mean(1) - 0.2, b.old.new_zeros(()), num_items=n
+        ).loss,
+        "policy", sequences,
+    ),
+    "kto": (
+        lambda b, x, n: losses.kto_loss(
+            x.sum(1), b.old.sum(1), b.mask[:, 0], kl=b.old.new_tensor(0.3), num_items=n
+        ).loss,
+        "policy", sequences,
+    ),
+    "bco": (
+        lambda b, x, n: losses.bco_loss(
+            x.sum(1), b.old.sum(1), b.mask[:, 0], shift=0.3, num_items=n
+        ).loss,
+        "policy", sequences,
+    ),
 }  # fmt: skip
 
 
