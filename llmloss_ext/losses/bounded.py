@@ -64,7 +64,9 @@ def finite_gradient(x: Tensor) -> Tensor:
     A float32 gradient on its way to a float16 leaf, or the product of two derivatives, may overflow
     though each factor is finite; an inf that a 0 multiplies further up would be nan.
     """
-    return _FiniteGradient.apply(x)  # type: ignore[no-untyped-call]
+    compiling = torch.compiler.is_compiling()  # which refuses whatever has a derivative forwards
+    function = _FiniteGradient if compiling else _FiniteGradientBothWays
+    return function.apply(x)  # type: ignore[no-untyped-call]
 
 
 class _FiniteGradient(torch.autograd.Function):
@@ -82,6 +84,8 @@ class _FiniteGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return finite(grad)
 
+
+class _FiniteGradientBothWays(_FiniteGradient):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent.view_as(tangent)
