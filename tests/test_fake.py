@@ -239,8 +239,8 @@ SYMBOLIC = {
         x @ w.t(), (x @ w.t()).detach(), target=y
     ),
     "dpo": lambda x, y, w, b: losses.dpo_loss(
-        *x[:, :2].unbind(1), *x[:, 2:].detach().unbind(1), kind=("sigmoid", "discopop", "aot"),
-        label_smoothing=0.1, num_items=y.shape[0],
+        *x[:, :2].unbind(1), *x[:, 2:].detach().unbind(1),
+        kind=("sigmoid", "exo_pair", "discopop", "aot"), label_smoothing=0.1, num_items=y.shape[0],
     ).loss,
     "f-divergence": lambda x, y, w, b: losses.dpo_loss(
         *x[:, :2].unbind(1), *x[:, 2:].detach().unbind(1), f_divergence_type="forward_kl"

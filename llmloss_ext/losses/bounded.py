@@ -107,7 +107,8 @@ def finite_gradient(x: Tensor) -> Tensor:
     A float32 gradient on its way to a float16 leaf, or the product of two derivatives, may overflow
     though each factor is finite; an inf that a 0 multiplies further up would be nan.
     """
-    function = _FiniteGradient if torch.compiler.is_compiling() else _Transformable
+    compiling = torch.compiler.is_compiling()  # which refuses whatever has a derivative forwards
+    function = _FiniteGradient if compiling else _FiniteGradientBothWays
     return function.apply(x)  # type: ignore[no-untyped-call]
 
 
@@ -125,11 +126,7 @@ class _FiniteGradient(torch.autograd.Function):
         return finite(grad)
 
 
-class _Transformable(_FiniteGradient):
-    """With what compilers refuse."""
-
-    generate_vmap_rule = True
-
+class _FiniteGradientBothWays(_FiniteGradient):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent.view_as(tangent)

@@ -381,7 +381,7 @@ def _check_kinds(kinds: tuple[str, ...], weights: tuple[float, ...]) -> None:
         raise ValueError(f"kind must be one or some of {', '.join(KINDS)}; got {unknown or kinds}")
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"kind must name each loss once, got {kinds}")
-    if len(weights) != len(kinds) or not all(math.isfinite(weight) for weight in weights):
+    if len(weights) != len(kinds) or not all(-math.inf < weight < math.inf for weight in weights):
         raise ValueError(f"loss_weights must be a finite number for each of {kinds}, got {weights}")
 
 
@@ -414,7 +414,7 @@ def _check_values(kinds: tuple[str, ...], beta: float, options: dict[str, Any]) 
         raise ValueError(
             f"f_divergence_type must be one of {', '.join(_DIVERGENCES)}, got {divergence!r}"
         )
-    if not math.isfinite(alpha):
+    if not -math.inf < alpha < math.inf:
         raise ValueError(f"f_alpha_divergence_coef must be a finite number, got {alpha}")
     default = PREFERENCE_OPTIONS["f_alpha_divergence_coef"].default
     if alpha != default and divergence != "alpha_divergence":

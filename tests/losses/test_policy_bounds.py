@@ -168,7 +168,7 @@ def test_preference_losses(dtype, beta, data):
         leaves = [x.clone().requires_grad_() for x in given[:2]]
         sums = [losses.sequence_log_probs(x) for x in (*leaves, *given[2:])]
         value = loss(*sums)
-        grads = torch.autograd.grad(value, leaves, allow_unused=True)
+        grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
         for found in (value, *(grad for grad in grads if grad is not None)):
             assert found.isfinite().all(), name
         if name not in SIMPLE:

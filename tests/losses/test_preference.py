@@ -347,6 +347,9 @@ def test_vmap_and_second_order(kind):
     assert_close(torch.func.vmap(loss)(many), torch.stack([loss(x) for x in many]), 1e-12)
     grads = torch.func.vmap(torch.func.grad(loss))(many)
     assert_close(grads, torch.stack([torch.func.grad(loss)(x) for x in many]), 1e-12)
+    x, tangent = given[0], torch.rand(B, dtype=torch.float64)
+    _, forwards = torch.func.jvp(loss, (x,), (tangent,))
+    assert_close(forwards, (torch.func.grad(loss)(x) * tangent).sum(), 1e-12)
     if kind not in ("sft", "hinge"):  # their second derivative is 0
         assert torch.autograd.gradgradcheck(loss, given[0].clone().requires_grad_())
 
