@@ -157,11 +157,12 @@ def of_others(b):
             yield losses.multi_token_prediction_loss(
                 b.hidden, b.ids, head, num_items=items, token_weight=b.mask, **how
             ).loss
-    for items in (None, b.ids.sum()):
-        yield losses.r1_penalty(lambda x: x.square().sum(-1) * b.weight.sum(), b.hidden)
-        yield losses.gradient_penalty(
-            lambda x: x.square().sum(-1) * b.weight.sum(), b.hidden, b.hidden, mask=b.mask
-        )
+
+    def critic(x):
+        return x.square().sum(-1) * b.weight.sum()
+
+    yield losses.r1_penalty(critic, b.hidden)
+    yield losses.gradient_penalty(critic, b.hidden, b.hidden, mask=b.mask)
     assert losses.difficulty_weights(b.mask, b.mask, shift=1).shape == (B, S)
     assert losses.select_difficult_tokens(b.mask, reference_losses=b.mask).shape == (B, S)
     assert losses.min_norm_weights(b.weight @ b.weight.t()).shape == (V,)
