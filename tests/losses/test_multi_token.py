@@ -102,10 +102,10 @@ GIVEN = {
     ),
     "options": lambda b: (
         {
-            "label_smoothing": 0.1, "z_loss": 0.01, "focal_gamma": 1.5, "logit_scale": 0.5,
+            "label_smoothing": 0.1, "z_loss": 0.01, "focal_gamma": 1.5, "logit_scale": 0.7,
             "softcap": 3.0,
         },
-        {"smoothing": 0.1, "z_loss": 0.01, "gamma": 1.5, "scale": 0.5, "softcap": 3.0},
+        {"smoothing": 0.1, "z_loss": 0.01, "gamma": 1.5, "scale": 0.7, "softcap": 3.0},
     ),
     "items": lambda b: ({"num_items": [5, 6, 7]}, {"items": [5, 6, 7]}),
     "a tensor of items": lambda b: ({"num_items": torch.tensor([5, 6, 7])}, {"items": [5, 6, 7]}),

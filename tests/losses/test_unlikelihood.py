@@ -75,7 +75,7 @@ GIVEN = {
     "documents": lambda b: ({"document_ids": b.documents}, {"documents": b.documents}),
     "context": lambda b: ({"context": 2}, {"context": 2}),
     "scale": lambda b: (
-        {"logit_scale": 0.5, "softcap": 2.0}, {"scale": 0.5, "softcap": 2.0}
+        {"logit_scale": 0.7, "softcap": 2.0}, {"scale": 0.7, "softcap": 2.0}
     ),
 }  # fmt: skip
 
