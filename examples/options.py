@@ -14,8 +14,15 @@ from llmloss_ext.losses import (
     UncertaintyWeights,
     check_probabilities,
     confidence_penalty_loss,
+    conflict_backward,
+    conflict_loss,
     create_causal_mask,
     entropy,
+    multi_token_prediction_loss,
+    repeated_ngrams,
+    select_difficult_tokens,
+    sequence_unlikelihood_loss,
+    unlikelihood_loss,
 )
 from llmloss_ext.metrics import token_f1
 
@@ -79,6 +86,35 @@ show("attention with a causal mask", attended.mean(), causal.mean())
 
 learned = UncertaintyWeights(["next", "masked"])  # the weights of two losses, initially 1
 show("learned weights", learned({"next": plain, "masked": smooth}).total, plain + smooth)
+
+# Two losses whose gradients conflict: (1, 0) and (-1, 1).
+shared = torch.zeros(2, requires_grad=True)
+terms = {"one": shared[0] * 1.0, "other": shared[1] - shared[0]}
+balanced = conflict_loss(terms, [shared], method="mgda")
+show("MGDA's weight of one of two", balanced.weights["one"].float(), torch.tensor(0.6))
+conflict_backward(terms, [shared], method="pcgrad")  # fills shared.grad: (1/2, 1/2) + (0, 1)
+assert shared.grad is not None
+show("PCGrad's gradient", shared.grad[1], torch.tensor(1.5))
+
+hardest = select_difficult_tokens(each, target != -100, fraction=0.5)  # 3 of 6
+top = each[:6].topk(3).values.mean()
+show("the hardest half of the tokens", cross_entropy(rows, target, token_weight=hardest), top)
+
+text = torch.randint(0, VOCAB, (1, 8))
+ahead = [F.cross_entropy(rows[: 8 - k], text[0, k:]) for k in (1, 2)]
+two = multi_token_prediction_loss(rows.unsqueeze(0), text, offsets=2, weights=[1.0, 0.3])
+show("two tokens ahead", two.loss, ahead[0] + 0.3 * ahead[1])
+
+text = torch.tensor([[7, 8, 7, 8, 9]])
+p_rows = torch.softmax(rows[:4], -1)
+earlier = [{7} - {8}, {7, 8} - {7}, {7, 8} - {8}, {7, 8} - {9}]
+unlikely = [-torch.log1p(-row[list(c)]).sum() for row, c in zip(p_rows, earlier, strict=True)]
+show("unlikelihood", unlikelihood_loss(rows[None, :5], text), torch.stack(unlikely).mean())
+repeated = repeated_ngrams(text, 2)  # the second 7, 8
+assert repeated.tolist() == [[False, False, True, True, False]]
+log_p = torch.tensor([[-0.1, -0.2, -0.3, -0.4, -0.5]])
+wrong = -torch.log1p(-log_p[:, 2:4].exp()).sum() / 5
+show("  of a generated text", sequence_unlikelihood_loss(log_p, repeated), wrong)
 
 prediction, reference = "the cat sat", "the cat sat down"
 f1 = token_f1(prediction.split(), reference.split())

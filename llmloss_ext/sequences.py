@@ -24,8 +24,8 @@ def moved(per_label: Tensor, shift: int, fill: float) -> Tensor:
 class Sequences(NamedTuple):
     """What is known of the tokens of a batch; None: a row is one document without padding.
 
-    A position predicts the label ``shift`` positions later if both are real tokens of one document.
-    Nothing here reads a tensor's values.
+    A position predicts the label ``shift`` positions later if both, and all tokens between them,
+    are real tokens of one document. Nothing here reads a tensor's values.
     """
 
     attention_mask: Tensor | None = None
@@ -68,14 +68,26 @@ class Sequences(NamedTuple):
         if self.attention_mask is not None:
             real = self.attention_mask.to(labels.device).bool()
             predicts = real & moved(real, shift, False)
-        for document in self._documents(labels):
+        for document in self.documents(labels, between=shift > 1):
             predicts = predicts & (document == moved(document, shift, 0))
         return torch.where(predicts, targets, ignore_index)
 
-    def _documents(self, labels: Tensor) -> Iterator[Tensor]:
-        """A number for the document of each token, (..., S) or (S), by everything that is given."""
+    def documents(self, labels: Tensor, *, between: bool = True) -> Iterator[Tensor]:
+        """A number for the document of each token, (..., S) or (S), by everything that is given.
+
+        Args:
+            labels: (..., S).
+            between: Whether tokens that are not neighbours are compared: if another document, or
+                padding, stands between two tokens, they then have different numbers.
+        """
+        if between and self.attention_mask is not None:
+            padding = ~self.attention_mask.to(labels.device).bool()
+            yield padding.long().cumsum(-1)
         if self.document_ids is not None:
-            yield self.document_ids.to(labels.device)
+            ids = self.document_ids.to(labels.device)
+            yield (
+                F.pad((ids[..., 1:] != ids[..., :-1]).long(), (1, 0)).cumsum(-1) if between else ids
+            )
         if self.position_ids is not None:
             positions = self.position_ids.to(labels.device)
             begins = positions[..., 1:] <= positions[..., :-1]

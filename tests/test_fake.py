@@ -182,6 +182,44 @@ def of_others(b):
         yield losses.LabelSmoothingCrossEntropy()(b.logits, b.ids, num_items=items)
         yield losses.mlm_loss(b.hidden, b.ids, b.weight, num_items=items)
         yield losses.mlm_loss(b.logits, b.ids, num_items=items)
+        scores = b.hidden[..., 2]
+        for kind in ("logistic", "hinge", "least_squares", "wasserstein"):
+            how = {"kind": kind, "num_items": items}
+            yield losses.discriminator_loss(scores, policy, real_mask=b.mask, **how).loss
+            yield losses.generator_loss(scores, mask=b.mask, **how).loss
+        for baseline in ("mean", "leave_one_out", b.number, None):
+            yield losses.policy_gradient_loss(
+                policy, old, b.mask, baseline=baseline, num_items=items
+            ).loss
+        yield losses.unlikelihood_loss(b.logits, b.ids, attention_mask=b.mask, num_items=items)
+        yield losses.unlikelihood_loss(
+            b.hidden, b.ids, b.weight, linear_bias=b.bias, context=2, num_items=items
+        )
+        wrong = losses.repeated_ngrams(b.ids, 2, b.mask)
+        yield losses.sequence_unlikelihood_loss(policy, wrong, b.mask, num_items=items)
+        for head in (b.weight, [b.weight, b.weight]):
+            how = {"offsets": 2, "document_ids": b.ids, "label_smoothing": 0.1}
+            yield losses.multi_token_prediction_loss(
+                b.hidden, b.ids, head, num_items=items, token_weight=b.mask, **how
+            ).loss
+
+    def critic(x):
+        return x.square().sum(-1) * b.weight.sum()
+
+    yield losses.r1_penalty(critic, b.hidden)
+    yield losses.gradient_penalty(critic, b.hidden, b.hidden, mask=b.mask)
+    assert losses.difficulty_weights(b.mask, b.mask, shift=1).shape == (B, S)
+    assert losses.select_difficult_tokens(b.mask, reference_losses=b.mask).shape == (B, S)
+    assert losses.min_norm_weights(b.weight @ b.weight.t()).shape == (V,)
+    assert losses.count_multi_token_items(b.ids, 3).shape == (3,)
+    for hard in (False, True):
+        yield losses.gumbel_softmax(b.logits, hard=hard, mask=b.mask)
+        yield losses.linear_gumbel_embeddings(
+            b.hidden, b.weight, b.weight, hard=hard, linear_bias=b.bias, mask=b.mask
+        ).embeddings
+    yield losses.conflict_loss(
+        {"a": b.hidden.sum(), "b": b.hidden.square().sum()}, [b.hidden]
+    ).total
     queries, keys = b.hidden[:, 0], b.hidden[:, 1]
     yield losses.contrastive_loss(queries, keys, symmetric=True, positives=b.ids[:, 0])
     yield losses.contrastive_loss(queries, positives=b.ids[:, 0])
@@ -273,6 +311,27 @@ SYMBOLIC = {
         x[:, :3], x[:, 1:4].detach(), losses.gae(x[:, :3], x[:, 1:4], x[:, :3] < 1).returns,
         x[:, :3] < 1,
     ).loss,
+    "discriminator": lambda x, y, w, b: losses.discriminator_loss(
+        x[:, 0], x[:, 1], kind="hinge", real_mask=b > 0.2, num_items=y.shape[0]
+    ).loss,
+    "policy gradient": lambda x, y, w, b: losses.policy_gradient_loss(
+        x, b, b.unsqueeze(-1).expand(-1, D) > 0.2
+    ).loss,
+    "unlikelihood": lambda x, y, w, b: losses.unlikelihood_loss(
+        x.unsqueeze(0), y.unsqueeze(0), w, position_ids=y
+    ),
+    "unlikelihood of logits": lambda x, y, w, b: losses.unlikelihood_loss(
+        (x @ w.t()).unsqueeze(0), y.unsqueeze(0)
+    ),
+    "generated": lambda x, y, w, b: losses.sequence_unlikelihood_loss(
+        -x[:, 0].square() - 0.1, losses.repeated_ngrams(y, 2)
+    ),
+    "several tokens": lambda x, y, w, b: losses.multi_token_prediction_loss(
+        x.unsqueeze(0), y.unsqueeze(0), w, offsets=2, token_weight=b.unsqueeze(0)
+    ).loss,
+    "difficult": lambda x, y, w, b: linear_cross_entropy(
+        x, w, y, token_weight=losses.select_difficult_tokens(b, fraction=0.5)
+    ),
 }  # fmt: skip
 
 

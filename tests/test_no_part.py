@@ -530,6 +530,21 @@ ZERO_ITEMS: dict[str, Loss] = {
     "value": lambda b, n: losses.value_loss(
         b.logits[..., 0], b.logits[..., 1].detach(), b.token_weight, ~b.absent, num_items=n
     ).loss,
+    "discriminator": lambda b, n: losses.discriminator_loss(
+        b.logits[..., 0], b.logits[..., 1], real_mask=~b.absent, fake_mask=~b.absent, num_items=n
+    ).loss,
+    "policy gradient": lambda b, n: losses.policy_gradient_loss(
+        b.logits[..., 0], b.logits[:, 0, 1], ~b.absent, num_items=n
+    ).loss,
+    "unlikelihood": lambda b, n: losses.unlikelihood_loss(
+        b.logits, b.target, labels=b.ignored, num_items=n
+    ),
+    "linear unlikelihood": lambda b, n: losses.unlikelihood_loss(
+        b.hidden, b.target, b.weight, labels=b.ignored, num_items=n
+    ),
+    "several tokens": lambda b, n: losses.multi_token_prediction_loss(
+        b.hidden, b.ignored, b.weight, offsets=2, num_items=n
+    ).loss,
 }  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def test_a_label_that_a_prompt_predicts_is_kept():
 
 
 def test_several_tokens_ahead():
-    """With shift=2, both tokens must be of one document, whatever stands between them."""
+    """With shift=2, both tokens and the one between them must be of one document."""
     lengths = [4, 1, 3]
     _, ids, _ = documents(2, lengths)
     wanted = [ids[0, 2], ids[0, 3], -100, -100, -100, ids[0, 7], -100, -100]
@@ -164,6 +164,23 @@ def test_several_tokens_ahead():
         targets = Sequences(**{kind: tensor}).targets(ids, 2, -100)
         assert targets.tolist() == [[int(x) for x in wanted]], kind
     assert (Sequences().targets(ids, 20, -100) == -100).all()
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_what_stands_between_two_tokens(shift):
+    """Numbers of documents may return, and padding may lie within a row."""
+    ids = torch.arange(10, 19)
+    numbers, real = (
+        torch.tensor([0, 0, 0, 1, 0, 0, 0, 1, 1]),
+        torch.tensor([1, 1, 1, 0, 1, 1, 1, 1, 1]),
+    )
+    for given, tensor in (("document_ids", numbers), ("attention_mask", real)):
+        found = Sequences(**{given: tensor}).targets(ids, shift, -1).tolist()
+        for i in range(9):
+            span = tensor[i : i + shift + 1].tolist()
+            whole = len(span) == shift + 1
+            one = whole and len(set(span)) == 1 and (given == "document_ids" or span[0] == 1)
+            assert found[i] == (ids[i + shift] if one else -1), (given, i)
 
 
 def test_rows_of_a_batch_and_all_kinds_at_once():

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What `torch.utils.flop_counter` counts of the linear operators: their products, as they run.
+"""What `torch.utils.flop_counter` counts of the linear operators: their projections, as they run.
 
 Where tokens are dropped, those that are left count, unless their number cannot be known (fake
 tensors). Everything else in a loss is additions beside the products.
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..ops import can_read, kernels
 from ..options import unpack
-from . import divergence, operators  # noqa: F401  (define the operators)
+from . import divergence, operators, row_functions  # noqa: F401  (define the operators)
 from .operators import UNSHARDED, unpack_chunks
 from .walk import Inputs, Targets, takes_part, with_gradient
 
@@ -74,3 +74,22 @@ def _divergence(
     products = 1 + bool(with_hidden) + bool(with_weight)
     students = _product(student, vocab_size, valid, drop_ignored)
     return products * students + _product(teacher, vocab_size, valid, drop_ignored)
+
+
+@register_flop_formula(kernels.linear_rows, get_raw=True)
+def _rows(
+    hidden, weight, bias, others, shared, valid, name, numbers, width, vocab_size, limit, drop,
+    *, out_val=None,
+) -> int:  # fmt: skip
+    return _product(hidden, vocab_size, valid, drop)
+
+
+@register_flop_formula(kernels.linear_rows_backward, get_raw=True)
+def _rows_backward(
+    grad_rows, hidden, weight, bias, others, shared, valid, name, numbers, width, vocab_size, limit,
+    drop, needs, *, out_val=None,
+) -> int:  # fmt: skip
+    has_gradient = (grad_rows != 0).any(-1)
+    counts = has_gradient if valid is None else has_gradient & valid
+    products = 1 + bool(needs[0]) + bool(needs[1])
+    return products * _product(hidden, vocab_size, counts, drop)

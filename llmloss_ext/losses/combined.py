@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..composite import real_of
+
 __all__ = ["CombinedLoss", "UncertaintyWeights", "combined_loss", "linear_schedule"]
 
 Term = Tensor | Callable[[], Tensor]
@@ -23,47 +25,75 @@ class CombinedLoss(NamedTuple):
     """Each term before its weight, detached; those of weight 0 are left out."""
 
 
-def combined_loss(terms: Mapping[str, Term], weights: Mapping[str, float]) -> CombinedLoss:
+def combined_loss(terms: Mapping[str, Term], weights: Mapping[str, float | Tensor]) -> CombinedLoss:
     """The sum over names of weight times term. Does not wait for the device.
 
     Args:
-        terms: Losses (0-d), or functions that compute them: a term of weight 0 is not computed.
-        weights: A finite number for each term.
+        terms: Losses (0-d), or functions that compute them: a term of weight 0 is not computed, and
+            whatever a tensor holds there (nan) counts for nothing.
+        weights: A finite number for each term; or a tensor (0-d), which is not looked at: its term
+            is computed whatever it holds.
 
     Returns:
-        A `CombinedLoss`: the total, 0-d, in the terms' unit, and each term detached.
+        A `CombinedLoss`: the total, 0-d, in the terms' unit, and each term detached. The total of
+        16-bit terms is float32.
 
     Raises:
         ValueError: The names differ, a weight is not finite, there is no term of a weight other
             than 0, or a term is not 0-d.
+        TypeError: A term is no tensor, nor a function that returns one.
 
     Example:
         >>> combined_loss({"lm": lm, "mlm": lambda: mlm_loss(h, labels, w)}, {"lm": 1, "mlm": 0.1})
     """
+    computed = computed_terms(terms, weights)
+    total: Tensor | None = None
+    for name, loss in computed.items():
+        part = loss * weights[name]
+        total = part if total is None else total + part
+    assert total is not None  # there is a term
+    return CombinedLoss(total, {name: loss.detach() for name, loss in computed.items()})
+
+
+def computed_terms(
+    terms: Mapping[str, Term], weights: Mapping[str, float | Tensor]
+) -> dict[str, Tensor]:
+    """The terms whose weight is not 0, in float32 at least; see `combined_loss`."""
     if terms.keys() != weights.keys():
         raise ValueError(
             f"terms and weights must have the same names, got {sorted(terms)} and {sorted(weights)}"
         )
-    total: Tensor | None = None
     computed: dict[str, Tensor] = {}
     for name, term in terms.items():
         weight = weights[name]
-        if not math.isfinite(weight):
+        if isinstance(weight, Tensor):
+            if weight.dim():
+                raise ValueError(
+                    f"the weight of {name!r} must be 0-d, got shape {tuple(weight.shape)}"
+                )
+        elif not math.isfinite(weight):
             raise ValueError(f"the weight of {name!r} must be finite, got {weight}")
-        if weight == 0:
+        elif weight == 0:
             continue
-        loss = term if isinstance(term, Tensor) else term()
-        _check_term(name, loss)
-        computed[name] = loss.detach()
-        total = loss * weight if total is None else total + loss * weight
-    if total is None:
+        computed[name] = _checked_term(name, term if isinstance(term, Tensor) else term())
+    if not computed:
         raise ValueError("there is no term whose weight is not 0")
-    return CombinedLoss(total, computed)
+    return computed
 
 
-def _check_term(name: str, loss: Tensor) -> None:
+def _checked_term(name: str, loss: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the term {name!r} must be a tensor, got {type(loss).__name__}")
     if loss.dim() != 0:
         raise ValueError(f"the term {name!r} must be a 0-d loss, got shape {tuple(loss.shape)}")
+    return loss.to(real_of(loss))
+
+
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of terms; a ValueError if there is none, or one twice."""
+    if not names or isinstance(names, str) or len(set(names)) != len(names):
+        raise ValueError(f"expected different names of terms, got {list(names)}")
+    return tuple(names)
 
 
 class UncertaintyWeights(torch.nn.Module):
@@ -81,9 +111,7 @@ class UncertaintyWeights(torch.nn.Module):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"expected different names of terms, got {list(names)}")
-        self.names = tuple(names)
+        self.names = check_names(names)
         self.log_variances = torch.nn.Parameter(torch.zeros(len(self.names)))
 
     def forward(self, terms: Mapping[str, Tensor]) -> CombinedLoss:
@@ -100,9 +128,7 @@ class UncertaintyWeights(torch.nn.Module):
         """
         if set(terms) != set(self.names):
             raise ValueError(f"expected the terms {sorted(self.names)}, got {sorted(terms)}")
-        for name, loss in terms.items():
-            _check_term(name, loss)
-        losses = torch.stack([terms[name] for name in self.names])
+        losses = torch.stack([_checked_term(name, terms[name]) for name in self.names])
         s = self.log_variances.to(losses.dtype)
         total = (torch.exp(-s) * losses + s / 2).sum()
         return CombinedLoss(total, {name: terms[name].detach() for name in self.names})

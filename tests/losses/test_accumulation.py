@@ -49,6 +49,11 @@ def predicted(b: Batch) -> float:
     return int((b.mask[:, 1:] & b.mask[:, :-1]).sum())
 
 
+def pairs(b: Batch) -> float:
+    """Labels that a position before predicts."""
+    return int((b.labels[:, 1:] != -100).sum())
+
+
 def sequences(b: Batch) -> float:
     return len(b.mask)
 
@@ -168,6 +173,42 @@ LOSSES: dict[str, tuple[Callable[..., Any], str, Callable[[Batch], float]]] = {
             x.sum(1), b.old.sum(1), b.mask[:, 0], shift=0.3, num_items=n
         ).loss,
         "policy", sequences,
+    ),
+    "discriminator": (
+        lambda b, x, n: losses.discriminator_loss(
+            x, x * 0.5 - 1, kind="hinge", real_mask=b.mask, fake_mask=b.mask, num_items=n
+        ).loss,
+        "policy", tokens,
+    ),
+    "generator": (
+        lambda b, x, n: losses.generator_loss(x, mask=b.mask, num_items=n).loss,
+        "policy", tokens,
+    ),
+    "policy gradient": (
+        lambda b, x, n: losses.policy_gradient_loss(
+            x, b.advantages, b.mask, baseline=torch.tensor(0.2), num_items=n
+        ).loss,
+        "policy", tokens,
+    ),
+    "unlikelihood": (
+        lambda b, x, n: losses.unlikelihood_loss(x, b.ids, labels=b.labels, num_items=n),
+        "logits", pairs,
+    ),
+    "linear unlikelihood": (
+        lambda b, x, n: losses.unlikelihood_loss(x, b.ids, b.head, labels=b.labels, num_items=n),
+        "hidden", pairs,
+    ),
+    "generated": (
+        lambda b, x, n: losses.sequence_unlikelihood_loss(
+            x, losses.repeated_ngrams(b.ids % 2, 2), b.mask, num_items=n
+        ),
+        "policy", tokens,
+    ),
+    "next token of several": (
+        lambda b, x, n: losses.multi_token_prediction_loss(
+            x, b.labels, b.head, offsets=1, num_items=n
+        ).loss,
+        "hidden", pairs,
     ),
 }  # fmt: skip
 
