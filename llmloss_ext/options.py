@@ -75,6 +75,12 @@ OPTIONS = {
     "logit_scale": Option(
         "float | Tensor", 1.0, "Factor of the logits; a 0-d tensor gets its gradient."
     ),
+    "temperature": Option(
+        "float",
+        1.0,
+        "Divides the logits (> 0) after softcap and logit_scale, as the field's trainers do with "
+        "what a model returns: everything is then of softmax(x / temperature).",
+    ),
     "token_weight": Option(
         "Tensor | None",
         None,
@@ -268,8 +274,12 @@ class LogitOptions(NamedTuple):
         vocab_size: int | None,
         ignore_index: int,
         columns: int,
+        temperature: float = 1.0,
     ) -> LogitOptions:
         """The options of logits with so many columns; a tensor ``logit_scale`` travels beside them.
+
+        cap tanh(s z / cap) / T is (cap / T) tanh((s / T) z / (cap / T)): the kernels need no
+        temperature. Who has a tensor for s divides it (`tempered`).
 
         Raises:
             ValueError: An option is out of range.
@@ -289,11 +299,20 @@ class LogitOptions(NamedTuple):
                     f"got {vocab_size}"
                 )
         scale = 1.0 if isinstance(logit_scale, Tensor) else float(logit_scale)
+        if temperature != 1.0:
+            if not 0.0 < temperature < math.inf:
+                raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+            scale, softcap = scale / temperature, softcap / temperature
         if type(ignore_index) is not int:
             ignore_index = as_integer("ignore_index", ignore_index)
         elif not -(2**63) <= ignore_index < 2**63:
             raise ValueError(f"ignore_index must fit into int64, got {ignore_index}")
         return cls(scale, softcap, ignore_index, vocab_size)
+
+
+def tempered(logit_scale: Tensor | None, temperature: float) -> Tensor | None:
+    """A tensor ``logit_scale`` as the kernels take it, beside `LogitOptions.of`."""
+    return logit_scale if logit_scale is None or temperature == 1.0 else logit_scale / temperature
 
 
 class LossOptions(NamedTuple):

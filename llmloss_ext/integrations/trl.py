@@ -138,7 +138,9 @@ class _ChunkedLogProbs:
             "linear_bias": bias,
             "ignore_index": _MASKED,
             "max_chunk_bytes": self._max_chunk_bytes,
-            **_capped_then_divided(final_logit_softcapping, logit_scale, temperature),
+            "softcap": final_logit_softcapping,
+            "logit_scale": logit_scale,
+            "temperature": temperature,
         }
         with _gathered_in_backward(weight, bias):
             if not set(outputs) - {"log_probs"}:
@@ -146,7 +148,7 @@ class _ChunkedLogProbs:
             wanted = {"log_sum_sq_probs": "log_sum_sq_probs", "is_top1": "argmax"}
             extra = [statistic for name, statistic in wanted.items() if name in outputs]
             stats = linear_token_stats(hidden, weight, targets, extra=extra, **options)
-        mean_logits = stats.mean_log_prob.detach() + stats.lse.detach()
+        mean_logits = stats.mean_logit.detach()
         squares, predicted = stats.log_sum_sq_probs, stats.argmax
         return _PerToken(
             stats.log_prob,
@@ -155,17 +157,6 @@ class _ChunkedLogProbs:
             mean_logits if "mean_logits" in outputs else None,
             None if predicted is None else torch.eq(predicted, targets),
         )
-
-
-def _capped_then_divided(
-    softcap: float | None, scale: float, temperature: float
-) -> dict[str, float | None]:
-    """A softcap and a scale for logits that are capped first and divided by a temperature then.
-
-    cap * tanh(scale * z / cap) / t is cap' * tanh(scale' * z / cap') of cap / t and scale / t.
-    """
-    cap = None if softcap is None else softcap / temperature
-    return {"softcap": cap, "logit_scale": scale / temperature}
 
 
 @contextmanager

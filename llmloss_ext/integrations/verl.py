@@ -83,7 +83,7 @@ class FusedLinearForPPO(torch.nn.Module):
             hidden_states,
             vocab_weights,
             input_ids.long(),
-            logit_scale=1.0 / temperature,
+            temperature=temperature,
             chunk_tokens=self.chunk_size,
         )
         return stats.log_prob, stats.entropy
@@ -125,7 +125,7 @@ def linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.reshape(-1),
-        logit_scale=1.0 / temperature,
+        temperature=temperature,
         shard=Shard(dist_process_group, sum_input_grad=sum_input_grad) if is_sharded else None,
     )
     return reduce(stats.log_prob), stats.entropy

@@ -30,6 +30,7 @@ from ..options import (
     LogitOptions,
     LossOptions,
     documented,
+    tempered,
 )
 from ..sequences import Sequences, moved
 from ..shard import Shard, ShardedColumns
@@ -62,6 +63,7 @@ def linear_cross_entropy(
     focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
@@ -119,7 +121,7 @@ def linear_cross_entropy(
     )  # fmt: skip
     if options is not None:
         chunk_tokens, weight_grad_dtype = _torchs_options(options, chunk_tokens, weight_grad_dtype)
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature)
     walk = _HowChunks(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
     )
@@ -174,6 +176,7 @@ def linear_token_stats(
     ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
     with_rank: bool = False,
     extra: Sequence[str] = (),
@@ -207,7 +210,7 @@ def linear_token_stats(
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
         RuntimeError: A wrong dtype or device.
     """
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature)
     walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
@@ -228,6 +231,7 @@ def linear_log_probs(
     ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
     shift: int = 0,
     attention_mask: Tensor | None = None,
@@ -257,7 +261,7 @@ def linear_log_probs(
     Raises:
         ValueError, IndexError, RuntimeError: As `linear_token_stats`.
     """
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature)
     walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
@@ -276,6 +280,7 @@ class _HowLogits(NamedTuple):
     softcap: float | None
     logit_scale: float | Tensor
     vocab_size: int | None
+    temperature: float
 
 
 class _HowChunks(NamedTuple):
@@ -314,7 +319,7 @@ class LinearCall:
             {"input": input, "linear_weight": linear_weight, "target": target},
             {"linear_bias": linear_bias, "weight": weight},
         )
-        ignore_index, softcap, logit_scale, vocab_size = logits
+        ignore_index, softcap, logit_scale, vocab_size, temperature = logits
         check_projection(input, linear_weight, linear_bias)
         input = to_dtype_of_products(input)
         columns = linear_weight.shape[0]
@@ -322,7 +327,9 @@ class LinearCall:
         if shard is not None:
             self.shard, vocab_size = shard.columns(columns, target, vocab_size), None
         ignore_index = -100 if ignore_index is None else ignore_index
-        self.options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
+        self.options = LogitOptions.of(
+            softcap, logit_scale, vocab_size, ignore_index, columns, temperature
+        )
         self.weight, self.shape = weight, input.shape[:-1]
         self.has_probabilities = target.is_floating_point()
         if self.has_probabilities:
@@ -339,7 +346,8 @@ class LinearCall:
         hidden = as_rows(input)
         self.targets = target.reshape(hidden.shape[0], *expected[len(self.shape) :])
         check_weight(weight, columns, input)
-        self.inputs = Inputs(hidden, linear_weight, linear_bias, check_scale(logit_scale, input))
+        scale = tempered(check_scale(logit_scale, input), temperature)
+        self.inputs = Inputs(hidden, linear_weight, linear_bias, scale)
 
     def _check_range(self, classes: int) -> None:
         targets = self.targets.reshape(self.shape)
