@@ -171,6 +171,15 @@ OPTIONS = {
         "Whether ignored tokens are left out of the matrix products. By default on a CPU; on CUDA "
         "this waits for the device to know their number.",
     ),
+    "logits_dtype": Option(
+        "torch.dtype | None",
+        None,
+        "With torch.float32, the logits of 16-bit hidden states and weight are accumulated and "
+        "kept in float32; their gradient is rounded once, to the dtype of its two products. By "
+        "default logits are rounded to that dtype. If given, hidden states and weight may have "
+        "different dtypes: products are computed in the one that holds both, and each gradient "
+        "comes back in its own. Under autocast its dtype is that of the products, as ever.",
+    ),
     "weight_grad_dtype": Option(
         "torch.dtype | None",
         None,
@@ -390,3 +399,5 @@ class ChunkOptions(NamedTuple):
     drop_ignored: bool
     weight_grad_dtype: torch.dtype
     shard: ShardedColumns | None = None
+    has_float32_logits: bool = False
+    """Also those of 16-bit products."""

@@ -37,7 +37,7 @@ from ..shard import Shard, ShardedColumns
 from ..statistics import RowStats, TokenStats, asked, asked_by_user
 from . import operators
 from .operators import needs_gradients
-from .planning import Sums, chunk_limit
+from .planning import Sums, chunk_limit, dtype_of_logits
 from .projection import as_rows, check_projection, to_dtype_of_products
 from .walk import Inputs, Targets
 
@@ -75,6 +75,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     weight_grad_accumulator: Tensor | None = None,
     shard: Shard | None = None,
@@ -121,7 +122,9 @@ def linear_cross_entropy(
     )  # fmt: skip
     if options is not None:
         chunk_tokens, weight_grad_dtype = _torchs_options(options, chunk_tokens, weight_grad_dtype)
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature)
+    logits = _HowLogits(
+        ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype
+    )
     walk = _HowChunks(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
     )
@@ -188,6 +191,7 @@ def linear_token_stats(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
 ) -> TokenStats:
@@ -210,7 +214,9 @@ def linear_token_stats(
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
         RuntimeError: A wrong dtype or device.
     """
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature)
+    logits = _HowLogits(
+        ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype
+    )
     walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
@@ -241,6 +247,7 @@ def linear_log_probs(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
@@ -261,7 +268,9 @@ def linear_log_probs(
     Raises:
         ValueError, IndexError, RuntimeError: As `linear_token_stats`.
     """
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature)
+    logits = _HowLogits(
+        ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype
+    )
     walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
@@ -281,6 +290,7 @@ class _HowLogits(NamedTuple):
     logit_scale: float | Tensor
     vocab_size: int | None
     temperature: float
+    logits_dtype: torch.dtype | None
 
 
 class _HowChunks(NamedTuple):
@@ -319,9 +329,10 @@ class LinearCall:
             {"input": input, "linear_weight": linear_weight, "target": target},
             {"linear_bias": linear_bias, "weight": weight},
         )
-        ignore_index, softcap, logit_scale, vocab_size, temperature = logits
-        check_projection(input, linear_weight, linear_bias)
-        input = to_dtype_of_products(input)
+        ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype = logits
+        self.is_wide = check_projection(input, linear_weight, linear_bias, logits_dtype)
+        input = to_dtype_of_products(input, linear_weight)
+        self.logits_dtype = dtype_of_logits(input.dtype, has_float32_logits=self.is_wide)
         columns = linear_weight.shape[0]
         self.shard: ShardedColumns | None = None
         if shard is not None:
@@ -333,14 +344,14 @@ class LinearCall:
         self.weight, self.shape = weight, input.shape[:-1]
         self.has_probabilities = target.is_floating_point()
         if self.has_probabilities:
-            target = target.to(input.dtype)
+            target = target.to(self.logits_dtype)
         expected = (*self.shape, columns) if self.has_probabilities else tuple(self.shape)
         if tuple(target.shape) != expected:
             raise ValueError(
                 f"target of shape {tuple(target.shape)} does not fit hidden states of shape "
                 f"{tuple(input.shape)}: expected {expected}"
             )
-        target = check_target(target, input, self.options.ignore_index)
+        target = check_target(target, input, self.options.ignore_index, self.logits_dtype)
         target = sequences.targets(target, shift, self.options.ignore_index)
         self.shift = shift
         hidden = as_rows(input)
@@ -388,7 +399,7 @@ class LinearCall:
                     "weight_grad_accumulator works neither with probability targets nor under "
                     "torch.func transforms"
                 )
-            value = self._from_whole_logits(token_weight, num_items, loss)
+            value = self._from_whole_logits(token_weight, num_items, loss, chunks)
         elif by_rows:
             stats = self.stats(asked(loss.statistics()), chunks, walk.accumulator)
             value = self._loss_of(stats, token_weight, num_items, loss)
@@ -404,7 +415,7 @@ class LinearCall:
         if self.has_probabilities:
             raise RuntimeError("statistics: target must hold class indices (int64 or int32)")
         if ops.in_transform():
-            logits = operators.logits_of(self.inputs, self.targets, None, self.options)
+            logits = operators.logits_of(self.inputs, self.targets, None, self.options, chunks)
             inputs = StatsInputs(logits, self.targets, self.weight, self.inputs.logit_scale)
             return ops.token_stats(inputs, self.options, wanted)
         return self._run(
@@ -426,10 +437,16 @@ class LinearCall:
         return composite.loss_of(stats.floats, w_y, weights, num_items, loss)
 
     def _from_whole_logits(
-        self, token_weight: Tensor | None, num_items: Tensor | None, loss: LossOptions
+        self,
+        token_weight: Tensor | None,
+        num_items: Tensor | None,
+        loss: LossOptions,
+        chunks: ChunkOptions,
     ) -> Tensor:
         """With every derivative."""
-        logits = operators.logits_of(self.inputs, self.targets, token_weight, self.options)
+        logits = operators.logits_of(
+            self.inputs, self.targets, token_weight, self.options, chunks
+        )
         scale = self.inputs.logit_scale
         return ops.cross_entropy(
             LossInputs(logits, self.targets, self.weight, token_weight, num_items, scale),
@@ -465,9 +482,10 @@ class LinearCall:
         if walk.accumulator is not None or needs_gradients((weight,))[0]:
             sums = Sums.of(columns * weight.shape[1], hidden.dtype, weight.dtype, dtype)
         limit = chunk_limit(
-            columns, hidden.dtype, hidden.device.type, walk.chunk_tokens, walk.max_chunk_bytes, sums
-        )
-        return ChunkOptions(limit, drops, dtype, self.shard)
+            columns, self.logits_dtype, hidden.device.type, walk.chunk_tokens,
+            walk.max_chunk_bytes, sums,
+        )  # fmt: skip
+        return ChunkOptions(limit, drops, dtype, self.shard, self.is_wide)
 
 
 def _check_accumulator(accumulator: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
