@@ -226,8 +226,14 @@ def plan(
         # A copy of the hidden states, with zeros at tokens that may be ignored.
         beside = max(beside, with_weight * chunk * features * size)
     if is_wide:
-        of_walk = (features, vocab_size, with_input, with_weight, kind == "cpu")
-        beside = max(beside, _wide_bytes(chunk, *of_walk))
+        if with_input or with_weight:
+            rounded = min(rounded_rows(vocab_size), chunk) * vocab_size * size
+            # The only chunk's are rounded before there is a gradient of the weight.
+            beside = max(beside, rounded - (chunks <= 1) * held)
+        if kind == "cpu":
+            held_16_bits = with_weight and held_dtype.itemsize == 2
+            upcast = _upcast_bytes(chunk, features, vocab_size, held_16_bits=held_16_bits)
+            beside = max(beside, with_input * gathered + upcast)
     elif with_weight and kind == "cpu" and size == 2:
         sizes = (chunk, features, vocab_size)
         beside = max(beside, _block_bytes(dtype, held_dtype, *sizes, is_added=chunks > 1))
@@ -255,25 +261,16 @@ def plan(
     )
 
 
-def _wide_bytes(
-    chunk: int,
-    features: int,
-    vocab_size: int,
-    with_input: bool,
-    with_weight: bool,
-    is_cpu: bool,
-) -> int:
-    """Of what float32 logits of 16-bit products need beside them.
+def _upcast_bytes(chunk: int, features: int, vocab_size: int, *, held_16_bits: bool) -> int:
+    """Of what a CPU has in float32 to multiply 16 bits: hidden states, and rows of the weight.
 
-    A CPU has the hidden states of a chunk and some rows of the weight in float32, and sums the
-    hidden states' gradient in it; some rows of the gradient are rounded at a time.
+    Or of the rows of the weight's gradient, with that of the logits, that are rounded to 16 bits.
     """
-    size = torch.float32.itemsize
-    rounded = (with_input or with_weight) * min(rounded_rows(vocab_size), chunk) * vocab_size * 2
-    if not is_cpu:
-        return max(rounded, with_weight * chunk * features * 2)
-    upcast = (min(upcast_rows(features), vocab_size) + chunk) * features * size
-    return max(rounded, upcast, (1 + with_input) * upcast * (with_input or with_weight))
+    rows = min(upcast_rows(features), vocab_size)
+    if held_16_bits:
+        of_gradient = min(block_rows(features), vocab_size)
+        rows = max(rows, of_gradient * (features + chunk) // features)
+    return (rows + chunk) * features * torch.float32.itemsize
 
 
 def _block_bytes(
