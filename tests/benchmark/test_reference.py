@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import peers
-from bench.cases import OPTIONS
+from bench.cases import FROM_HIDDEN, OPTIONS
 from bench.contenders import Step, UnsupportedError, contenders, eager, make_inputs
 from bench.reference import errors, reference
 
@@ -18,7 +18,7 @@ from .runs import DENSE, LINEAR
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_reference_is_float64_autograd(option):
-    case = replace(DENSE, option=option, ignored=0.25)
+    case = replace(LINEAR if option in FROM_HIDDEN else DENSE, option=option, ignored=0.25)
     made = make_inputs(case)
     truth = reference(case, made)
     leaf = made.logits.double().requires_grad_()
