@@ -72,9 +72,7 @@ def eager(case: Case) -> Loss:
         return value
 
     if "float32_logits" in settings:
-        return lambda hidden, weight, target: loss(
-            F.linear(hidden.float(), weight.float()), target
-        )
+        return lambda hidden, weight, target: loss(F.linear(hidden.float(), weight.float()), target)
     if case.is_linear:
         return lambda hidden, weight, target: loss(F.linear(hidden, weight), target)
     return loss

@@ -202,9 +202,7 @@ _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 """Their numbers in the kernels: Reduction of csrc/core/loss_rows.h."""
 
 
-def option_names(
-    function: Callable[..., Any], table: Mapping[str, Option] = OPTIONS
-) -> list[str]:
+def option_names(function: Callable[..., Any], table: Mapping[str, Option] = OPTIONS) -> list[str]:
     """The options in a function's signature."""
     return [name for name in inspect.signature(function).parameters if name in table]
 
@@ -234,9 +232,7 @@ def documented(
     return function
 
 
-def spelled_out(
-    function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS
-) -> F:
+def spelled_out(function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS) -> F:
     """The function, whose signature lists options in place of ``**options``."""
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -292,7 +288,8 @@ class LogitOptions(NamedTuple):
 
         Raises:
             ValueError: An option is out of range.
-            TypeError: ``vocab_size`` or ``ignore_index`` is not an integer.
+            TypeError: ``vocab_size`` or ``ignore_index`` is not an integer, or ``temperature`` is a
+                tensor.
         """
         if softcap is None:
             softcap = 0.0
@@ -308,6 +305,11 @@ class LogitOptions(NamedTuple):
                     f"got {vocab_size}"
                 )
         scale = 1.0 if isinstance(logit_scale, Tensor) else float(logit_scale)
+        if isinstance(temperature, Tensor):
+            raise TypeError(
+                "temperature must be a number; a tensor without a softcap is "
+                "logit_scale=1 / temperature"
+            )
         if temperature != 1.0:
             if not 0.0 < temperature < math.inf:
                 raise ValueError(f"temperature must be a finite number > 0, got {temperature}")

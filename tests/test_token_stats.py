@@ -242,8 +242,8 @@ def test_a_temperature_divides_what_the_model_returns(device, softcap):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_temperature_out_of_range(device, temperature):
+    logits, target = torch.randn(2, 3, device=device), torch.zeros(2, dtype=int, device=device)
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        token_stats(logits, target, temperature=torch.tensor(temperature))
     with pytest.raises(ValueError, match="temperature must be a finite number > 0"):
-        token_stats(
-            torch.randn(2, 3, device=device), torch.zeros(2, dtype=torch.long, device=device),
-            temperature=temperature,
-        )  # fmt: skip
+        token_stats(logits, target, temperature=temperature)

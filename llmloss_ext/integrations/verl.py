@@ -86,7 +86,7 @@ class FusedLinearForPPO(torch.nn.Module):
             hidden_states,
             vocab_weights,
             input_ids.long(),
-            temperature=temperature,
+            logit_scale=1.0 / temperature,
             chunk_tokens=self.chunk_size,
             logits_dtype=self.logits_dtype,
         )
@@ -132,7 +132,7 @@ def linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.reshape(-1),
-        temperature=temperature,
+        logit_scale=1.0 / temperature,
         shard=Shard(dist_process_group, sum_input_grad=sum_input_grad) if is_sharded else None,
         logits_dtype=FusedLinearForPPO.logits_dtype if logits_dtype is None else logits_dtype,
     )

@@ -146,9 +146,7 @@ def linear_divergence(
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     for chunk in projection.chunks(unpack_limit(limit), valid, drop=drop_ignored):
         hidden = take(teacher, chunk.rows)
-        teacher_logits = hidden.new_empty(
-            hidden.shape[0], vocab_size, dtype=other.logits_dtype
-        )
+        teacher_logits = hidden.new_empty(hidden.shape[0], vocab_size, dtype=other.logits_dtype)
         other.project(hidden, teacher_logits)
         student_logits = chunk.logits[:, :vocab_size]
         scale = 1 / (divisor * factor)
@@ -218,7 +216,10 @@ class LinearDivergence(Function):
 
 
 @entry_point("student_hidden", "teacher_hidden", "target")
-@partial(documented, names=("num_items", "chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype"))
+@partial(
+    documented,
+    names=("num_items", "chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype"),
+)
 def linear_kl_div(
     student_hidden: Tensor,
     student_weight: Tensor,

@@ -122,9 +122,7 @@ def linear_cross_entropy(
     )  # fmt: skip
     if options is not None:
         chunk_tokens, weight_grad_dtype = _torchs_options(options, chunk_tokens, weight_grad_dtype)
-    logits = _HowLogits(
-        ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype
-    )
+    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
     walk = _HowChunks(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
     )
@@ -214,9 +212,7 @@ def linear_token_stats(
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
         RuntimeError: A wrong dtype or device.
     """
-    logits = _HowLogits(
-        ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype
-    )
+    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
     walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
@@ -268,9 +264,7 @@ def linear_log_probs(
     Raises:
         ValueError, IndexError, RuntimeError: As `linear_token_stats`.
     """
-    logits = _HowLogits(
-        ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype
-    )
+    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
     walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
@@ -444,9 +438,7 @@ class LinearCall:
         chunks: ChunkOptions,
     ) -> Tensor:
         """With every derivative."""
-        logits = operators.logits_of(
-            self.inputs, self.targets, token_weight, self.options, chunks
-        )
+        logits = operators.logits_of(self.inputs, self.targets, token_weight, self.options, chunks)
         scale = self.inputs.logit_scale
         return ops.cross_entropy(
             LossInputs(logits, self.targets, self.weight, token_weight, num_items, scale),

@@ -253,7 +253,8 @@ def plan(
         sum_bytes=0 if is_one else held,
         gradient_bytes=grad_input + grad_weight,
         peak_bytes=grad_input + held + max(working, is_late * grad_weight),
-        unfused_bytes=(2 if with_input or with_weight else 1) * tokens
+        unfused_bytes=(2 if with_input or with_weight else 1)
+        * tokens
         * vocab_size
         * logits_dtype.itemsize
         + grad_input

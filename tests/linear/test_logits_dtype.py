@@ -268,9 +268,7 @@ def test_a_divergence(device, products):
     leaves = [t.clone().requires_grad_() for t in student]
     loss = linear_kl_div(*leaves, *teacher, chunk_tokens=10, temperature=2.0, **WIDE)
     exact = [t.double().requires_grad_() for t in student]
-    p, q = (
-        torch.log_softmax(h.double() @ w.double().t() / 2, -1) for h, w in (teacher, exact)
-    )
+    p, q = (torch.log_softmax(h.double() @ w.double().t() / 2, -1) for h, w in (teacher, exact))
     wanted = 4 * (p.exp() * (p - q)).sum(-1).mean()
     assert_close(loss, wanted, 1e-5)
     for grad, want in zip(
