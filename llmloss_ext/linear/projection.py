@@ -234,7 +234,7 @@ def has_products_of(dtype: torch.dtype) -> bool:
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return bool(getattr(torch.ops.mkldnn, names[dtype])())
 
