@@ -25,7 +25,7 @@ from .checks import (
 )
 from .entry import entry_point
 from .ops import LossInputs, StatsInputs
-from .options import MEAN, NONE, LogitOptions, LossOptions, documented
+from .options import MEAN, NONE, LogitOptions, LossOptions, documented, tempered
 from .shard import Shard, ShardedColumns
 from .statistics import (
     FloatStats,
@@ -49,6 +49,7 @@ def token_stats(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
     class_dim: int | None = None,
     with_rank: bool = False,
@@ -78,7 +79,7 @@ def token_stats(
     """
     call = DenseCall(
         input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard,
-        -1 if class_dim is None else class_dim,
+        -1 if class_dim is None else class_dim, temperature,
     )  # fmt: skip
     if call.has_probabilities:
         raise RuntimeError("token_stats: target must hold class indices (int64 or int32)")
@@ -120,6 +121,7 @@ def cross_entropy(
     focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
@@ -172,8 +174,9 @@ def cross_entropy(
     )  # fmt: skip
     wanted = asked_beside_a_loss(return_stats)
     call = DenseCall(
-        input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard, class_dim
-    )
+        input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard, class_dim,
+        temperature,
+    )  # fmt: skip
     if num_items is not None:
         num_items = items_tensor(num_items, reduction, input)
     if token_weight is not None:
@@ -228,6 +231,7 @@ class DenseCall:
         vocab_size: int | None,
         shard: Shard | None,
         class_dim: int | None,
+        temperature: float,
     ) -> None:
         check_dense("input", input)
         check_dense("target", target)
@@ -266,12 +270,14 @@ class DenseCall:
         if self.rows.stride(-1) != 1 and columns != 1:
             self.is_copy |= not self.rows.is_contiguous()
             self.rows = self.rows.contiguous()
-        self.options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
+        self.options = LogitOptions.of(
+            softcap, logit_scale, vocab_size, ignore_index, columns, temperature
+        )
         self.targets = check_target(self.targets, input, self.options.ignore_index)
         if weight is not None:
             check_weight(weight, columns, input)
         self.weight = weight
-        self.scale = check_scale(logit_scale, input)
+        self.scale = tempered(check_scale(logit_scale, input), temperature)
 
     def _bring_into_shape(self, input: Tensor, target: Tensor, class_dim: int | None) -> None:
         if input.dim() == 0:

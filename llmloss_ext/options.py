@@ -75,6 +75,12 @@ OPTIONS = {
     "logit_scale": Option(
         "float | Tensor", 1.0, "Factor of the logits; a 0-d tensor gets its gradient."
     ),
+    "temperature": Option(
+        "float",
+        1.0,
+        "Divides the logits (> 0) after softcap and logit_scale, as the field's trainers do with "
+        "what a model returns: everything is then of softmax(x / temperature).",
+    ),
     "token_weight": Option(
         "Tensor | None",
         None,
@@ -171,6 +177,15 @@ OPTIONS = {
         None,
         "Whether ignored tokens are left out of the matrix products. By default on a CPU; on CUDA "
         "this waits for the device to know their number.",
+    ),
+    "logits_dtype": Option(
+        "torch.dtype | None",
+        None,
+        "With torch.float32, the logits of 16-bit hidden states and weight are accumulated and "
+        "kept in float32; their gradient is rounded once, to the dtype of its two products. By "
+        "default logits are rounded to that dtype. If given, hidden states and weight may have "
+        "different dtypes: products are computed in the one that holds both, and each gradient "
+        "comes back in its own. Under autocast its dtype is that of the products, as ever.",
     ),
     "weight_grad_dtype": Option(
         "torch.dtype | None",
@@ -271,12 +286,17 @@ class LogitOptions(NamedTuple):
         vocab_size: int | None,
         ignore_index: int,
         columns: int,
+        temperature: float = 1.0,
     ) -> LogitOptions:
         """The options of logits with so many columns; a tensor ``logit_scale`` travels beside them.
 
+        cap tanh(s z / cap) / T is (cap / T) tanh((s / T) z / (cap / T)): the kernels need no
+        temperature. Who has a tensor for s divides it (`tempered`).
+
         Raises:
             ValueError: An option is out of range.
-            TypeError: ``vocab_size`` or ``ignore_index`` is not an integer.
+            TypeError: ``vocab_size`` or ``ignore_index`` is not an integer, or ``temperature`` is a
+                tensor.
         """
         if softcap is None:
             softcap = 0.0
@@ -292,11 +312,25 @@ class LogitOptions(NamedTuple):
                     f"got {vocab_size}"
                 )
         scale = 1.0 if isinstance(logit_scale, Tensor) else float(logit_scale)
+        if isinstance(temperature, Tensor):
+            raise TypeError(
+                "temperature must be a number; a tensor without a softcap is "
+                "logit_scale=1 / temperature"
+            )
+        if temperature != 1.0:
+            if not 0.0 < temperature < math.inf:
+                raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+            scale, softcap = scale / temperature, softcap / temperature
         if type(ignore_index) is not int:
             ignore_index = as_integer("ignore_index", ignore_index)
         elif not -(2**63) <= ignore_index < 2**63:
             raise ValueError(f"ignore_index must fit into int64, got {ignore_index}")
         return cls(scale, softcap, ignore_index, vocab_size)
+
+
+def tempered(logit_scale: Tensor | None, temperature: float) -> Tensor | None:
+    """A tensor ``logit_scale`` as the kernels take it, beside `LogitOptions.of`."""
+    return logit_scale if logit_scale is None or temperature == 1.0 else logit_scale / temperature
 
 
 class LossOptions(NamedTuple):
@@ -374,3 +408,5 @@ class ChunkOptions(NamedTuple):
     drop_ignored: bool
     weight_grad_dtype: torch.dtype
     shard: ShardedColumns | None = None
+    has_float32_logits: bool = False
+    """Also those of 16-bit products."""

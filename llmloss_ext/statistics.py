@@ -130,6 +130,14 @@ class TokenStats(NamedTuple):
     log_sum_sq_probs: Tensor | None = None
     """log sum_j p_j^2, minus the Renyi entropy of order 2, in nats: an ``extra``."""
 
+    @property
+    def mean_logit(self) -> Tensor:
+        """(1 / V) sum_j x_j, differentiable: of statistics without class weights.
+
+        x are the logits that the losses see, after logit_scale, softcap and temperature.
+        """
+        return self.mean_log_prob + self.lse
+
     @classmethod
     def beside(cls, rows: RowStats | None, wanted: int, shape: torch.Size) -> TokenStats:
         """`shaped`, without a gradient; of None, nothing."""

@@ -43,11 +43,12 @@ OPTIONS = {
     "plain": lambda b: {},
     "numbers": lambda b: {
         "label_smoothing": 0.1, "z_loss": 0.1, "focal_gamma": 1.0, "softcap": 3.0,
-        "logit_scale": 0.5, "vocab_size": V - 1, "num_items": 4, "ignore_index": 1,
+        "logit_scale": 0.5, "temperature": 0.8, "vocab_size": V - 1, "num_items": 4,
+        "ignore_index": 1,
     },
     "whole numbers": lambda b: {
         "label_smoothing": 0, "z_loss": 1, "focal_gamma": 2, "softcap": 3, "logit_scale": 2,
-        "num_items": 4.5,
+        "temperature": 2, "num_items": 4.5,
     },
     "0 items": lambda b: {"num_items": 0},
     "tensors": lambda b: {
@@ -56,7 +57,8 @@ OPTIONS = {
     },
     "learned": lambda b: {
         "token_weight": (b.mask * 1).requires_grad_(),
-        "logit_scale": (b.number * 1).requires_grad_(), "weight": b.class_weight, "z_loss": 0.1,
+        "logit_scale": (b.number * 1).requires_grad_(), "temperature": 0.8,
+        "weight": b.class_weight, "z_loss": 0.1,
     },
 }  # fmt: skip
 SEQUENCES = {

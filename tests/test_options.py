@@ -93,8 +93,8 @@ def test_chunks_of_the_divergence(chunks):
 @pytest.mark.parametrize("statistic", ["log_prob", "lse", "entropy", "mean_log_prob"])
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 3.0}, {"logit_scale": 0.3}, {"vocab_size": 40}, {"weight": torch.rand(V)},
-     {"ignore_index": 5}],
+    [{"softcap": 3.0}, {"logit_scale": 0.3}, {"temperature": 0.4, "softcap": 3.0},
+     {"vocab_size": 40}, {"weight": torch.rand(V)}, {"ignore_index": 5}],
 )  # fmt: skip
 def test_statistics_from_hidden_states(statistic, options):
     hidden, weight, target = problem()

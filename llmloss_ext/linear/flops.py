@@ -67,7 +67,7 @@ def _stats_backward(
 @register_flop_formula(kernels.linear_divergence, get_raw=True)
 def _divergence(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
-    beta, temperature, mean, num_items, vocab_size, limit, drop_ignored, needs,
+    beta, temperature, mean, num_items, vocab_size, limit, drop_ignored, has_float32_logits, needs,
     *, out_val=None,
 ) -> int:  # fmt: skip
     with_hidden, with_weight, _ = needs

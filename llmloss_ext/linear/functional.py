@@ -30,6 +30,7 @@ from ..options import (
     LogitOptions,
     LossOptions,
     documented,
+    tempered,
 )
 from ..sequences import Sequences, moved
 from ..shard import Shard, ShardedColumns
@@ -43,7 +44,7 @@ from ..statistics import (
 from . import objective as objectives
 from . import operators
 from .operators import needs_gradients
-from .planning import Sums, chunk_limit
+from .planning import Sums, chunk_limit, dtype_of_logits
 from .projection import as_rows, check_projection, to_dtype_of_products
 from .walk import Inputs, Objective, Targets
 
@@ -91,6 +92,7 @@ def linear_cross_entropy(
     focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
@@ -102,6 +104,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     weight_grad_accumulator: Tensor | None = None,
     return_stats: bool | Sequence[str] = False,
@@ -150,7 +153,7 @@ def linear_cross_entropy(
     )  # fmt: skip
     if options is not None:
         chunk_tokens, weight_grad_dtype = _torchs_options(options, chunk_tokens, weight_grad_dtype)
-    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
     walk = HowChunks(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
     )
@@ -209,6 +212,7 @@ def linear_token_stats(
     ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
     with_rank: bool = False,
     extra: Sequence[str] = (),
@@ -220,6 +224,7 @@ def linear_token_stats(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
 ) -> TokenStats:
@@ -242,7 +247,7 @@ def linear_token_stats(
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
         RuntimeError: A wrong dtype or device.
     """
-    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
     walk = HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
@@ -263,6 +268,7 @@ def linear_log_probs(
     ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
     shift: int = 0,
     attention_mask: Tensor | None = None,
@@ -272,6 +278,7 @@ def linear_log_probs(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
@@ -292,7 +299,7 @@ def linear_log_probs(
     Raises:
         ValueError, IndexError, RuntimeError: As `linear_token_stats`.
     """
-    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
     walk = HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
@@ -311,6 +318,8 @@ class HowLogits(NamedTuple):
     softcap: float | None
     logit_scale: float | Tensor
     vocab_size: int | None
+    temperature: float
+    logits_dtype: torch.dtype | None
 
 
 class HowChunks(NamedTuple):
@@ -349,32 +358,36 @@ class LinearCall:
             {"input": input, "linear_weight": linear_weight, "target": target},
             {"linear_bias": linear_bias, "weight": weight},
         )
-        ignore_index, softcap, logit_scale, vocab_size = logits
-        check_projection(input, linear_weight, linear_bias)
-        input = to_dtype_of_products(input)
+        ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype = logits
+        self.is_wide = check_projection(input, linear_weight, linear_bias, logits_dtype)
+        input = to_dtype_of_products(input, linear_weight)
+        self.logits_dtype = dtype_of_logits(input.dtype, has_float32_logits=self.is_wide)
         columns = linear_weight.shape[0]
         self.shard: ShardedColumns | None = None
         if shard is not None:
             self.shard, vocab_size = shard.columns(columns, target, vocab_size), None
         ignore_index = -100 if ignore_index is None else ignore_index
-        self.options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
+        self.options = LogitOptions.of(
+            softcap, logit_scale, vocab_size, ignore_index, columns, temperature
+        )
         self.weight, self.shape = weight, input.shape[:-1]
         self.has_probabilities = target.is_floating_point()
         if self.has_probabilities:
-            target = target.to(input.dtype)
+            target = target.to(self.logits_dtype)
         expected = (*self.shape, columns) if self.has_probabilities else tuple(self.shape)
         if tuple(target.shape) != expected:
             raise ValueError(
                 f"target of shape {tuple(target.shape)} does not fit hidden states of shape "
                 f"{tuple(input.shape)}: expected {expected}"
             )
-        target = check_target(target, input, self.options.ignore_index)
+        target = check_target(target, input, self.options.ignore_index, self.logits_dtype)
         target = sequences.targets(target, shift, self.options.ignore_index)
         self.shift = shift
         hidden = as_rows(input)
         self.targets = target.reshape(hidden.shape[0], *expected[len(self.shape) :])
         check_weight(weight, columns, input)
-        self.inputs = Inputs(hidden, linear_weight, linear_bias, check_scale(logit_scale, input))
+        scale = tempered(check_scale(logit_scale, input), temperature)
+        self.inputs = Inputs(hidden, linear_weight, linear_bias, scale)
 
     def _check_range(self, classes: int) -> None:
         targets = self.targets.reshape(self.shape)
@@ -447,7 +460,7 @@ class LinearCall:
                     "weight_grad_accumulator works neither with probability targets nor under "
                     "torch.func transforms"
                 )
-            value = self._from_whole_logits(token_weight, num_items, loss)
+            value = self._from_whole_logits(token_weight, num_items, loss, chunks)
         elif by_rows:
             stats = self.stats(wanted | asked(loss.statistics()), chunks, walk.accumulator)
             value = self._loss_of(stats, token_weight, num_items, loss)
@@ -478,7 +491,7 @@ class LinearCall:
         if self.has_probabilities:
             raise RuntimeError("statistics: target must hold class indices (int64 or int32)")
         if ops.in_transform():
-            logits = operators.logits_of(self.inputs, self.targets, None, self.options)
+            logits = operators.logits_of(self.inputs, self.targets, None, self.options, chunks)
             inputs = StatsInputs(logits, self.targets, self.weight, self.inputs.logit_scale)
             return ops.token_stats(inputs, self.options, wanted)
         return self._run(
@@ -501,10 +514,14 @@ class LinearCall:
         return composite.loss_of(stats.floats, w_y, weights, num_items, loss)
 
     def _from_whole_logits(
-        self, token_weight: Tensor | None, num_items: Tensor | None, loss: LossOptions
+        self,
+        token_weight: Tensor | None,
+        num_items: Tensor | None,
+        loss: LossOptions,
+        chunks: ChunkOptions,
     ) -> Tensor:
         """With every derivative."""
-        logits = operators.logits_of(self.inputs, self.targets, token_weight, self.options)
+        logits = operators.logits_of(self.inputs, self.targets, token_weight, self.options, chunks)
         scale = self.inputs.logit_scale
         return ops.cross_entropy(
             LossInputs(logits, self.targets, self.weight, token_weight, num_items, scale),
@@ -540,9 +557,10 @@ class LinearCall:
         if walk.accumulator is not None or needs_gradients((weight,))[0]:
             sums = Sums.of(columns * weight.shape[1], hidden.dtype, weight.dtype, dtype)
         limit = chunk_limit(
-            columns, hidden.dtype, hidden.device.type, walk.chunk_tokens, walk.max_chunk_bytes, sums
-        )
-        return ChunkOptions(limit, drops, dtype, self.shard)
+            columns, self.logits_dtype, hidden.device.type, walk.chunk_tokens,
+            walk.max_chunk_bytes, sums,
+        )  # fmt: skip
+        return ChunkOptions(limit, drops, dtype, self.shard, self.is_wide)
 
 
 def _check_accumulator(accumulator: Tensor, weight: Tensor, dtype: torch.dtype) -> None:

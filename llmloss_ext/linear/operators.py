@@ -11,6 +11,7 @@ Where nothing looks on, they are called directly, which saves a small call 40 us
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import composite
+from ..checks import is_autocast
 from ..composite import real_of
 from ..ops.derivatives import (
     Composite,
@@ -55,7 +57,7 @@ class _Options(NamedTuple):
     """The statistics beside a loss."""
 
 
-UNSHARDED = len(ChunkLimit._fields) + 1
+UNSHARDED = len(ChunkLimit._fields) + 2
 """Of the packed integers of `ChunkOptions`; then those of the shard."""
 
 
@@ -72,7 +74,8 @@ def unpack_limit(numbers: Sequence[int]) -> ChunkLimit:
 
 def pack_chunks(chunks: ChunkOptions) -> tuple[list[int], str]:
     """The options but for the dtype: integers, and the name of the shard's process group."""
-    numbers = [*pack_limit(chunks.limit), int(chunks.drop_ignored)]
+    switches = (chunks.drop_ignored, chunks.has_float32_logits)
+    numbers = [*pack_limit(chunks.limit), *map(int, switches)]
     if chunks.shard is None:
         return numbers, ""
     of_shard, group = chunks.shard.pack()
@@ -83,14 +86,20 @@ def unpack_chunks(
     chunks: Sequence[int], group: str, weight_grad_dtype: torch.dtype
 ) -> ChunkOptions:
     """What was packed for an operator."""
-    *limit, drop_ignored = chunks[:UNSHARDED]
+    *limit, drop_ignored, is_wide = chunks[:UNSHARDED]
     of_shard = chunks[UNSHARDED:]
     shard = ShardedColumns.unpack(of_shard, group) if of_shard else None
-    return ChunkOptions(unpack_limit(limit), bool(drop_ignored), weight_grad_dtype, shard)
+    return ChunkOptions(
+        unpack_limit(limit), bool(drop_ignored), weight_grad_dtype, shard, bool(is_wide)
+    )
 
 
 def logits_of(
-    inputs: Inputs, target: Tensor, token_weight: Tensor | None, options: LogitOptions
+    inputs: Inputs,
+    target: Tensor,
+    token_weight: Tensor | None,
+    options: LogitOptions,
+    chunks: ChunkOptions,
 ) -> Tensor:
     """The whole logits, (N, V), with every derivative; 0 where a token or a class has no part."""
     hidden, weight, bias, _ = inputs
@@ -100,9 +109,15 @@ def logits_of(
     columns, used = weight.shape[0], options.vocab_size
     if used < columns:
         weight, bias = weight[:used], None if bias is None else bias[:used]
-    logits = hidden @ weight.to(hidden.dtype).t()
+    weight = weight.to(hidden.dtype)
+    if chunks.has_float32_logits:
+        is_on = is_autocast(hidden)
+        with torch.autocast(hidden.device.type, enabled=False) if is_on else nullcontext():
+            logits = hidden.float() @ weight.float().t()
+    else:
+        logits = hidden @ weight.t()
     if bias is not None:
-        logits = logits + bias.to(hidden.dtype)
+        logits = logits + bias.to(logits.dtype)
     return F.pad(logits, (0, columns - used)) if used < columns else logits
 
 
@@ -245,7 +260,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _loss_composite(inputs: Inputs, targets: Targets, options: _Options) -> Composite:
     target, weight, token_weight, num_items = targets
-    logits, loss, *_ = options
+    logits, loss, chunks, *_ = options
     items, z_factor = None, None
     if loss.reduction == MEAN:
         real = real_of(inputs.input)
@@ -257,7 +272,7 @@ def _loss_composite(inputs: Inputs, targets: Targets, options: _Options) -> Comp
     def whole(*primals: Any) -> tuple[Tensor, ...]:
         inputs = Inputs(*primals)
         rows = composite.row_losses(
-            logits_of(inputs, target, token_weight, logits), target, weight, token_weight,
+            logits_of(inputs, target, token_weight, logits, chunks), target, weight, token_weight,
             inputs.logit_scale, logits, loss, z_factor,
         ).sum()  # fmt: skip
         return (rows if items is None else rows / items,)
@@ -420,7 +435,7 @@ class LinearTokenStats(Function):
                 raise RuntimeError("weight_grad_accumulator has no second-order gradient")
             upstream = tuple(grad for grad in grads if grad is not None)
             safe = inputs._replace(input=composite.spared(inputs.input, *upstream))
-            function = _stats_composite(safe, target, weight, call.logits, grads.used)
+            function = _stats_composite(safe, target, weight, call, grads.used)
             by_name = function.vjp(upstream)
             return (*Inputs(**by_name), *others)
         needs = Inputs(*ctx.needs_input_grad[: len(Inputs._fields)])
@@ -441,12 +456,12 @@ class LinearTokenStats(Function):
 
 
 def _stats_composite(
-    inputs: Inputs, target: Tensor, weight: Any, options: LogitOptions, names: tuple[str, ...]
+    inputs: Inputs, target: Tensor, weight: Any, call: _StatsCall, names: tuple[str, ...]
 ) -> Composite:
     def whole(*primals: Any) -> tuple[Tensor, ...]:
         inputs = Inputs(*primals)
-        logits = logits_of(inputs, target, None, options)
-        every = composite.token_stats(logits, target, weight, inputs.logit_scale, options)
+        logits = logits_of(inputs, target, None, call.logits, call.chunks)
+        every = composite.token_stats(logits, target, weight, inputs.logit_scale, call.logits)
         return tuple(getattr(every, name) for name in names)
 
     return Composite(whole, inputs, Inputs._fields)

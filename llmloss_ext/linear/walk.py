@@ -427,7 +427,10 @@ def with_gradient(grads: Sequence[Tensor | None], targets: Targets, ignore_index
 
 def _projection(inputs: Inputs, logits: LogitOptions, chunks: ChunkOptions) -> Projection:
     used = logits.vocab_size if chunks.shard is None else chunks.shard.used
-    return Projection(inputs.input, inputs.linear_weight, inputs.linear_bias, used)
+    return Projection(
+        inputs.input, inputs.linear_weight, inputs.linear_bias, used,
+        has_float32_logits=chunks.has_float32_logits,
+    )  # fmt: skip
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

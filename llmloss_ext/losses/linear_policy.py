@@ -59,11 +59,13 @@ def linear_policy_loss(
     ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
     shift: int = 0,
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
     **options: Any,
@@ -113,7 +115,7 @@ def linear_policy_loss(
         ... ).loss
     """
     checked = PolicyOptions.of(**options)
-    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
     walk = HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     call = LinearCall(
         input, linear_weight, target, linear_bias, None, logits, shift, Sequences(), shard
@@ -129,8 +131,9 @@ def linear_policy_loss(
             reference_log_probs = linear_log_probs(
                 reference_input, reference_weight, labels, linear_bias=reference_bias,
                 ignore_index=call.options.ignore_index, softcap=softcap,
-                logit_scale=logit_scale, vocab_size=vocab_size, chunk_tokens=chunk_tokens,
-                max_chunk_bytes=max_chunk_bytes, drop_ignored=drop_ignored, shard=shard,
+                logit_scale=logit_scale, temperature=temperature, vocab_size=vocab_size,
+                chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
+                drop_ignored=drop_ignored, logits_dtype=logits_dtype, shard=shard,
             )  # fmt: skip
     elif reference_weight is not None or reference_bias is not None:
         raise ValueError("reference_weight and reference_bias need reference_input")

@@ -58,11 +58,13 @@ def linear_preference_loss(
     ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
     shift: int = 0,
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
     **options: Any,
@@ -116,7 +118,7 @@ def linear_preference_loss(
     entry, is_dpo = _LOSSES[loss], loss == "dpo"
     if not is_dpo and (ld_alpha is not None or use_weighting):
         raise ValueError(f'ld_alpha and use_weighting belong to loss="dpo", got {loss!r}')
-    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size)
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
     walk = HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     call = LinearCall(
         input, linear_weight, target, linear_bias, None, logits, shift, Sequences(), shard
@@ -137,9 +139,9 @@ def linear_preference_loss(
             reference = linear_log_probs(
                 reference_input, reference_weight, call.targets.reshape(call.shape),
                 linear_bias=reference_bias, ignore_index=call.options.ignore_index,
-                softcap=softcap, logit_scale=logit_scale, vocab_size=vocab_size,
-                chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
-                drop_ignored=drop_ignored, shard=shard,
+                softcap=softcap, logit_scale=logit_scale, temperature=temperature,
+                vocab_size=vocab_size, chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
+                drop_ignored=drop_ignored, logits_dtype=logits_dtype, shard=shard,
             )  # fmt: skip
     elif reference_weight is not None or reference_bias is not None:
         raise ValueError("reference_weight and reference_bias need reference_input")
@@ -171,8 +173,9 @@ def linear_preference_loss(
 documented(
     linear_preference_loss,
     (
-        "linear_bias", "ignore_index", "softcap", "logit_scale", "vocab_size", "shift",
-        "chunk_tokens", "max_chunk_bytes", "drop_ignored", "weight_grad_dtype", "shard",
+        "linear_bias", "ignore_index", "softcap", "logit_scale", "temperature", "vocab_size",
+        "shift", "chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype",
+        "weight_grad_dtype", "shard",
     ),
     OPTIONS,
 )  # fmt: skip

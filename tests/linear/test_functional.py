@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "class weights and z-loss": {"weighted": True, "z_loss": 1e-2, "label_smoothing": 0.1},
     "focal": {"focal_gamma": 2.0},
     "softcap and scale": {"softcap": 5.0, "logit_scale": 0.7},
+    "temperature": {"softcap": 5.0, "logit_scale": 0.7, "temperature": 0.6},
     "vocab_size": {"vocab_size": 90},
     "num_items": {"num_items": 50},
     "everything": {

@@ -94,6 +94,34 @@ def test_linear_with_statistics(two, option, reduction):
     two.run(rank_linear, torch.float32, option, reduction, "stats")
 
 
+def rank_float32_logits(rank, ranks):
+    p = Problem(rank, ranks, torch.bfloat16)
+    mine = [leaf(p.hidden), leaf(p.weight[p.columns]), leaf(p.bias[p.columns])]
+    whole = [leaf(t.double()) for t in (p.hidden, p.weight, p.bias)]
+    how = {"chunk_tokens": 4, "logits_dtype": torch.float32}
+    loss = parallel.linear_cross_entropy(
+        mine[0], mine[1], p.target, linear_bias=mine[2], temperature=0.7, softcap=9.0, **how
+    )
+    expected = llmloss_ext.linear_cross_entropy(
+        whole[0], whole[1], p.target, linear_bias=whole[2], temperature=0.7, softcap=9.0
+    )
+    same_on_every_rank(loss)
+    assert_close(loss, expected, 1e-5)
+    log_probs = parallel.linear_log_probs(*mine[:2], p.target, linear_bias=mine[2], **how)
+    exact = llmloss_ext.linear_log_probs(*whole[:2], p.target, linear_bias=whole[2])
+    assert (log_probs - exact).abs().max() < 1e-4
+    loss.backward()
+    expected.backward()
+    for ours, theirs in zip(mine, (whole[0].grad, *(t.grad[p.columns] for t in whole[1:])),
+                            strict=True):  # fmt: skip
+        assert ours.grad.dtype == torch.bfloat16
+        assert (ours.grad - theirs).norm() <= 2**-8 * theirs.norm()
+
+
+def test_float32_logits(two):
+    two.run(rank_float32_logits)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("how", ["keep", "accumulator", "part"])
 def test_linear_dtypes(two, dtype, how):
