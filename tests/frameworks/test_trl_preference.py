@@ -27,15 +27,16 @@ ACCELERATOR = types.SimpleNamespace(
 )
 
 
-class Model:
+class Model(torch.nn.Module):
     """Answers with log-probabilities that it was given, one call after the other."""
 
-    training = True
+    is_gradient_checkpointing = False
 
     def __init__(self, *log_probs):
+        super().__init__()
         self.log_probs = list(log_probs)
 
-    def __call__(self, **_):
+    def forward(self, **_):
         x = self.log_probs.pop(0)
         zeros = torch.zeros_like(x).detach()
         return types.SimpleNamespace(
