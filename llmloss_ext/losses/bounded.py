@@ -63,12 +63,8 @@ def finite_gradient(x: Tensor) -> Tensor:
 
     A float32 gradient on its way to a float16 leaf, or the product of two derivatives, may overflow
     though each factor is finite; an inf that a 0 multiplies further up would be nan.
-    Compiled, for 16-bit types alone: torch makes a graph for each size of what has a backward of
-    its own, and refuses whatever has a derivative forwards.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling and x.dtype in (torch.float32, torch.float64):
-        return x
+    compiling = torch.compiler.is_compiling()  # which refuses whatever has a derivative forwards
     function = _FiniteGradient if compiling else _FiniteGradientBothWays
     return function.apply(x)  # type: ignore[no-untyped-call]
 
