@@ -131,9 +131,10 @@ def constant(log_probs: Tensor) -> Tensor:
 
 def check_vectors(**vectors: Tensor | None) -> None:
     """Raises a ValueError unless all are of one shape: a broadcast would be a mistake."""
-    given = {name: tuple(t.shape) for name, t in vectors.items() if t is not None}
-    if len(set(given.values())) > 1:
-        shapes = ", ".join(f"{name} {shape}" for name, shape in given.items())
+    given = {name: t for name, t in vectors.items() if t is not None}
+    first = next(iter(given.values()))
+    if any(t.shape != first.shape for t in given.values()):  # a set would fix a symbolic size
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items())
         raise ValueError(f"expected tensors of one shape, got {shapes}")
 
 
