@@ -276,12 +276,6 @@ MUTANTS = {
         "if (source.options.gradient_reads_values()) known",
         "if (!MUTANT && source.options.gradient_reads_values()) known",
     ),
-    "no weights for a fused gradient": (
-        "kernels/fused.cuh",
-        "known.state = row_state(total, stored.transformed(transform));",
-        "known.state = row_state(total, stored.transformed(transform));\n"
-        "    if (MUTANT) known.state[StateField::sum_weights] = Real(0);",
-    ),
     "a mean without its task": (
         "kernels/tasks.cuh",
         "if (wanted.floats[Stat::mean_log_prob]) needed",

@@ -22,8 +22,10 @@ struct RowKernels {
   static int row_grad(const RowInputs<T>& in, const SavedStats<Real>& saved,
                       const GradSource<Real>& source, const GradOutputs<T>& out,
                       const GradPlan& plan, void* stream);
-  static FusedPlan plan_fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
-                              const GradSource<Real>& source, const GradOutputs<T>& grad,
+  // Whether the fused kernel does all that is needed.
+  static bool can_fuse(const RowInputs<T>& in, const RowOutputs<Real>& out,
+                       const GradSource<Real>& source, const GradOutputs<T>& grad);
+  static FusedPlan plan_fused(const RowInputs<T>& in, const GradOutputs<T>& grad,
                               const DeviceLimits& device);
   static int fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
                    const GradSource<Real>& source, const GradOutputs<T>& grad,
