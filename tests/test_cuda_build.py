@@ -83,14 +83,17 @@ def planned_threads(kernel: str, architecture: str) -> int:
         one = parameters[0] == "double" or (parameters[0], architecture) == ("float", "80")
         return 384 * (1 if one else 2)
     tasks = int(parameters[1].rstrip("u"))
-    mean, transformed, order_or_rest = 2, 1, tasks & (8 | 16)
+    transformed, entropy, order, rest = 1, 4, 8, 16
     if parameters[0] == "double":
         return 256 * (1 if tasks else 2)
-    if order_or_rest:
+    if tasks & rest or (tasks & order and name == "row_stats_kernel"):
         return 256 * 2
+    if name == "row_grad_kernel":
+        return 256 * (3 if architecture == "80" and tasks != transformed else 4)
     if tasks == 0:
         return 256 * (3 if architecture == "80" else 4)
-    return 256 * (3 if tasks in (mean, transformed) else 2)
+    spills = architecture == "80" and tasks & entropy and parameters[0] == "Half"
+    return 256 * (2 if spills else 3)
 
 
 @needs_cuda_build
