@@ -15,7 +15,7 @@ namespace llmloss::ops {
 namespace {
 
 void check(int error) {
-  STD_TORCH_CHECK(error == 0, "llmloss: CUDA error: ", cuda::error_string(error));
+  STD_TORCH_CHECK(error == 0, "llmloss: CUDA error: ", cuda::error_message(error));
 }
 
 cuda::DeviceLimits limits_of(int32_t device) {

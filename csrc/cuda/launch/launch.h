@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../../core/loss_rows.h"
 #include "../../core/row_stats.h"
@@ -48,6 +49,7 @@ struct LossKernels {
 // The limits of the current device, whose index is `device`. Returns a cudaError_t.
 int device_limits(int device, DeviceLimits& limits);
 
-const char* error_string(int error);
+// What a cudaError_t means, and what to do about it where that is known.
+std::string error_message(int error);
 
 }  // namespace llmloss::cuda
