@@ -68,8 +68,8 @@ def residency(chip: Chip, plan: str, dtype: str, report: list[dict[str, Any]]) -
         shared = dynamic + kernel["shared_bytes"]
         of_warp = -(-kernel["registers"] * 32 // 256) * 256
         room = {
-            "registers": REGISTERS // of_warp // warps,
             "shared memory": chip.shared_per_multiprocessor // (shared + RESERVED_SHARED),
+            "registers": REGISTERS // of_warp // warps,
             "threads": chip.max_threads // threads,
             "blocks": MOST_BLOCKS[chip.architecture],
         }

@@ -27,7 +27,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [nvcc, "-std=c++20", "-O0", "-arch=sm_90", "--expt-relaxed-constexpr", "-cudart=none"]
     sources = [ROOT / "csrc/cuda/launch/device.cu", FAKE / "first_call.cu", FAKE / "runtime.cpp"]
     made = folder / "first_call"
-    subprocess.run([*command, f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(made)], check=True)
+    subprocess.run(
+        [*command, f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(made)], check=True
+    )
     return made
 
 

@@ -120,7 +120,9 @@ def _command() -> list[str]:
         print(f"llmloss_ext: {left_out} is left out: this nvcc is too old for it")
     for arch in chosen:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    newest = max((arch for arch in chosen if int(arch) <= PTX), key=int, default=max(chosen, key=int))
+    newest = max(
+        (arch for arch in chosen if int(arch) <= PTX), key=int, default=max(chosen, key=int)
+    )
     command += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
     return [*command, "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"]
 
