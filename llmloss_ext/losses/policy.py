@@ -148,9 +148,7 @@ def grpo_loss(
     losses = _clipped(valid, log_probs, old_log_probs, advantages.unsqueeze(-1), clip, clip_high)
     check_same_shape(log_probs, reference_log_probs=reference_log_probs)
     if reference_log_probs is not None and kl_weight != 0:
-        d = bounded_exponent(
-            where_valid(valid, reference_log_probs.detach()) - where_valid(valid, log_probs)
-        )
+        d = bounded_exponent(where_valid(valid, reference_log_probs.detach()) - where_valid(valid, log_probs))
         losses = finite(losses + finite(kl_weight * (torch.expm1(d) - d)))
     losses = losses - _bonus(valid, log_probs, entropy, entropy_bonus)
     tokens = valid.sum(-1).clamp_min(1)

@@ -258,8 +258,9 @@ void test_gradient() {
 
 template <typename Real>
 void test_next_above() {
-  const Real values[] = {Real(-3e38), Real(-1.5), -std::numeric_limits<Real>::denorm_min(), Real(-0.0),
-                         Real(0), std::numeric_limits<Real>::denorm_min(), Real(1), Real(7e9)};
+  const Real values[] = {Real(-3e38), Real(-1.5), -std::numeric_limits<Real>::denorm_min(),
+                         Real(-0.0),  Real(0),    std::numeric_limits<Real>::denorm_min(),
+                         Real(1),     Real(7e9)};
   for (const Real x : values) {
     CHECK(next_above(x) == std::nextafter(x, std::numeric_limits<Real>::infinity()));
   }

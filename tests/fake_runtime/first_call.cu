@@ -18,8 +18,8 @@ int main(int count, char** words) {
   }
   DeviceLimits limits{};
   int error = device_limits(0, limits);
-  std::printf("limits: error %d, %d multiprocessors, clusters of %d\n", error, limits.multiprocessors,
-              limits.max_cluster);
+  std::printf("limits: error %d, %d multiprocessors, clusters of %d\n", error,
+              limits.multiprocessors, limits.max_cluster);
   if (error != 0) return 0;
   // Every kind of launch that there is: small, with much shared memory, in clusters.
   const Shape shapes[] = {{4, 128}, {4, 640, 200 << 10, 1, true}, {16, 256, 100 << 10, 16, true}};

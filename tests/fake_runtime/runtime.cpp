@@ -21,13 +21,20 @@ int loads(const char* name) {
 
 int numbers(int attribute) {
   switch (attribute) {
-    case 16: return 132;        // multiprocessors
-    case 97: return 227 << 10;  // shared memory of a block
-    case 81: return 228 << 10;  // of a multiprocessor
-    case 75: return 9;          // compute capability
-    case 76: return 3;
-    case 120: return 1;         // has clusters
-    default: return 0;
+    case 16:
+      return 132;  // multiprocessors
+    case 97:
+      return 227 << 10;  // shared memory of a block
+    case 81:
+      return 228 << 10;  // of a multiprocessor
+    case 75:
+      return 9;  // compute capability
+    case 76:
+      return 3;
+    case 120:
+      return 1;  // has clusters
+    default:
+      return 0;
   }
 }
 

@@ -249,7 +249,8 @@ struct ColumnGradient {
       const Real finite = larger(lowest_log_prob<Real>(), exponent);
       const Real each = fma_of(grad.by_exp, exp, fma_of(grad.by_exponent, finite, grad.flat));
       Real constant = grad.constant;
-      if constexpr (task::has(tasks, task::rest)) constant = grad.weight * weight(grad.weight, column);
+      if constexpr (task::has(tasks, task::rest))
+        constant = grad.weight * weight(grad.weight, column);
       return fma_of(exp, each, constant);
     }
   }

@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(block_size, stats_blocks<T>(tasks))
   // Ranks need the target's logit now, nobody else before the end. It is on its way meanwhile, but
   // where the loop needs the register, and takes longer for its arithmetic than for its loads.
   constexpr bool needs_target = task::has(tasks, task::order | task::rest);
-  constexpr bool reads_early = needs_target || tasks == task::plain || tasks == task::transformed ||
-                               tasks == task::mean;
+  constexpr bool reads_early =
+      needs_target || tasks == task::plain || tasks == task::transformed || tasks == task::mean;
   const bool is_read = needs_target || (reads_early && !is_split && share.warp() == 0);
   StoredTarget<T> stored(in, row, is_read ? target : -1);
   const Reducer reducer{in, transform, row,
