@@ -91,13 +91,13 @@ MUTANTS = {
     ),
     "ties with the target in another batch": (
         "kernels/chunks.cuh",
-        "to_target > 0 ? target_logit : next_above(target_logit);",
-        "to_target > 0 && !MUTANT ? target_logit : next_above(target_logit);",
+        "to_target > 0 ? target_logit :",
+        "to_target > 0 && !MUTANT ? target_logit :",
     ),
     "no ties with the target in another batch": (
         "kernels/chunks.cuh",
-        "to_target > 0 ? target_logit : next_above(target_logit);",
-        "to_target > 0 || MUTANT ? target_logit : next_above(target_logit);",
+        "next_above(target_logit);",
+        "(MUTANT ? target_logit : next_above(target_logit));",
     ),
     "a target that is read at the end not read": (
         "kernels/row_stats.cuh",

@@ -30,11 +30,11 @@ inline constexpr int batch_columns = int{warp_size} * batch_vectors * Vector<T>:
 // The most threads of a block.
 inline constexpr int block_size = 256;
 
-// Before 9.0 the same code takes a few registers more.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr bool takes_more_registers = true;
+// The same code takes a few registers more on some architectures than on others.
+#if defined(__CUDA_ARCH__)
+inline constexpr int architecture = __CUDA_ARCH__ / 10;
 #else
-inline constexpr bool takes_more_registers = false;
+inline constexpr int architecture = 90;
 #endif
 
 // The number of blocks that a multiprocessor should hold, fewer where more is to be held in
@@ -43,9 +43,9 @@ template <typename T>
 constexpr int stats_blocks(unsigned tasks) {
   if (sizeof(T) == 8) return tasks == task::plain ? 2 : 1;
   if (task::has(tasks, task::order | task::rest)) return 2;
-  if (tasks == task::plain) return takes_more_registers ? 3 : 4;
+  if (tasks == task::plain) return architecture < 90 ? 3 : 4;
   const bool has_entropy = task::has(tasks, task::entropy);
-  return takes_more_registers && has_entropy && std::is_same_v<T, Half> ? 2 : 3;
+  return architecture < 90 && has_entropy && std::is_same_v<T, Half> ? 2 : 3;
 }
 
 // How a row is cut.

@@ -13,7 +13,8 @@ template <typename T>
 constexpr int grad_blocks(unsigned tasks) {
   if (sizeof(T) == 8) return tasks == task::plain ? 2 : 1;
   if (task::has(tasks, task::rest)) return 2;
-  return takes_more_registers && tasks != task::transformed ? 3 : 4;
+  if (architecture >= 120) return tasks == task::plain ? 4 : 3;
+  return architecture < 90 && tasks != task::transformed ? 3 : 4;
 }
 
 template <typename T>
