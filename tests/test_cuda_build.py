@@ -89,7 +89,7 @@ def planned_threads(kernel: str, architecture: str) -> int:
     if tasks & rest or (tasks & order and name == "row_stats_kernel"):
         return 256 * 2
     if name == "row_grad_kernel":
-        fewer = architecture == "120" and tasks or architecture == "80" and tasks != transformed
+        fewer = (architecture == "120" and tasks) or (architecture == "80" and tasks != transformed)
         return 256 * (3 if fewer else 4)
     if tasks == 0:
         return 256 * (3 if architecture == "80" else 4)
