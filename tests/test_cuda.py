@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -96,6 +98,41 @@ def test_a_cuda_graph_can_be_replayed() -> None:
         expected, grad = step(fresh, target, label_smoothing=0.1)
         assert torch.equal(loss, expected)
         assert torch.equal(static.grad, grad)
+
+
+FIRST_CALL = """
+import torch
+from llmloss_ext import cross_entropy, token_stats
+
+torch.manual_seed(0)
+x = torch.randn(40, 128256, device="cuda").bfloat16()
+target = torch.randint(0, 128256, (40,), device="cuda")
+leaf, held = (x.clone().requires_grad_() for _ in range(2))
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    loss = cross_entropy(leaf, target, label_smoothing=0.1)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    in_place = cross_entropy(held * 1, target, inplace=True)
+    (over,) = torch.autograd.grad(in_place, held)
+    stats = token_stats(x, target)
+graph.replay()
+again = x.clone().requires_grad_()
+expected = cross_entropy(again, target, label_smoothing=0.1)
+assert torch.equal(loss, expected)
+assert torch.equal(grad, torch.autograd.grad(expected, again)[0])
+plain = cross_entropy(again, target)
+assert torch.equal(in_place, plain)
+assert torch.equal(over, torch.autograd.grad(plain, again)[0])
+assert torch.equal(stats.entropy, token_stats(x, target).entropy)
+print("replayed")
+"""
+
+
+def test_the_first_call_of_a_process_can_be_captured() -> None:
+    """No kernel is loaded yet, and nothing is known of the device."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "replayed\n"
 
 
 def replayed(run: Callable[[Tensor, Tensor], tuple[Tensor, ...]], logits: Tensor) -> None:
