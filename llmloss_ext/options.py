@@ -209,9 +209,7 @@ _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 """Their numbers in the kernels: Reduction of csrc/core/loss_rows.h."""
 
 
-def option_names(
-    function: Callable[..., Any], table: Mapping[str, Option] = OPTIONS
-) -> list[str]:
+def option_names(function: Callable[..., Any], table: Mapping[str, Option] = OPTIONS) -> list[str]:
     """The options in a function's signature."""
     return [name for name in inspect.signature(function).parameters if name in table]
 
@@ -241,9 +239,7 @@ def documented(
     return function
 
 
-def spelled_out(
-    function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS
-) -> F:
+def spelled_out(function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS) -> F:
     """The function, whose signature lists options in place of ``**options``."""
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

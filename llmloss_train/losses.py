@@ -275,9 +275,7 @@ class LogitsLoss(_LossOfLogits):
         )
 
     def _scores(self, logits: Tensor, targets: Tensor) -> TokenScores:
-        return _scores_of(
-            self._token_stats(logits, targets, ignore_index=IGNORED, with_rank=True)
-        )
+        return _scores_of(self._token_stats(logits, targets, ignore_index=IGNORED, with_rank=True))
 
 
 class TorchLoss(_LossOfLogits):
