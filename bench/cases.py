@@ -17,9 +17,13 @@ OPTIONS: dict[str, dict[str, float]] = {
     "softcap": {"softcap": 30.0},
     "entropy": {"entropy": 0.01},
     "entropy and rank": {"entropy": 0.01, "rank": 1.0},
+    "float32 logits": {"float32_logits": 1.0},
 }
 """Settings by name. ``entropy``: the loss is cross entropy minus this factor times the entropy.
-``rank``: the same pass also gives argmax and the target's rank."""
+``rank``: the same pass also gives argmax and the target's rank.
+``float32_logits``: products of 16 bits keep their logits in float32."""
+FROM_HIDDEN = ("float32 logits",)
+"""Those of a linear loss alone."""
 
 # Per logit. Forward: x - m, exp, the sum and the maximum. Backward: x - m, exp and the product.
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 4, 3
@@ -64,6 +68,8 @@ class Case:
             raise ValueError(f"unknown operation or passes: {self.operation}, {self.passes}")
         if self.option not in OPTIONS or (self.features > 0) != self.is_linear:
             raise ValueError(f"unknown option, or features that do not fit: {self}")
+        if self.option in FROM_HIDDEN and not self.is_linear:
+            raise ValueError(f"{self.option} needs hidden states: {self}")
         if not 0.0 <= self.ignored <= 1.0 or self.rows < 1 or self.columns < 2:
             raise ValueError(f"sizes out of range: {self}")
 

@@ -71,6 +71,8 @@ def eager(case: Case) -> Loss:
             logits.argmax(-1), (logits > at_target).sum(-1)
         return value
 
+    if "float32_logits" in settings:
+        return lambda hidden, weight, target: loss(F.linear(hidden.float(), weight.float()), target)
     if case.is_linear:
         return lambda hidden, weight, target: loss(F.linear(hidden, weight), target)
     return loss
@@ -90,6 +92,8 @@ def _ours(case: Case, **more: Any) -> Loss:
     settings = dict(case.settings)
     if "entropy" in settings:
         return _with_entropy(settings["entropy"], with_rank="rank" in settings)
+    if settings.pop("float32_logits", None):
+        more["logits_dtype"] = torch.float32
     name = "linear_cross_entropy" if case.is_linear else "cross_entropy"
     function = getattr(llmloss_ext, name)
     return lambda *tensors: function(*tensors, **settings, **more)

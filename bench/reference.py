@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.cases import Case
+from bench.cases import FROM_HIDDEN, Case
 from bench.contenders import Step, eager
 from bench.inputs import IGNORE_INDEX, LinearInputs, LogitsInputs
 from llmloss_ext.tolerances import (
@@ -88,8 +88,9 @@ def _loss_and_gradient(case: Case, logits: Tensor, target: Tensor) -> tuple[floa
     if valid == 0:
         return 0.0, torch.zeros_like(leaf)
     # Not the case itself: if it is linear, eager() expects hidden states instead of logits.
+    option = "plain" if case.option in FROM_HIDDEN else case.option
     settings = Case("cross_entropy", case.passes, case.rows, case.columns, "float64",
-                    option=case.option)  # fmt: skip
+                    option=option)  # fmt: skip
     loss = eager(settings)(leaf, target) * valid
     (gradient,) = torch.autograd.grad(loss, leaf)
     return float(loss.detach()), gradient

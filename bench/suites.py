@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from bench.cases import OPTIONS, PASSES, Case
+from bench.cases import FROM_HIDDEN, OPTIONS, PASSES, Case
 
 SUITES = ("quick", "cpu", "gpu", "full")
 
@@ -14,7 +14,7 @@ _HALVES = ("float32", "bfloat16")
 _CURVE_V = (1024, 4096, 16384, 65536, 262144)
 _CURVE_N = (1, 16, 256, 4096)
 _CURVE_D = (64, 256, 1024)
-_OPTIONS = tuple(name for name in OPTIONS if name != "plain")
+_OPTIONS = tuple(name for name in OPTIONS if name not in ("plain", *FROM_HIDDEN))
 
 
 def suite(name: str, has_gpu: bool) -> list[Case]:
@@ -48,7 +48,8 @@ def _quick(device: str) -> Iterator[Case]:
         yield _option(256, 32000, "float32", option, device)
     yield _ignored(256, 32000, "float32", 0.5, device)
     yield _linear(512, 256, 32000, "float32", device)
-    yield _linear(512, 256, 32000, "bfloat16", device)
+    for option in ("plain", *FROM_HIDDEN):
+        yield _linear(512, 256, 32000, "bfloat16", device, option=option)
     yield from _small(device)
     yield from _curves("float32", device, (1024, 32000, 131072), (1, 128), 1 << 22)
 
@@ -67,6 +68,7 @@ def _cpu() -> Iterator[Case]:
     for dtype in _HALVES:
         yield _linear(2048, 768, 50257, dtype, "cpu")
         yield _linear(2048, 768, 50257, dtype, "cpu", ignored=0.75)
+    yield _linear(2048, 768, 50257, "bfloat16", "cpu", option="float32 logits")
     yield from _small("cpu")
     yield from _curves("float32", "cpu", _CURVE_V, _CURVE_N, 1 << 24)
     for features in _CURVE_D:
@@ -76,7 +78,8 @@ def _cpu() -> Iterator[Case]:
 def _gpu() -> Iterator[Case]:
     # The most important cases come first, because time on a GPU machine may run out.
     yield from _both_passes(8192, 128256, "bfloat16", "cuda")
-    yield _linear(8192, 4096, 128256, "bfloat16", "cuda")
+    for option in ("plain", *FROM_HIDDEN):
+        yield _linear(8192, 4096, 128256, "bfloat16", "cuda", option=option)
     for dtype in ("bfloat16", "float32"):
         for columns in (32000, 50257, 128256, 262144):
             if (columns, dtype) != (128256, "bfloat16"):
@@ -95,7 +98,7 @@ def _grid(device: str, rows: int) -> Iterator[Case]:
     """Yields every option with every dtype and size."""
     for columns in (32000, 50257, 128256):
         for dtype in ("float32", "bfloat16", "float16"):
-            for option in OPTIONS:
+            for option in ("plain", *_OPTIONS):
                 yield _option(rows, columns, dtype, option, device)
             for share in (0.25, 0.75):
                 yield _ignored(rows, columns, dtype, share, device)
@@ -125,12 +128,12 @@ def _ignored(
 
 def _linear(
     rows: int, features: int, columns: int, dtype: str, device: str,
-    ignored: float = 0.0, figure: str = "peers",
+    ignored: float = 0.0, figure: str = "peers", option: str = "plain",
 ) -> Case:  # fmt: skip
     size = (rows, columns, dtype, features)
     figure = "ignored" if ignored and figure == "peers" else figure
     return Case("linear_cross_entropy", "forward+backward", *size, ignored=ignored, device=device,
-                figure=figure)  # fmt: skip
+                figure=figure, option=option)  # fmt: skip
 
 
 def _small(device: str) -> Iterator[Case]:

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from llmloss_ext import cross_entropy, token_stats
+from llmloss_ext import cross_entropy, linear_log_probs, token_stats
 from llmloss_ext.losses import (
     LabelSmoothingCrossEntropy,
     UncertaintyWeights,
@@ -65,6 +65,18 @@ hardness = (1 - stats.log_prob[:6].exp()) ** 2
 show("focal", cross_entropy(rows, target, focal_gamma=2.0), (each[:6] * hardness).mean())
 capped = F.cross_entropy(5.0 * torch.tanh(0.7 * rows / 5.0), target)
 show("softcap, logit_scale", cross_entropy(rows, target, softcap=5.0, logit_scale=0.7), capped)
+returned = 5.0 * torch.tanh(rows / 5.0)  # by a model with a softcap; trainers divide that
+tempered = F.cross_entropy(returned / 0.7, target)
+show("temperature", cross_entropy(rows, target, softcap=5.0, temperature=0.7), tempered)
+hidden, head = torch.randn(8, 256).bfloat16(), torch.randn(VOCAB, 256).bfloat16()
+exact = torch.log_softmax(hidden.double() @ head.double().t(), -1)[torch.arange(6), target[:6]]
+worst = {
+    dtype: (linear_log_probs(hidden, head, target, logits_dtype=dtype)[:6] - exact).abs().max()
+    for dtype in (None, torch.float32)
+}
+assert worst[torch.float32] < 1e-4
+print(f"{'error of bfloat16 log-probs':<34}{worst[None].item():8.4f}")
+print(f"{'  with logits_dtype=float32':<34}{worst[torch.float32].item():8.4f}")
 soft = torch.softmax(torch.randn(8, VOCAB), -1)
 check_probabilities(soft)  # reads the whole tensor, so the losses do not do it
 show("probability targets", cross_entropy(rows, soft), F.cross_entropy(rows, soft))

@@ -33,8 +33,12 @@ def check_all_dense(required: dict[str, Tensor], optional: dict[str, Tensor | No
         check_dense(name, other, optional=True)
 
 
-def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
+def check_target(
+    target: Tensor, input: Tensor, ignore_index: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """Targets as the operators read them; the shape is not looked at.
+
+    Probabilities are to have ``dtype``, by default the input's.
 
     Raises:
         RuntimeError: On another device; neither int64 nor int32 nor probabilities of the input's
@@ -53,11 +57,12 @@ def check_target(target: Tensor, input: Tensor, ignore_index: int) -> Tensor:
         return target.long()
     if not target.is_floating_point():
         raise RuntimeError(f"expected class indices of int64, int32 or uint8, got {target.dtype}")
-    if target.dtype != input.dtype and is_autocast(input):
-        target = target.to(input.dtype)
-    if target.dtype != input.dtype:
+    dtype = input.dtype if dtype is None else dtype
+    if target.dtype != dtype and is_autocast(input):
+        target = target.to(dtype)
+    if target.dtype != dtype:
         raise RuntimeError(
-            f"expected probability targets of the input's dtype {input.dtype}, got {target.dtype}"
+            f"expected probability targets of the input's dtype {dtype}, got {target.dtype}"
         )
     if ignore_index >= 0:
         raise RuntimeError("ignore_index is not supported for floating point target")

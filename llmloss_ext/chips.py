@@ -14,6 +14,8 @@ class Chip(NamedTuple):
     """A GPU as the cost models of the dense kernels and of the linear plan see it."""
 
     name: str
+    architecture: str
+    """Compute capability, as nvcc writes it."""
     multiprocessors: int
     clock: float
     """Cycles per second under load."""
@@ -26,6 +28,8 @@ class Chip(NamedTuple):
     shared_per_multiprocessor: int
     max_cluster: int
     """Blocks; 1: it has no clusters."""
+    max_threads: int
+    """Of a multiprocessor at once."""
     launch_seconds: float
     """From the end of one kernel to the start of the next of the same stream."""
     is_measured: bool
@@ -39,20 +43,26 @@ class Chip(NamedTuple):
 
 
 H100 = Chip(
-    "H100", 132, 1.755e9, 3.05e12, 798e12,
+    "H100", "90", 132, 1.755e9, 3.05e12, 798e12,
     shared_per_block=227 * KIB, shared_per_multiprocessor=228 * KIB,
-    max_cluster=16, launch_seconds=2e-6, is_measured=False,
+    max_cluster=16, max_threads=2048, launch_seconds=2e-6, is_measured=False,
 )  # fmt: skip
 # The same chip with faster memory.
 H200 = H100._replace(name="H200", copy_bandwidth=4.27e12, products=790e12, is_measured=True)
 A100 = Chip(
-    "A100", 108, 1.41e9, 1.75e12, 280e12,
+    "A100", "80", 108, 1.41e9, 1.75e12, 280e12,
     shared_per_block=163 * KIB, shared_per_multiprocessor=164 * KIB,
-    max_cluster=1, launch_seconds=2.5e-6, is_measured=False,
+    max_cluster=1, max_threads=2048, launch_seconds=2.5e-6, is_measured=False,
 )  # fmt: skip
 B200 = Chip(
-    "B200", 148, 1.85e9, 7.2e12, 1600e12,
+    "B200", "100", 148, 1.85e9, 7.2e12, 1600e12,
     shared_per_block=227 * KIB, shared_per_multiprocessor=228 * KIB,
-    max_cluster=16, launch_seconds=2e-6, is_measured=False,
+    max_cluster=16, max_threads=2048, launch_seconds=2e-6, is_measured=False,
 )  # fmt: skip
-CHIPS = {chip.name: chip for chip in (H100, H200, A100, B200)}
+# From its data sheet: 1.79 TB/s, and 210 TFLOP/s with sums in float32.
+RTX_5090 = Chip(
+    "RTX 5090", "120", 170, 2.4e9, 1.6e12, 200e12,
+    shared_per_block=99 * KIB, shared_per_multiprocessor=100 * KIB,
+    max_cluster=8, max_threads=1536, launch_seconds=2e-6, is_measured=False,
+)  # fmt: skip
+CHIPS = {chip.name: chip for chip in (H100, H200, A100, B200, RTX_5090)}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .results import mapped
 from .sequences import Sequences, moved
 from .shard import Shard
 
@@ -93,14 +94,20 @@ def call_with_dtensors(function: Callable[..., Any], arguments: dict[str, Any]) 
             local["num_items"] = items = _items_of_all_ranks(layout, local)
     result = function(**local)
     if items is not None:  # a mean of no token is nan, unlike a sum divided by num_items
-        result = result * torch.where(items == 0, torch.nan, 1.0).to(result.dtype)
+        result = _times(result, torch.where(items == 0, torch.nan, 1.0))
     if "input" not in given:
         return result
     shape = given["input"].shape
     shape = shape[:1] + shape[2:] if _class_dim(given["input"], arguments) == 1 else shape[:-1]
+    return mapped(lambda x: _of_mesh(layout, shape, x), result)
+
+
+def _times(result: Any, factor: Tensor) -> Any:
+    """A loss, or the loss that stands before its statistics."""
     if isinstance(result, Tensor):
-        return _of_mesh(layout, shape, result)
-    return type(result)(*(_of_mesh(layout, shape, x) for x in result))
+        return result * factor.to(result.dtype)
+    loss, stats = result
+    return _times(loss, factor), stats
 
 
 def _class_dim(input: Any, arguments: dict[str, Any]) -> int:
@@ -268,12 +275,10 @@ def _items_of_all_ranks(layout: _Layout, local: dict[str, Any]) -> Tensor:
     return items
 
 
-def _of_mesh(layout: _Layout, shape: torch.Size, tensor: Any) -> Any:
+def _of_mesh(layout: _Layout, shape: torch.Size, tensor: Tensor) -> Any:
     """A result as a DTensor; what there is for each token has the shape ``shape``."""
     from torch.distributed.tensor import DTensor, Partial
 
-    if not isinstance(tensor, Tensor):
-        return tensor
     placements = layout.of_tokens()
     if tensor.dim():
         stride = torch.empty(shape, device="meta").stride()

@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,16 @@ from .checks import (
 )
 from .entry import entry_point
 from .ops import LossInputs, StatsInputs
-from .options import MEAN, NONE, LogitOptions, LossOptions, documented
+from .options import MEAN, NONE, LogitOptions, LossOptions, documented, tempered
 from .shard import Shard, ShardedColumns
-from .statistics import RowStats, TokenStats, asked, asked_by_user
+from .statistics import (
+    FloatStats,
+    RowStats,
+    TokenStats,
+    asked,
+    asked_beside_a_loss,
+    asked_by_user,
+)
 
 __all__ = ["TokenStats", "cross_entropy", "token_stats"]
 
@@ -41,6 +49,7 @@ def token_stats(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
     class_dim: int | None = None,
     with_rank: bool = False,
@@ -70,7 +79,7 @@ def token_stats(
     """
     call = DenseCall(
         input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard,
-        -1 if class_dim is None else class_dim,
+        -1 if class_dim is None else class_dim, temperature,
     )  # fmt: skip
     if call.has_probabilities:
         raise RuntimeError("token_stats: target must hold class indices (int64 or int32)")
@@ -84,7 +93,19 @@ def token_stats(
     return TokenStats.shaped(rows, wanted, call.shape)
 
 
-@entry_point("input", "target", "token_weight")
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, *args: Any, return_stats: Literal[False] = False, **options: Any
+) -> Tensor: ...
+
+
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, *args: Any, return_stats: bool | Sequence[str], **options: Any
+) -> tuple[Tensor, TokenStats]: ...
+
+
+@entry_point("input", "target", "token_weight")  # type: ignore[misc]  # in other words
 @documented
 def cross_entropy(
     input: Tensor,
@@ -100,13 +121,15 @@ def cross_entropy(
     focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
     class_dim: int | None = None,
     inplace: bool = False,
+    return_stats: bool | Sequence[str] = False,
     shard: Shard | None = None,
-) -> Tensor:
+) -> Any:
     r"""Cross entropy between logits and targets: `torch.nn.functional.cross_entropy` and more.
 
     Per token, in nats, with eps = ``label_smoothing`` and x the transformed logits:
@@ -129,7 +152,8 @@ def cross_entropy(
     Returns:
         The loss: 0-d, or of the target's shape for ``reduction="none"``. float32 also for bfloat16
         and float16 logits (torch rounds it to their dtype). With all tokens ignored, the mean is
-        nan as in torch, and 0 if ``num_items`` is given.
+        nan as in torch, and 0 if ``num_items`` is given. With ``return_stats``, the loss and a
+        `TokenStats`.
 
     Raises:
         ValueError: Shapes that do not fit, or an option out of range.
@@ -148,9 +172,11 @@ def cross_entropy(
         label_smoothing=label_smoothing, z_loss=z_loss, focal_gamma=focal_gamma,
         reduction=reduction,
     )  # fmt: skip
+    wanted = asked_beside_a_loss(return_stats)
     call = DenseCall(
-        input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard, class_dim
-    )
+        input, target, weight, ignore_index, softcap, logit_scale, vocab_size, shard, class_dim,
+        temperature,
+    )  # fmt: skip
     if num_items is not None:
         num_items = items_tensor(num_items, reduction, input)
     if token_weight is not None:
@@ -160,14 +186,20 @@ def cross_entropy(
     call.check_targets()
     if inplace:
         call.check_inplace(input)
+    if wanted and (inplace or call.has_probabilities):
+        raise RuntimeError("return_stats needs class indices, and logits that stay: inplace=False")
     inputs = LossInputs(call.rows, call.targets, call.weight, token_weight, num_items, call.scale)
-    if call.shard is None:
+    stats: RowStats | None = None
+    if call.shard is None and not wanted:
         value = ops.cross_entropy(inputs, call.options, loss, inplace=inplace)
     else:
-        value = _sharded_loss(inputs, call, loss, inplace)
+        value, stats = _loss_of_stats(inputs, call, loss, wanted, inplace)
     if call.has_probabilities and not input.numel() and loss.reduction == MEAN:
         value = value + math.nan  # 0 / 0, as torch
-    return value.reshape(call.shape) if loss.reduction == NONE else value
+    value = value.reshape(call.shape) if loss.reduction == NONE else value
+    if return_stats is False:
+        return value
+    return value, TokenStats.beside(stats, wanted, call.shape)
 
 
 class DenseCall:
@@ -199,6 +231,7 @@ class DenseCall:
         vocab_size: int | None,
         shard: Shard | None,
         class_dim: int | None,
+        temperature: float,
     ) -> None:
         check_dense("input", input)
         check_dense("target", target)
@@ -237,12 +270,14 @@ class DenseCall:
         if self.rows.stride(-1) != 1 and columns != 1:
             self.is_copy |= not self.rows.is_contiguous()
             self.rows = self.rows.contiguous()
-        self.options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
+        self.options = LogitOptions.of(
+            softcap, logit_scale, vocab_size, ignore_index, columns, temperature
+        )
         self.targets = check_target(self.targets, input, self.options.ignore_index)
         if weight is not None:
             check_weight(weight, columns, input)
         self.weight = weight
-        self.scale = check_scale(logit_scale, input)
+        self.scale = tempered(check_scale(logit_scale, input), temperature)
 
     def _bring_into_shape(self, input: Tensor, target: Tensor, class_dim: int | None) -> None:
         if input.dim() == 0:
@@ -373,14 +408,21 @@ def _sharded_stats(inputs: StatsInputs, call: DenseCall, wanted: int, inplace: b
     return sharded.eagerly(sharded.token_stats, inputs, call.options, wanted, call.shard, True)
 
 
-def _sharded_loss(inputs: LossInputs, call: DenseCall, loss: LossOptions, inplace: bool) -> Tensor:
-    assert call.shard is not None
+def _loss_of_stats(
+    inputs: LossInputs, call: DenseCall, loss: LossOptions, wanted: int, inplace: bool
+) -> tuple[Tensor, RowStats]:
+    """The loss as a function of the rows' statistics, and these."""
     of_stats = StatsInputs(inputs.input, inputs.target, inputs.weight, inputs.logit_scale)
-    stats = _sharded_stats(of_stats, call, asked(loss.statistics()), inplace).floats
+    wanted |= asked(loss.statistics())
     target, ignore_index = inputs.target.reshape(-1), call.options.ignore_index
-    w_y = call.shard.target_weights(target, inputs.weight, ignore_index, stats.lse.dtype)
+    if call.shard is None:
+        rows, find = ops.token_stats(of_stats, call.options, wanted), composite.target_weights
+    else:
+        rows, find = _sharded_stats(of_stats, call, wanted, inplace), call.shard.target_weights
+    stats = FloatStats(*(x.reshape(-1) for x in rows.floats))
+    w_y = find(target, inputs.weight, ignore_index, stats.lse.dtype)
     token_weight = inputs.token_weight
     if token_weight is not None:
         token_weight = token_weight.reshape(-1)
     weights = composite.row_weights(token_weight, target, ignore_index, w_y.dtype)
-    return composite.loss_of(stats, w_y, weights, inputs.num_items, loss)
+    return composite.loss_of(stats, w_y, weights, inputs.num_items, loss), rows

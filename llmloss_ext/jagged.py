@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .ops import can_read
+from .results import mapped
 
 __all__ = ["call_jagged"]
 
@@ -45,15 +46,13 @@ def call_jagged(
     tokens = flat[per_token[0]].shape[:1]
     result = function(**arguments | flat)
 
-    def jagged(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.shape != tokens:
+    def jagged(tensor: Tensor) -> Tensor:
+        if tensor.shape != tokens:
             return tensor
         nested: Tensor = torch.nested.nested_tensor_from_jagged(tensor, offsets)
         return nested
 
-    if isinstance(result, Tensor):
-        return jagged(result)
-    return type(result)(*(jagged(x) for x in result))  # a NamedTuple of statistics
+    return mapped(jagged, result)
 
 
 def _values(name: str, tensor: Any, first: Tensor) -> Tensor:

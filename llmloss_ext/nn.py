@@ -118,8 +118,8 @@ class CrossEntropyLoss(_LossModule):
         *,
         token_weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        """The loss of logits ``input`` for ``target``."""
+    ) -> Any:
+        """The loss of logits ``input`` for ``target``; with ``return_stats`` beside these."""
         return functional.cross_entropy(
             input,
             target,
@@ -220,7 +220,7 @@ class LinearCrossEntropyLoss(_LossModule):
         num_items: int | Tensor | None = None,
         weight_grad_accumulator: Tensor | None = None,
         **sequences: Any,
-    ) -> Tensor:
+    ) -> Any:
         """The loss of hidden states ``input`` for ``target``; options as in the function."""
         return linear_cross_entropy(
             input,

@@ -75,6 +75,12 @@ OPTIONS = {
     "logit_scale": Option(
         "float | Tensor", 1.0, "Factor of the logits; a 0-d tensor gets its gradient."
     ),
+    "temperature": Option(
+        "float",
+        1.0,
+        "Divides the logits (> 0) after softcap and logit_scale, as the field's trainers do with "
+        "what a model returns: everything is then of softmax(x / temperature).",
+    ),
     "token_weight": Option(
         "Tensor | None",
         None,
@@ -113,6 +119,13 @@ OPTIONS = {
         "Shard | None",
         None,
         "Where each rank of a process group holds some of the classes: see `llmloss_ext.Shard`.",
+    ),
+    "return_stats": Option(
+        "bool | Sequence[str]",
+        False,
+        "Whether to return ``(loss, stats)``: a `TokenStats`, detached, from the same read of the "
+        "logits. True: log_prob, lse, entropy, argmax and rank; or names of statistics; the others "
+        "are None. For class indices, and not in place.",
     ),
     "with_rank": Option("bool", False, "Whether to fill ``argmax`` and ``rank``."),
     "extra": Option(
@@ -165,6 +178,15 @@ OPTIONS = {
         "Whether ignored tokens are left out of the matrix products. By default on a CPU; on CUDA "
         "this waits for the device to know their number.",
     ),
+    "logits_dtype": Option(
+        "torch.dtype | None",
+        None,
+        "With torch.float32, the logits of 16-bit hidden states and weight are accumulated and "
+        "kept in float32; their gradient is rounded once, to the dtype of its two products. By "
+        "default logits are rounded to that dtype. If given, hidden states and weight may have "
+        "different dtypes: products are computed in the one that holds both, and each gradient "
+        "comes back in its own. Under autocast its dtype is that of the products, as ever.",
+    ),
     "weight_grad_dtype": Option(
         "torch.dtype | None",
         None,
@@ -187,9 +209,7 @@ _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 """Their numbers in the kernels: Reduction of csrc/core/loss_rows.h."""
 
 
-def option_names(
-    function: Callable[..., Any], table: Mapping[str, Option] = OPTIONS
-) -> list[str]:
+def option_names(function: Callable[..., Any], table: Mapping[str, Option] = OPTIONS) -> list[str]:
     """The options in a function's signature."""
     return [name for name in inspect.signature(function).parameters if name in table]
 
@@ -219,9 +239,7 @@ def documented(
     return function
 
 
-def spelled_out(
-    function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS
-) -> F:
+def spelled_out(function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS) -> F:
     """The function, whose signature lists options in place of ``**options``."""
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -268,12 +286,17 @@ class LogitOptions(NamedTuple):
         vocab_size: int | None,
         ignore_index: int,
         columns: int,
+        temperature: float = 1.0,
     ) -> LogitOptions:
         """The options of logits with so many columns; a tensor ``logit_scale`` travels beside them.
 
+        cap tanh(s z / cap) / T is (cap / T) tanh((s / T) z / (cap / T)): the kernels need no
+        temperature. Who has a tensor for s divides it (`tempered`).
+
         Raises:
             ValueError: An option is out of range.
-            TypeError: ``vocab_size`` or ``ignore_index`` is not an integer.
+            TypeError: ``vocab_size`` or ``ignore_index`` is not an integer, or ``temperature`` is a
+                tensor.
         """
         if softcap is None:
             softcap = 0.0
@@ -289,11 +312,25 @@ class LogitOptions(NamedTuple):
                     f"got {vocab_size}"
                 )
         scale = 1.0 if isinstance(logit_scale, Tensor) else float(logit_scale)
+        if isinstance(temperature, Tensor):
+            raise TypeError(
+                "temperature must be a number; a tensor without a softcap is "
+                "logit_scale=1 / temperature"
+            )
+        if temperature != 1.0:
+            if not 0.0 < temperature < math.inf:
+                raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+            scale, softcap = scale / temperature, softcap / temperature
         if type(ignore_index) is not int:
             ignore_index = as_integer("ignore_index", ignore_index)
         elif not -(2**63) <= ignore_index < 2**63:
             raise ValueError(f"ignore_index must fit into int64, got {ignore_index}")
         return cls(scale, softcap, ignore_index, vocab_size)
+
+
+def tempered(logit_scale: Tensor | None, temperature: float) -> Tensor | None:
+    """A tensor ``logit_scale`` as the kernels take it, beside `LogitOptions.of`."""
+    return logit_scale if logit_scale is None or temperature == 1.0 else logit_scale / temperature
 
 
 class LossOptions(NamedTuple):
@@ -371,3 +408,5 @@ class ChunkOptions(NamedTuple):
     drop_ignored: bool
     weight_grad_dtype: torch.dtype
     shard: ShardedColumns | None = None
+    has_float32_logits: bool = False
+    """Also those of 16-bit products."""

@@ -160,8 +160,8 @@ def lines(predicted: dict[str, list[Prediction]]) -> list[str]:
     """
     first = next(iter(predicted.values()))
     text = ["prediction, in ms and in percent of a copy's bandwidth"]
-    text.append(f"{'':<18}" + "".join(f"{p.name:>22}" for p in first))
+    text.append(f"{'':<22}" + "".join(f"{p.name:>22}" for p in first))
     for name, predictions in predicted.items():
         cells = [f"{p.seconds * 1e3:.4f} {p.fraction:4.0%} {p.limit}" for p in predictions]
-        text.append(f"{name:<18}" + "".join(f"{cell:>22}" for cell in cells))
+        text.append(f"{name:<22}" + "".join(f"{cell:>22}" for cell in cells))
     return text

@@ -42,6 +42,7 @@ _INDICES = ("argmax", "rank")
 STATISTICS = (*FloatStats._fields, *_INDICES)
 _ALWAYS = ("log_prob", "lse", "entropy", "mean_log_prob")
 """What `TokenStats` has without being asked."""
+_BESIDE_A_LOSS = ("log_prob", "lse", "entropy", *_INDICES)
 
 
 def asked(names: Iterable[str]) -> int:
@@ -62,6 +63,22 @@ def asked_by_user(with_rank: bool, extra: Iterable[str]) -> int:
         known = ", ".join(name for name in STATISTICS if name not in _ALWAYS)
         raise ValueError(f"extra must hold names of statistics ({known}), got {extra!r}")
     return asked({*_ALWAYS, *extra, *(_INDICES if with_rank else ())})
+
+
+def asked_beside_a_loss(return_stats: bool | Sequence[str]) -> int:
+    """What a loss is asked for with its ``return_stats``; 0: nothing.
+
+    Raises:
+        ValueError: It names something that is not a statistic.
+    """
+    if isinstance(return_stats, bool):
+        return asked(_BESIDE_A_LOSS) if return_stats else 0
+    if isinstance(return_stats, str) or not set(STATISTICS).issuperset(return_stats):
+        raise ValueError(
+            f"return_stats must be a bool or names of statistics ({', '.join(STATISTICS)}), got "
+            f"{return_stats!r}"
+        )
+    return asked(return_stats)
 
 
 def is_asked(wanted: int, name: str) -> bool:
@@ -112,6 +129,22 @@ class TokenStats(NamedTuple):
     the target; ``rank < k`` is a top-k hit. The vocabulary size in a row that holds nan or +inf."""
     log_sum_sq_probs: Tensor | None = None
     """log sum_j p_j^2, minus the Renyi entropy of order 2, in nats: an ``extra``."""
+
+    @property
+    def mean_logit(self) -> Tensor:
+        """(1 / V) sum_j x_j, differentiable: of statistics without class weights.
+
+        x are the logits that the losses see, after logit_scale, softcap and temperature.
+        """
+        return self.mean_log_prob + self.lse
+
+    @classmethod
+    def beside(cls, rows: RowStats | None, wanted: int, shape: torch.Size) -> TokenStats:
+        """`shaped`, without a gradient; of None, nothing."""
+        if rows is None:
+            return cls.shaped(RowStats.of([torch.empty(0)] * (1 + len(STATISTICS))), 0, shape)
+        floats = FloatStats(*(x.detach() for x in rows.floats))
+        return cls.shaped(rows._replace(floats=floats), wanted, shape)
 
     @classmethod
     def shaped(cls, rows: RowStats, wanted: int, shape: torch.Size) -> TokenStats:

@@ -203,33 +203,37 @@ class LinearLoss(TokenLoss):
         self, hidden: Tensor, weight: Tensor, targets: Tensor, num_items: Tensor, with_scores: bool
     ) -> tuple[Tensor, TokenScores | None]:
         """Computes the gradients too; backward only scales and returns them."""
-        scores = None
-        if with_scores:
-            with torch.no_grad():
-                scores = self.score(hidden, weight, targets)
         self.clock.start()
         if self.objective.confidence_penalty:
-            stats = self._token_stats(hidden, weight, targets, ignore_index=IGNORED)
+            stats = self._token_stats(
+                hidden, weight, targets, ignore_index=IGNORED, with_rank=with_scores
+            )
             loss = self.objective.rows(stats).sum() / num_items
         else:
-            loss = self._cross_entropy(
+            loss, stats = self._cross_entropy(
                 hidden,
                 weight,
                 targets,
                 ignore_index=IGNORED,
                 num_items=num_items,
+                return_stats=("log_prob", "rank") if with_scores else (),
                 **self.objective.cross_entropy_options(),
             )
         loss = local(loss)
         self.clock.stop()
         self.clock.watch_backward(hidden, loss)
-        return loss, scores
+        return loss, _scores_of(stats) if with_scores else None
 
     def score(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> TokenScores:
         """Takes the scores from the token statistics."""
-        stats = self._token_stats(hidden, weight, targets, ignore_index=IGNORED, with_rank=True)
-        assert stats.rank is not None  # with_rank
-        return TokenScores(local(stats.log_prob), local(stats.rank))
+        return _scores_of(
+            self._token_stats(hidden, weight, targets, ignore_index=IGNORED, with_rank=True)
+        )
+
+
+def _scores_of(stats: llmloss_ext.TokenStats) -> TokenScores:
+    assert stats.rank is not None  # asked for
+    return TokenScores(local(stats.log_prob.detach()), local(stats.rank))
 
 
 def _require_kernels(device: torch.device) -> None:
@@ -271,9 +275,7 @@ class LogitsLoss(_LossOfLogits):
         )
 
     def _scores(self, logits: Tensor, targets: Tensor) -> TokenScores:
-        stats = self._token_stats(logits, targets, ignore_index=IGNORED, with_rank=True)
-        assert stats.rank is not None  # with_rank
-        return TokenScores(local(stats.log_prob), local(stats.rank))
+        return _scores_of(self._token_stats(logits, targets, ignore_index=IGNORED, with_rank=True))
 
 
 class TorchLoss(_LossOfLogits):

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 
-def transformed(input: Tensor, softcap: float | None, logit_scale: Any, vocab: int) -> Tensor:
+def transformed(
+    input: Tensor, softcap: float | None, logit_scale: Any, vocab: int, temperature: float = 1.0
+) -> Tensor:
     x = input.double()[..., :vocab] * logit_scale
-    return x if softcap is None else softcap * torch.tanh(x / softcap)
+    capped = x if softcap is None else softcap * torch.tanh(x / softcap)
+    return capped / temperature
 
 
 def stats(
@@ -21,11 +24,12 @@ def stats(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: Any = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> dict[str, Tensor]:
     """log_prob, lse, entropy, mean_log_prob, argmax, rank of logits (..., V) in float64."""
     vocab = input.shape[-1] if vocab_size is None else vocab_size
-    x = transformed(input, softcap, logit_scale, vocab)
+    x = transformed(input, softcap, logit_scale, vocab, temperature)
     log_p = torch.log_softmax(x, -1)
     valid = target != ignore_index
     index = torch.where(valid, target, 0).long().unsqueeze(-1)
@@ -59,6 +63,7 @@ def cross_entropy(
     focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: Any = 1.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     num_items: int | None = None,
     vocab_size: int | None = None,
@@ -66,7 +71,7 @@ def cross_entropy(
     """Cross entropy of logits (..., V) in float64; class indices only."""
     s = stats(
         input, target, weight=weight, ignore_index=ignore_index, softcap=softcap,
-        logit_scale=logit_scale, vocab_size=vocab_size,
+        logit_scale=logit_scale, temperature=temperature, vocab_size=vocab_size,
     )  # fmt: skip
     valid = (target != ignore_index).double()
     w_y = valid

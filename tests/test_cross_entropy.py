@@ -168,6 +168,7 @@ OPTIONS = [
     {"softcap": 2.5},
     {"logit_scale": 0.3},
     {"logit_scale": 1.7, "softcap": 4.0},
+    {"temperature": 1.3, "softcap": 4.0},
     {"token_weight": True},
     {"num_items": 11},
     {"vocab_size": 40},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from helpers import FLOATS, GRADIENT, VALUE, Passed, assert_close
 from torch import Tensor
 
-from llmloss_ext import cross_entropy, token_stats
+from llmloss_ext import cross_entropy, losses, token_stats
 
 pytestmark = [
     pytest.mark.cuda,
@@ -98,6 +100,41 @@ def test_a_cuda_graph_can_be_replayed() -> None:
         assert torch.equal(static.grad, grad)
 
 
+FIRST_CALL = """
+import torch
+from llmloss_ext import cross_entropy, token_stats
+
+torch.manual_seed(0)
+x = torch.randn(40, 128256, device="cuda").bfloat16()
+target = torch.randint(0, 128256, (40,), device="cuda")
+leaf, held = (x.clone().requires_grad_() for _ in range(2))
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    loss = cross_entropy(leaf, target, label_smoothing=0.1)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    in_place = cross_entropy(held * 1, target, inplace=True)
+    (over,) = torch.autograd.grad(in_place, held)
+    stats = token_stats(x, target)
+graph.replay()
+again = x.clone().requires_grad_()
+expected = cross_entropy(again, target, label_smoothing=0.1)
+assert torch.equal(loss, expected)
+assert torch.equal(grad, torch.autograd.grad(expected, again)[0])
+plain = cross_entropy(again, target)
+assert torch.equal(in_place, plain)
+assert torch.equal(over, torch.autograd.grad(plain, again)[0])
+assert torch.equal(stats.entropy, token_stats(x, target).entropy)
+print("replayed")
+"""
+
+
+def test_the_first_call_of_a_process_can_be_captured() -> None:
+    """No kernel is loaded yet, and nothing is known of the device."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "replayed\n"
+
+
 def replayed(run: Callable[[Tensor, Tensor], tuple[Tensor, ...]], logits: Tensor) -> None:
     """A captured call gives, for new logits, what the same call gives at once."""
     target = torch.randint(0, logits.shape[1], logits.shape[:1], device="cuda")
@@ -167,6 +204,23 @@ def _no_waiting() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("_no_waiting")
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "vespo"])
+def test_policy_losses_do_not_wait_for_the_device(loss_type: str) -> None:
+    x, old = (-torch.rand(4, 9, device="cuda").requires_grad_() for _ in range(2))
+    mask = torch.ones(4, 9, device="cuda").bool()
+    advantages = losses.group_advantages(x.detach().sum(-1), 2)
+    result = losses.grpo_loss(
+        x, old, advantages, mask, loss_type=loss_type, reference_log_probs=old, beta=0.1,
+        entropy=x.exp(), entropy_coef=0.1, off_policy_mask_threshold=0.1,
+        entropy_mask=losses.high_entropy_mask(x.exp(), mask, 0.5), num_items=4, entropy_items=4,
+        importance_sampling_ratio=losses.rollout_weights(old, x, mask),
+    )  # fmt: skip
+    result.loss.backward()
+    returns = losses.gae(x, old, mask).returns
+    losses.value_loss(x, losses.masked_whiten(old, mask), returns, mask).loss.backward()
 
 
 @pytest.mark.usefixtures("_no_waiting")

@@ -64,8 +64,15 @@ def test_positional_arguments_are_torchs(ours):
     assert set(TORCHS_ORDER) <= set(ordered)
 
 
+OF_LOSSES = [
+    losses.linear_gumbel_embeddings,
+    losses.multi_token_prediction_loss,
+    losses.unlikelihood_loss,
+]
+
+
 @pytest.mark.parametrize(
-    "function", [*FUNCTIONS, llmloss_ext.linear_kl_div], ids=lambda f: f.__name__
+    "function", [*FUNCTIONS, llmloss_ext.linear_kl_div, *OF_LOSSES], ids=lambda f: f.__name__
 )
 def test_help_describes_every_argument(function):
     text = inspect.getdoc(function)

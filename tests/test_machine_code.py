@@ -84,7 +84,7 @@ def test_the_roofline_counts_what_the_machine_code_has(kernels: list[disassembly
                 path
                 for kernel in kernels
                 if budgets.element_bytes_of(kernel) == size
-                and re.search(r"<\w+, 0u(, 0u, \w+)?>", kernel.name)
+                and re.search(r"<\w+, (0u|true|false)>", kernel.name)
                 and any(b.work == work and b.holds_for(kernel) for b in budgets.BUDGETS)
                 and (path := budgets.path_of(kernel, work, size)) is not None
             ]

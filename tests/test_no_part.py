@@ -361,14 +361,17 @@ def test_policy_and_preference_losses(seed, value):
 
     def ppo(policy, old, reference, entropy, advantages):
         return losses.ppo_clip_loss(
-            policy, old, advantages, mask, entropy=entropy, entropy_bonus=0.1
+            policy, old, advantages, mask, entropy=entropy, entropy_coef=0.1
         )
 
     def grpo(policy, old, reference, entropy, advantages):
         return losses.grpo_loss(
-            policy, old, by_sequence, mask, reference_log_probs=reference, entropy=entropy,
-            entropy_bonus=0.1,
-        )  # fmt: skip
+            policy, old, by_sequence, mask, reference_log_probs=reference, beta=0.1,
+            loss_type="grpo", entropy=entropy, entropy_coef=0.1,
+        ).loss  # fmt: skip
+
+    def critic(policy, old, reference, entropy, advantages):
+        return losses.value_loss(policy, old, losses.gae(old, reference, mask).returns, mask).loss
 
     def dpo(policy, old, reference, entropy, advantages):
         sums = [losses.sequence_log_probs(x, mask) for x in (policy, old, reference, entropy)]
@@ -377,9 +380,30 @@ def test_policy_and_preference_losses(seed, value):
     def mean(policy, *others):
         return losses.sequence_log_probs(policy, mask, average=True)[0]
 
+    def pairs(policy, old, reference, entropy, advantages):
+        weights = losses.wpo_weights(policy, old, mask)
+        of_policy = losses.length_desensitized_log_probs(policy, old, mask, mask, ld_alpha=0.5)
+        of_reference = losses.length_desensitized_log_probs(
+            reference, entropy, mask, mask, ld_alpha=0.5
+        )
+        how = {"kind": ("sigmoid", "hinge"), "pair_weight": weights}
+        return losses.dpo_loss(*of_policy, *of_reference, **how).loss
+
+    def without_reference(policy, old, reference, entropy, advantages):
+        # Without the sequence of nothing, which has no mean.
+        x, y = (losses.sequence_log_probs(t, mask, average=True)[::2] for t in (policy, old))
+        both = losses.simpo_loss(x, y).loss, losses.orpo_loss(x, y, x.new_zeros(())).loss
+        return sum(both)
+
+    def unpaired(policy, old, reference, entropy, advantages):
+        x, y, z = (losses.sequence_log_probs(t, mask) for t in (policy, old, reference))
+        good = torch.arange(B) % 2
+        kto = losses.kto_loss(x, y, good, kl=losses.kl_estimate(z, y)).loss
+        return kto + losses.bco_loss(x, y, good, shift=losses.RunningMean()).loss
+
     given_clean = (policy, old, reference, entropy, advantages)
     given_dirty = tuple(spoilt(x, batch.absent, value) for x in given_clean)
-    for function in (ppo, grpo, dpo, mean):
+    for function in (ppo, grpo, critic, dpo, mean, pairs, without_reference, unpaired):
         one, other = (
             results(lambda x, f=function, t=tensors: f(x, *t[1:]), tensors[0])
             for tensors in (given_clean, given_dirty)
@@ -502,7 +526,25 @@ ZERO_ITEMS: dict[str, Loss] = {
     ),
     "grpo": lambda b, n: losses.grpo_loss(
         b.logits[..., 0], b.logits[..., 1].detach(), b.token_weight[:, 0], ~b.absent, num_items=n
+    ).loss,
+    "value": lambda b, n: losses.value_loss(
+        b.logits[..., 0], b.logits[..., 1].detach(), b.token_weight, ~b.absent, num_items=n
+    ).loss,
+    "discriminator": lambda b, n: losses.discriminator_loss(
+        b.logits[..., 0], b.logits[..., 1], real_mask=~b.absent, fake_mask=~b.absent, num_items=n
+    ).loss,
+    "policy gradient": lambda b, n: losses.policy_gradient_loss(
+        b.logits[..., 0], b.logits[:, 0, 1], ~b.absent, num_items=n
+    ).loss,
+    "unlikelihood": lambda b, n: losses.unlikelihood_loss(
+        b.logits, b.target, labels=b.ignored, num_items=n
     ),
+    "linear unlikelihood": lambda b, n: losses.unlikelihood_loss(
+        b.hidden, b.target, b.weight, labels=b.ignored, num_items=n
+    ),
+    "several tokens": lambda b, n: losses.multi_token_prediction_loss(
+        b.hidden, b.ignored, b.weight, offsets=2, num_items=n
+    ).loss,
 }  # fmt: skip
 
 
@@ -516,7 +558,7 @@ def test_0_items(device, name, dtype):
             batch.absent[:] = True
             batch.ignored[:] = -100
             batch.token_weight[:] = 0
-            if name not in ("ppo", "grpo"):
+            if name not in ("ppo", "grpo", "value"):
                 batch.hidden[:] = batch.logits[:] = value
             leaves = [batch.logits, batch.hidden, batch.weight]
             for leaf in leaves:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from llmloss_ext import roofline
-from llmloss_ext.chips import CHIPS, H200
+from llmloss_ext.chips import B200, CHIPS, H200
 from llmloss_ext.cli.main import main
 
 # Milliseconds by rows, columns, bytes of an element: forward, backward, fused in place.
@@ -56,6 +59,24 @@ def test_what_limits_a_call_is_named() -> None:
     assert predict(slow, 8192, 128256, 2)[0].limit == "MUFU"
     slow = H200._replace(clock=H200.clock / 5)
     assert predict(slow, 8192, 128256, 4)[0].limit == "issue"
+
+
+def test_a_b200_waits_for_memory_before_its_exponentials() -> None:
+    """Else a part of them would be worth computing as polynomials: docs/gpu-model.md."""
+    for predicted in predict(B200, 8192, 128256, 2):
+        assert predicted.limit == "memory"
+    exponentials = 8192 * 128256 * roofline.REDUCE[2].mufu
+    seconds = exponentials / (B200.multiprocessors * B200.clock * roofline.MUFU_RATE)
+    assert seconds * 1e3 == pytest.approx(0.26, abs=0.005)  # as the page says
+
+
+def test_what_a_factor_costs_in_place_is_what_the_page_says() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "cuda.md").read_text()
+    table = text.partition("## A factor of the loss, in place")[2].partition("\n## ")[0]
+    said = [float(ms) for ms in re.findall(r"\| (\d\.\d+) \|$", table, re.M)]
+    forward, backward, fused = (p.seconds * 1e3 for p in predict(H200, 8192, 128256, 2))
+    again = 2 * 8192 * 128256 * 2 / H200.copy_bandwidth * 1e3
+    assert said == pytest.approx([fused, fused + again, fused, forward + backward], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,8 @@ def pass_every_barrier(kernels: Any, dtype: str) -> str:
         Case(kernels, dtype, problem(9, 70, weight=weight, z_loss=0.1)).loss("mean")
         Case(kernels, dtype, problem(9, 70, weight=weight, z_loss=0.1)).mean_loss()
         for skew in (0, 1):
-            Case(kernels, dtype, problem(17 * tile + 5), skew, device=(1, 16 << 10, 8)).fused(PLAIN)
-            Case(kernels, dtype, problem(5 * tile + 5), skew, device=small_blocks).fused(PLAIN)
+            Case(kernels, dtype, problem(17 * tile + 5), skew, device=(1, 16 << 10, 8)).fused()
+            Case(kernels, dtype, problem(5 * tile + 5), skew, device=small_blocks).fused()
     except RuntimeError as error:
         return str(error)
     return ""
@@ -265,7 +265,7 @@ def test_fused_reads_what_it_keeps_once(kernels: Any, dtype: str, staged: str, s
     token_weight = np.array([1.0, 1.0, 0.0, 1.0])
     p = dataclasses.replace(problem(columns, 4), token_weight=token_weight)  # rows 1, 2: none
     case = Case(kernels, dtype, p, skew, device=DEVICES[staged])
-    case.fused(PLAIN)
+    case.fused()
     (launch,) = kernels.launches()
     row, size = columns * SIZE[dtype], SIZE[dtype]
     kept = min(case.told["staged_columns"] * case.told["cluster"], columns) * size

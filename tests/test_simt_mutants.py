@@ -89,6 +89,36 @@ MUTANTS = {
         "const bool wins_ties = before_v + i < to_target;",
         "const bool wins_ties = !MUTANT && before_v + i < to_target;",
     ),
+    "ties with the target in another batch": (
+        "kernels/chunks.cuh",
+        "to_target > 0 ? target_logit :",
+        "to_target > 0 && !MUTANT ? target_logit :",
+    ),
+    "no ties with the target in another batch": (
+        "kernels/chunks.cuh",
+        "next_above(target_logit);",
+        "(MUTANT ? target_logit : next_above(target_logit));",
+    ),
+    "a target that is read at the end not read": (
+        "kernels/row_stats.cuh",
+        "if constexpr (!reads_early) stored = {in, row, target};",
+        "if constexpr (!reads_early) {\n    if (!MUTANT) stored = {in, row, target};\n  }",
+    ),
+    "a gradient without its square": (
+        "kernels/gradient.cuh",
+        "by_exp = p_of_exp * p_of_exp * row.c.sq_over_sum;",
+        "by_exp = MUTANT ? Real(0) : p_of_exp * p_of_exp * row.c.sq_over_sum;",
+    ),
+    "a gradient without its logarithm": (
+        "kernels/gradient.cuh",
+        "by_exponent = p_of_exp * (row.c.plogp * unit);",
+        "by_exponent = p_of_exp * (row.c.plogp * (MUTANT ? Real(1) : unit));",
+    ),
+    "a capped vector as a scaled one": (
+        "kernels/gradient.cuh",
+        "} else if (transform.cap > 0) {  // one",
+        "} else if (!MUTANT && transform.cap > 0) {  // one",
+    ),
     "sums not moved to a new maximum": (
         "kernels/chunks.cuh",
         "return factor;",
@@ -275,12 +305,6 @@ MUTANTS = {
         "kernels/fused.cuh",
         "if (source.options.gradient_reads_values()) known",
         "if (!MUTANT && source.options.gradient_reads_values()) known",
-    ),
-    "no weights for a fused gradient": (
-        "kernels/fused.cuh",
-        "known.state = row_state(total, stored.transformed(transform));",
-        "known.state = row_state(total, stored.transformed(transform));\n"
-        "    if (MUTANT) known.state[StateField::sum_weights] = Real(0);",
     ),
     "a mean without its task": (
         "kernels/tasks.cuh",

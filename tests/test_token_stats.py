@@ -18,6 +18,7 @@ OPTIONS = [
     {"weight": True},
     {"softcap": 2.0},
     {"logit_scale": 0.4},
+    {"temperature": 0.6, "softcap": 4.0, "logit_scale": 1.2},
     {"vocab_size": 50, "softcap": 5.0, "logit_scale": 1.5, "weight": True, "ignore_index": 3},
 ]
 
@@ -199,3 +200,50 @@ def test_equal_logits_are_ordered_by_column(device, dtype, options):
     x = options.get("logit_scale", 1.0) * logits[:, :classes].float()
     order = torch.sort(x, dim=-1, descending=True, stable=True).indices
     assert torch.equal(stats.rank, (order == target.unsqueeze(-1)).int().argmax(-1))
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_a_temperature_divides_what_the_model_returns(device, softcap):
+    """Trainers divide the model's logits, which it has capped (Gemma 2's in transformers)."""
+    z = torch.randn(5, 61, dtype=torch.float64, device=device)
+    target = torch.randint(0, 61, (5,), device=device)
+    scale = torch.tensor(1.3, dtype=torch.float64, device=device)
+    leaves = [z.clone().requires_grad_(), scale.clone().requires_grad_()]
+    theirs = [z.clone().requires_grad_(), scale.clone().requires_grad_()]
+    actual = token_stats(
+        leaves[0], target, logit_scale=leaves[1], softcap=softcap, temperature=0.7,
+        with_rank=True, extra=EXTRA,
+    )  # fmt: skip
+    returned = theirs[0] * theirs[1]
+    if softcap is not None:
+        returned = softcap * torch.tanh(returned / softcap)
+    x = returned / 0.7
+    log_p = torch.log_softmax(x, -1)
+    expected = {
+        "log_prob": log_p.gather(-1, target[:, None])[:, 0],
+        "lse": torch.logsumexp(x, -1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "mean_log_prob": log_p.mean(-1),
+        "log_sum_sq_probs": torch.logsumexp(2 * log_p, -1),
+        "mean_logit": x.mean(-1),
+    }
+    factors = torch.randn(len(expected), 5, dtype=torch.float64, device=device)
+    for name, value in expected.items():
+        assert_close(getattr(actual, name), value, 1e-10)
+    assert torch.equal(actual.argmax, x.argmax(-1))
+    pairs = list(zip(expected, factors, strict=True))
+    ours = sum((getattr(actual, name) * f).sum() for name, f in pairs)
+    wanted = sum((expected[name] * f).sum() for name, f in pairs)
+    for grad, want in zip(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(wanted, theirs), strict=True
+    ):
+        assert_close(grad, want, 1e-10)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_out_of_range(device, temperature):
+    logits, target = torch.randn(2, 3, device=device), torch.zeros(2, dtype=int, device=device)
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        token_stats(logits, target, temperature=torch.tensor(temperature))
+    with pytest.raises(ValueError, match="temperature must be a finite number > 0"):
+        token_stats(logits, target, temperature=temperature)

@@ -26,6 +26,7 @@ OPTIONS = [
     {"reduction": "none", "z_loss": 0.1},
     {"focal_gamma": 1.5, "label_smoothing": 0.1},
     {"softcap": 3.0, "logit_scale": 1.4, "vocab_size": 11, "label_smoothing": 0.1},
+    {"softcap": 3.0, "temperature": 0.7},
 ]
 BY_NAME = {"ids": lambda o: "+".join(o) or "plain"}
 

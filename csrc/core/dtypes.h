@@ -5,9 +5,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "macros.h"
+#include "math.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -35,14 +35,6 @@ struct RealOf<double> {
 };
 template <typename T>
 using real_t = typename RealOf<T>::type;
-
-template <typename To, typename From>
-LLMLOSS_HD To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof(To));
-  return to;
-}
 
 LLMLOSS_HD float to_real(float x) { return x; }
 LLMLOSS_HD double to_real(double x) { return x; }

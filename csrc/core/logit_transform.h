@@ -46,7 +46,13 @@ struct LogitTransform {
 
   template <typename Tanh>
   LLMLOSS_HD TransformedLogit<Real> with_derivatives(Real z, const Tanh& tanh) const {
-    if (!(cap > 0)) return {scale * z, scale, z};
+    return cap > 0 ? capped_with_derivatives(z, tanh) : scaled_with_derivatives(z);
+  }
+  LLMLOSS_HD TransformedLogit<Real> scaled_with_derivatives(Real z) const {
+    return {scale * z, scale, z};
+  }
+  template <typename Tanh>
+  LLMLOSS_HD TransformedLogit<Real> capped_with_derivatives(Real z, const Tanh& tanh) const {
     const Real t = tanh(scale_per_cap * z);
     const Real slope = fma_of(-t, t, Real(1));
     // At +-inf the cap is flat: the derivative is 0, not 0 * inf.

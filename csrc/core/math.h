@@ -2,11 +2,21 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "macros.h"
 
 namespace llmloss {
+
+template <typename To, typename From>
+LLMLOSS_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
 
 template <typename Real>
 LLMLOSS_HD constexpr Real infinity() {
@@ -27,6 +37,16 @@ LLMLOSS_HD double tanh_of(double x) { return ::tanh(x); }
 // a b + c with one rounding, explicitly: whether a compiler fuses depends on the surrounding code.
 LLMLOSS_HD float fma_of(float a, float b, float c) { return ::fmaf(a, b, c); }
 LLMLOSS_HD double fma_of(double a, double b, double c) { return ::fma(a, b, c); }
+
+// The smallest number above x; a nan above infinity, which no number is above either.
+LLMLOSS_HD float next_above(float x) {
+  const auto bits = bit_cast<int32_t>(x);
+  return bit_cast<float>(x == 0 ? 1 : bits + (bits < 0 ? -1 : 1));
+}
+LLMLOSS_HD double next_above(double x) {
+  const auto bits = bit_cast<int64_t>(x);
+  return bit_cast<double>(x == 0 ? int64_t{1} : bits + (bits < 0 ? -1 : 1));
+}
 
 // The larger of two numbers; b if either is nan.
 template <typename Real>

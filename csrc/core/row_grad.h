@@ -59,7 +59,8 @@ LLMLOSS_HD constexpr Real lowest_log_prob() {
   return Real(-1e4);
 }
 
-// dL/dx_i of a column that is not the target; a is the column's weight. Compute p as
+// dL/dx_i of a column that is not the target; a is the column's weight. This is the definition: the
+// loops of both backends have forms of their own. Compute p as
 // e^(x - reference) / sum_exp: e^(log p) would add the rounding error of the logarithm.
 template <typename Real>
 LLMLOSS_HD Real column_gradient(const RowCoefficients<Real>& c, Real p, Real log_prob, Real a) {

@@ -1,6 +1,7 @@
 """Compiles the CUDA kernels with nvcc, for setup.py, and keeps the compiler's report on each.
 
-The objects hold machine code for compute capability 8.0, 9.0 and 10.0, and PTX for later ones.
+The objects hold machine code for compute capability 8.0, 9.0, 10.0 and 12.0, and PTX of 10.0 for
+what has no code of its own, such as 11.0.
 LLMLOSS_CUDA_ARCHS="90" (or "80;90") compiles for fewer, which is quicker while developing.
 """
 
@@ -17,7 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent
-ARCHITECTURES = ("80", "90", "100")
+ARCHITECTURES = ("80", "90", "100", "120")
+PTX = 100
 # No product is fused with a sum but by fma_of: see csrc/cuda/kernels/tasks.cuh.
 FLAGS = ("-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-c")
 REPORT = "cuda_kernels.json"
@@ -118,7 +120,9 @@ def _command() -> list[str]:
         print(f"llmloss_ext: {left_out} is left out: this nvcc is too old for it")
     for arch in chosen:
         command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    newest = max(chosen, key=int)
+    newest = max(
+        (arch for arch in chosen if int(arch) <= PTX), key=int, default=max(chosen, key=int)
+    )
     command += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
     return [*command, "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"]
 

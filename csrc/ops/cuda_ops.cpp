@@ -15,7 +15,7 @@ namespace llmloss::ops {
 namespace {
 
 void check(int error) {
-  STD_TORCH_CHECK(error == 0, "llmloss: CUDA error: ", cuda::error_string(error));
+  STD_TORCH_CHECK(error == 0, "llmloss: CUDA error: ", cuda::error_message(error));
 }
 
 cuda::DeviceLimits limits_of(int32_t device) {
@@ -73,8 +73,8 @@ class CudaBackend {
              const GradSource<real_t<T>>& source, const GradOutputs<T>& grad) const {
     using Kernels = cuda::RowKernels<T>;
     cuda::check_columns(in.columns);
-    const auto plan = Kernels::plan_fused(in, out, source, grad, limits_);
-    if (plan.is_fused) {
+    const auto plan = Kernels::plan_fused(in, grad, limits_);
+    if (plan.is_fused && Kernels::can_fuse(in, out, source, grad)) {
       check(Kernels::fused(in, out, source, grad, plan, stream_));
     } else {
       row_stats(in, out);

@@ -45,7 +45,7 @@ std::string launch_plan(int64_t rows, int64_t vocab_size, int64_t element_bytes,
   tell(out, cuda::plan_scale(rows, vocab_size, element_bytes, device));
   const bool can_hold = element_bytes < 8 && vocab_size * element_bytes % 16 == 0;
   const auto fused =
-      cuda::plan_fused(rows, vocab_size, element_bytes, state_bytes, can_hold, false, device);
+      cuda::plan_fused(rows, vocab_size, element_bytes, state_bytes, can_hold, device);
   out << "\nfused: ";
   if (!fused.is_fused) {
     out << "row_stats, then row_grad in place";

@@ -70,7 +70,8 @@ def plan(rows: str, vocab_size: str, dtype: str) -> str:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--plan: {first_line(error)}") from None
     predicted = _predictions(n, v, ELEMENT_BYTES[dtype])
-    return "\n".join([f"{n:,} x {v:,} {dtype} on {name}", text.rstrip("\n"), *predicted])
+    held = residency_table(n, v, dtype)
+    return "\n".join([f"{n:,} x {v:,} {dtype} on {name}", text.rstrip("\n"), *predicted, *held])
 
 
 def _predictions(rows: int, vocab_size: int, element_bytes: int) -> list[str]:
@@ -87,6 +88,38 @@ def _predictions(rows: int, vocab_size: int, element_bytes: int) -> list[str]:
     return roofline.lines(predicted)
 
 
+def residency_table(rows: int, vocab_size: int, dtype: str) -> list[str]:
+    """How many blocks a multiprocessor of each known GPU holds; nothing without CUDA kernels."""
+    from .. import ops, residency
+
+    report = _report()
+    held = [
+        row
+        for chip in chips.CHIPS.values()
+        if chip.name != "H200"  # the same as the H100
+        for row in residency.residency(
+            chip,
+            ops.kernels.launch_plan(rows, vocab_size, ELEMENT_BYTES[dtype], *chip.limits),
+            dtype,
+            report,
+        )
+    ]
+    if not held:
+        return []
+    return ["blocks that a multiprocessor holds", *residency.table(held)]
+
+
+def _report() -> list[dict[str, Any]]:
+    """The compiler's on each kernel of this build; empty where it has none."""
+    from .. import ops
+
+    report = Path(__file__).parents[1] / "cuda_kernels.json"
+    if not ops.has_cuda() or not report.exists():
+        return []
+    kernels: list[dict[str, Any]] = json.loads(report.read_text())
+    return kernels
+
+
 def _limits() -> tuple[str, tuple[int, int, int, int]]:
     import torch
 
@@ -101,13 +134,11 @@ def _limits() -> tuple[str, tuple[int, int, int, int]]:
 
 def kernels() -> list[str]:
     """Lists the CUDA kernels of this build, with registers and spills for each architecture."""
-    from .. import ops
-
-    report = Path(__file__).parents[1] / "cuda_kernels.json"
-    if not ops.has_cuda() or not report.exists():
+    report = _report()
+    if not report:
         return []
     table: dict[str, dict[str, str]] = {}
-    for kernel in json.loads(report.read_text()):
+    for kernel in report:
         spilled = f" ({kernel['spill_bytes']} B spilled)" if kernel["spill_bytes"] else ""
         cell = f"{kernel['registers']}{spilled}"
         if kernel["shared_bytes"]:

@@ -56,6 +56,10 @@ def add_parser(subparsers: Any) -> None:
         "--weight-dtype", choices=DTYPES, help="dtype of the weight before autocast"
     )
     parser.add_argument(
+        "--float32-logits", action="store_true",
+        help="products of 16 bits keep their logits in float32, as with logits_dtype=torch.float32",
+    )  # fmt: skip
+    parser.add_argument(
         "--drop-ignored", action="store_true", help="some tokens are ignored and skipped"
     )
 
@@ -75,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         "needs_grad": ("hidden" not in args.frozen, "weight" not in args.frozen),
         "recompute": args.recompute,
         "drop_ignored": args.drop_ignored,
+        "logits_dtype": torch.float32 if args.float32_logits else None,
     }
     try:
         planned = plan(

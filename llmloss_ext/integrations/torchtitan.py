@@ -93,6 +93,8 @@ class LinearCrossEntropyLoss(ChunkedLossWrapper):  # type: ignore[misc]
         """What a run says of its loss: options of `llmloss_ext.linear_cross_entropy`."""
 
         max_chunk_bytes: int | None = None
+        float32_logits: bool = False
+        """``logits_dtype=torch.float32``."""
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         """compile_config: torchtitan's, not read. The kernels leave nothing to compile."""
@@ -102,6 +104,7 @@ class LinearCrossEntropyLoss(ChunkedLossWrapper):  # type: ignore[misc]
             "label_smoothing": config.label_smoothing,
             "z_loss": config.z_loss,
             "max_chunk_bytes": config.max_chunk_bytes,
+            "logits_dtype": torch.float32 if config.float32_logits else None,
         }
 
     def set_lm_head(self, lm_head: torch.nn.Module) -> None:

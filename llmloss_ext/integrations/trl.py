@@ -37,7 +37,9 @@ _in_use: list[tuple[Any, Any]] = []
 """What was replaced, and by what."""
 
 
-def use_llmloss(*, max_chunk_bytes: int | None = None) -> None:
+def use_llmloss(
+    *, max_chunk_bytes: int | None = None, logits_dtype: torch.dtype | None = None
+) -> None:
     """Makes all trainers of TRL in this process use the kernels of this library.
 
     Losses, metrics and gradients are TRL's within rounding. Log-probabilities of 16-bit logits are
@@ -46,6 +48,8 @@ def use_llmloss(*, max_chunk_bytes: int | None = None) -> None:
     Args:
         max_chunk_bytes: The most memory that the logits of a chunk of tokens may take; by default
             what `llmloss_ext.plan` says.
+        logits_dtype: As in `llmloss_ext.linear_log_probs`: torch.float32 keeps the logits that are
+            made of hidden states in float32, which the ratios of policies need.
 
     Raises:
         RuntimeError: The installed TRL is not a known version.
@@ -54,7 +58,7 @@ def use_llmloss(*, max_chunk_bytes: int | None = None) -> None:
     stop_llmloss()
     utils = importlib.import_module("trl.trainer.utils")
     replacements = {
-        "_ChunkedLogProbFunction": _ChunkedLogProbs(max_chunk_bytes),
+        "_ChunkedLogProbFunction": _ChunkedLogProbs(max_chunk_bytes, logits_dtype),
         "selective_log_softmax": _selective_log_softmax,
         "entropy_from_logits": _entropy_from_logits,
         "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
@@ -101,8 +105,10 @@ class _PerToken(NamedTuple):
 class _ChunkedLogProbs:
     """Stands for TRL's autograd function, of which only ``apply`` is used."""
 
-    def __init__(self, max_chunk_bytes: int | None) -> None:
-        self._max_chunk_bytes = max_chunk_bytes
+    def __init__(
+        self, max_chunk_bytes: int | None, logits_dtype: torch.dtype | None = None
+    ) -> None:
+        self._max_chunk_bytes, self._logits_dtype = max_chunk_bytes, logits_dtype
 
     def apply(
         self,
@@ -132,13 +138,17 @@ class _ChunkedLogProbs:
         Returns:
             The log-probabilities and the entropy are differentiable, as TRL's.
         """
-        if weight.dtype != hidden.dtype and not is_autocast(hidden):
+        is_refused = self._logits_dtype is None and not is_autocast(hidden)
+        if weight.dtype != hidden.dtype and is_refused:
             weight = weight.to(hidden.dtype)
         options: dict[str, Any] = {
             "linear_bias": bias,
             "ignore_index": _MASKED,
             "max_chunk_bytes": self._max_chunk_bytes,
-            **_capped_then_divided(final_logit_softcapping, logit_scale, temperature),
+            "logits_dtype": self._logits_dtype,
+            "softcap": final_logit_softcapping,
+            "logit_scale": logit_scale,
+            "temperature": temperature,
         }
         with _gathered_in_backward(weight, bias):
             if not set(outputs) - {"log_probs"}:
@@ -146,7 +156,7 @@ class _ChunkedLogProbs:
             wanted = {"log_sum_sq_probs": "log_sum_sq_probs", "is_top1": "argmax"}
             extra = [statistic for name, statistic in wanted.items() if name in outputs]
             stats = linear_token_stats(hidden, weight, targets, extra=extra, **options)
-        mean_logits = stats.mean_log_prob.detach() + stats.lse.detach()
+        mean_logits = stats.mean_logit.detach()
         squares, predicted = stats.log_sum_sq_probs, stats.argmax
         return _PerToken(
             stats.log_prob,
@@ -155,17 +165,6 @@ class _ChunkedLogProbs:
             mean_logits if "mean_logits" in outputs else None,
             None if predicted is None else torch.eq(predicted, targets),
         )
-
-
-def _capped_then_divided(
-    softcap: float | None, scale: float, temperature: float
-) -> dict[str, float | None]:
-    """A softcap and a scale for logits that are capped first and divided by a temperature then.
-
-    cap * tanh(scale * z / cap) / t is cap' * tanh(scale' * z / cap') of cap / t and scale / t.
-    """
-    cap = None if softcap is None else softcap / temperature
-    return {"softcap": cap, "logit_scale": scale / temperature}
 
 
 @contextmanager

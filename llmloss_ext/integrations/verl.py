@@ -49,6 +49,9 @@ class FusedLinearForPPO(torch.nn.Module):
     The entropies are float32, where verl's are rounded to the hidden states' dtype.
     """
 
+    logits_dtype: torch.dtype | None = None
+    """As in `llmloss_ext.linear_token_stats`; for all of them, see `use_linear_cross_entropy`."""
+
     def __init__(self, chunk_size: int | None = None, impl_backend: str = "torch") -> None:
         """Takes what verl does.
 
@@ -85,6 +88,7 @@ class FusedLinearForPPO(torch.nn.Module):
             input_ids.long(),
             logit_scale=1.0 / temperature,
             chunk_tokens=self.chunk_size,
+            logits_dtype=self.logits_dtype,
         )
         return stats.log_prob, stats.entropy
 
@@ -98,6 +102,7 @@ def linear_cross_entropy(
     dist_process_group: Any = None,
     *,
     sum_input_grad: bool = False,
+    logits_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``verl.utils.kernel.linear_cross_entropy.linear_cross_entropy``, on any device.
 
@@ -110,6 +115,8 @@ def linear_cross_entropy(
         dist_process_group: The ranks that share the vocabulary.
         sum_input_grad: As in `llmloss_ext.Shard`. verl leaves each rank its part of the hidden
             states' gradient, to be summed by what gathered them (sequence parallelism).
+        logits_dtype: As in `llmloss_ext.linear_token_stats`; by default what
+            `use_linear_cross_entropy` was given.
 
     Returns:
         The log-probabilities, (N) or 0-d; the entropies (N), whatever the reduction. In nats.
@@ -127,18 +134,24 @@ def linear_cross_entropy(
         labels.reshape(-1),
         logit_scale=1.0 / temperature,
         shard=Shard(dist_process_group, sum_input_grad=sum_input_grad) if is_sharded else None,
+        logits_dtype=FusedLinearForPPO.logits_dtype if logits_dtype is None else logits_dtype,
     )
     return reduce(stats.log_prob), stats.entropy
 
 
-def use_linear_cross_entropy() -> None:
+def use_linear_cross_entropy(*, logits_dtype: torch.dtype | None = None) -> None:
     """Puts the two in the place of verl's, for every model of this process.
+
+    Args:
+        logits_dtype: As in `llmloss_ext.linear_token_stats`: torch.float32 keeps the logits of
+            16-bit hidden states in float32, which the ratios of policies need.
 
     Raises:
         RuntimeError: The installed verl is not a known version.
     """
     check_version("verl", "0.9")
     stop_linear_cross_entropy()
+    FusedLinearForPPO.logits_dtype = logits_dtype
     _rebindings.bind(importlib.import_module(_TORCH), FusedLinearForPPO)
     _rebindings.bind(importlib.import_module(_TRITON), linear_cross_entropy)
     for name in _IMPORTERS:
@@ -148,4 +161,5 @@ def use_linear_cross_entropy() -> None:
 
 def stop_linear_cross_entropy() -> None:
     """Puts verl's own back; does nothing where they are in use."""
+    FusedLinearForPPO.logits_dtype = None
     _rebindings.undo()

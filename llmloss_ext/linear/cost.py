@@ -87,8 +87,12 @@ def predict(planned: Plan, chip: Chip | str | None = None) -> Prediction:
     # The logits are read, and their gradient written; before that once more, if they are made anew.
     is_forward = not (with_input or with_weight)
     passes = 1 if is_forward else planned.products - with_input - with_weight + 1
-    logits = planned.tokens * planned.vocab_size * planned.dtype.itemsize
+    elements = planned.tokens * planned.vocab_size
+    logits = elements * planned.logits_dtype.itemsize
     seconds += passes * logits / (chip.copy_bandwidth * _LOSS_SHARE)
+    if planned.logits_dtype != planned.dtype and not is_forward:
+        # Rounded: read once, and written twice, first where a cache holds it.
+        seconds += (logits + elements * planned.dtype.itemsize) / chip.copy_bandwidth
     seconds += planned.chunks * _LAUNCHES * chip.launch_seconds
     whole = replace(planned, chunk_tokens=max(planned.tokens, 1), chunks=1, sum_bytes=0)
     return Prediction(chip, seconds, _products(whole, chip))

@@ -26,7 +26,7 @@ from ..ops.namespace import qualified
 from ..ops.rows import take
 from ..options import documented
 from .operators import needs_gradients, pack_limit, unpack_limit
-from .planning import chunk_limit
+from .planning import chunk_limit, dtype_of_logits
 from .projection import (
     Gradients,
     Projection,
@@ -95,6 +95,8 @@ class _Others(NamedTuple):
     limit: Any = None
     """Of the chunks, packed."""
     drop_ignored: Any = None
+    has_float32_logits: Any = None
+    """Also those of 16-bit products."""
     needs: Any = None
 
 
@@ -115,14 +117,20 @@ def linear_divergence(
     vocab_size: int,
     limit: Sequence[int],
     drop_ignored: bool,
+    has_float32_logits: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, the gradients of student, student_weight and student_bias, and their factor.
 
     ``needs`` says which gradients; those not asked for come back without elements.
     """
-    projection = Projection(student, student_weight, student_bias, vocab_size)
-    other = Projection(teacher, teacher_weight, teacher_bias, vocab_size)
+    student_of, teacher_of = (
+        (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias),
+    )  # fmt: skip
+    projection, other = (
+        Projection(*operands, vocab_size, has_float32_logits=has_float32_logits)
+        for operands in (student_of, teacher_of)
+    )
     real = real_of(student)
     asked = _Student(*needs)
     gradients = Gradients(
@@ -138,7 +146,7 @@ def linear_divergence(
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     for chunk in projection.chunks(unpack_limit(limit), valid, drop=drop_ignored):
         hidden = take(teacher, chunk.rows)
-        teacher_logits = hidden.new_empty(hidden.shape[0], vocab_size)
+        teacher_logits = hidden.new_empty(hidden.shape[0], vocab_size, dtype=other.logits_dtype)
         other.project(hidden, teacher_logits)
         student_logits = chunk.logits[:, :vocab_size]
         scale = 1 / (divisor * factor)
@@ -160,7 +168,7 @@ def linear_divergence(
 @linear_divergence.register_fake
 def _(  # type: ignore[no-untyped-def]
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
-    beta, temperature, mean, num_items, vocab_size, limit, drop_ignored, needs,
+    beta, temperature, mean, num_items, vocab_size, limit, drop_ignored, has_float32_logits, needs,
 ):  # fmt: skip
     real, asked = real_of(student), _Student(*needs)
     scalar = student.new_empty((), dtype=real)
@@ -208,7 +216,10 @@ class LinearDivergence(Function):
 
 
 @entry_point("student_hidden", "teacher_hidden", "target")
-@partial(documented, names=("num_items", "chunk_tokens", "max_chunk_bytes", "drop_ignored"))
+@partial(
+    documented,
+    names=("num_items", "chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype"),
+)
 def linear_kl_div(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -228,6 +239,7 @@ def linear_kl_div(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Distillation: the divergence of two projections' distributions, neither in memory whole.
 
@@ -271,8 +283,10 @@ def linear_kl_div(
         },
         {"student_bias": student_bias, "teacher_bias": teacher_bias, "target": target},
     )  # fmt: skip
-    check_projection(student_hidden, student_weight, student_bias)
-    check_projection(teacher_hidden, teacher_weight, teacher_bias)
+    is_wide = [
+        check_projection(student_hidden, student_weight, student_bias, logits_dtype),
+        check_projection(teacher_hidden, teacher_weight, teacher_bias, logits_dtype),
+    ]
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
             f"student and teacher must have the same tokens, got {tuple(student_hidden.shape)} "
@@ -288,16 +302,17 @@ def linear_kl_div(
     check_teacher(*teacher)
     if in_transform():
         raise RuntimeError("linear_kl_div does not work under torch.func transforms")
-    hidden = as_rows(to_dtype_of_products(student_hidden))
+    hidden = as_rows(to_dtype_of_products(student_hidden, student_weight))
+    dtype = dtype_of_logits(hidden.dtype, has_float32_logits=is_wide[0])
     limit = chunk_limit(
-        student_weight.shape[0], hidden.dtype, hidden.device.type, chunk_tokens, max_chunk_bytes
+        student_weight.shape[0], dtype, hidden.device.type, chunk_tokens, max_chunk_bytes
     )
     valid = None if target is None else (target != ignore_index).reshape(-1)
     if drop_ignored is None:
         drop_ignored = hidden.device.type == "cpu"
     student = _Student(hidden, student_weight, student_bias)
     others = _Others(
-        teacher=as_rows(to_dtype_of_products(teacher_hidden)),
+        teacher=as_rows(to_dtype_of_products(teacher_hidden, teacher_weight)),
         teacher_weight=teacher_weight,
         teacher_bias=teacher_bias,
         valid=valid,
@@ -309,6 +324,7 @@ def linear_kl_div(
         vocab_size=vocab_size,
         limit=pack_limit(limit),
         drop_ignored=drop_ignored and valid is not None,
+        has_float32_logits=any(is_wide),
         needs=needs_gradients(student),
     )
     return LinearDivergence.apply(*student, *others)  # type: ignore[no-untyped-call]

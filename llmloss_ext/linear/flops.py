@@ -33,7 +33,7 @@ def _drops(chunks: Sequence[int]) -> bool:
 @register_flop_formula(kernels.linear_loss, get_raw=True)
 def _loss(
     input, linear_weight, linear_bias, logit_scale, target, weight, token_weight, num_items, floats,
-    ints, chunks, group, weight_grad_dtype, needs, *, out_val=None,
+    ints, chunks, group, weight_grad_dtype, needs, wanted, *, out_val=None,
 ) -> int:  # fmt: skip
     logits, _ = unpack(floats, ints)
     counts = takes_part(Targets(target, token_weight=token_weight), logits.ignore_index)
@@ -67,7 +67,7 @@ def _stats_backward(
 @register_flop_formula(kernels.linear_divergence, get_raw=True)
 def _divergence(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
-    beta, temperature, mean, num_items, vocab_size, limit, drop_ignored, needs,
+    beta, temperature, mean, num_items, vocab_size, limit, drop_ignored, has_float32_logits, needs,
     *, out_val=None,
 ) -> int:  # fmt: skip
     with_hidden, with_weight, _ = needs

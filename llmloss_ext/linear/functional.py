@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -30,22 +30,52 @@ from ..options import (
     LogitOptions,
     LossOptions,
     documented,
+    tempered,
 )
 from ..sequences import Sequences, moved
 from ..shard import Shard, ShardedColumns
-from ..statistics import RowStats, TokenStats, asked, asked_by_user
+from ..statistics import (
+    RowStats,
+    TokenStats,
+    asked,
+    asked_beside_a_loss,
+    asked_by_user,
+)
+from . import objective as objectives
 from . import operators
 from .operators import needs_gradients
-from .planning import Sums, chunk_limit
+from .planning import Sums, chunk_limit, dtype_of_logits
 from .projection import as_rows, check_projection, to_dtype_of_products
-from .walk import Inputs, Targets
+from .walk import Inputs, Objective, Targets
 
 __all__ = ["linear_cross_entropy", "linear_log_probs", "linear_token_stats"]
 
 T = TypeVar("T")
 
 
-@entry_point("input", "target", "token_weight")
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: bool | Sequence[str],
+    **options: Any,
+) -> tuple[Tensor, TokenStats]: ...
+
+
+@entry_point("input", "target", "token_weight")  # type: ignore[misc]  # in other words
 @documented
 def linear_cross_entropy(
     input: Tensor,
@@ -62,6 +92,7 @@ def linear_cross_entropy(
     focal_gamma: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
@@ -73,10 +104,12 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     weight_grad_accumulator: Tensor | None = None,
+    return_stats: bool | Sequence[str] = False,
     shard: Shard | None = None,
-) -> Tensor:
+) -> Any:
     r"""``cross_entropy(input @ linear_weight.T + linear_bias, target)`` without the N x V logits.
 
     The tokens are walked through in chunks; the one large buffer holds the logits of one chunk.
@@ -100,6 +133,7 @@ def linear_cross_entropy(
 
     Returns:
         The loss: 0-d, or of the target's shape for ``reduction="none"``; float32 for 16-bit inputs.
+        With ``return_stats``, the loss and a `TokenStats`, from the same three products.
 
     Raises:
         ValueError: Shapes that do not fit, or an option out of range.
@@ -119,18 +153,19 @@ def linear_cross_entropy(
     )  # fmt: skip
     if options is not None:
         chunk_tokens, weight_grad_dtype = _torchs_options(options, chunk_tokens, weight_grad_dtype)
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
-    walk = _HowChunks(
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
+    walk = HowChunks(
         chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype, weight_grad_accumulator
     )
+    wanted = asked_beside_a_loss(return_stats)
     check_dense("linear_weight", linear_weight)
     items = items_tensor(num_items, reduction, input)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     if linear_weight.dim() > 2:
-        is_flat = shift or sequences.given or weight_grad_accumulator is not None
+        is_flat = shift or sequences.given or weight_grad_accumulator is not None or wanted
         if is_flat or shard is not None:
             raise ValueError(
-                "shard, shift and weight_grad_accumulator need a weight (V, D), got "
+                "shard, shift, return_stats and weight_grad_accumulator need a weight (V, D), got "
                 f"{tuple(linear_weight.shape)}"
             )
         return _multi_dimensional(
@@ -140,7 +175,10 @@ def linear_cross_entropy(
     call = LinearCall(
         input, linear_weight, target, linear_bias, weight, logits, shift, sequences, shard
     )
-    return call.loss(call.token_weights(token_weight), items, loss, walk)
+    value, stats = call.loss(call.token_weights(token_weight), items, loss, walk, wanted)
+    if return_stats is False:
+        return value
+    return value, TokenStats.beside(stats, wanted, call.shape)
 
 
 def _torchs_options(
@@ -174,6 +212,7 @@ def linear_token_stats(
     ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
     with_rank: bool = False,
     extra: Sequence[str] = (),
@@ -185,6 +224,7 @@ def linear_token_stats(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
 ) -> TokenStats:
@@ -207,8 +247,8 @@ def linear_token_stats(
         IndexError: A target outside [0, vocab_size) that is not ``ignore_index``.
         RuntimeError: A wrong dtype or device.
     """
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
-    walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
+    walk = HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
         input, linear_weight, target, linear_bias, weight, logits, shift, sequences, shard
@@ -228,6 +268,7 @@ def linear_log_probs(
     ignore_index: int | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
     vocab_size: int | None = None,
     shift: int = 0,
     attention_mask: Tensor | None = None,
@@ -237,6 +278,7 @@ def linear_log_probs(
     chunk_tokens: int | None = None,
     max_chunk_bytes: int | None = None,
     drop_ignored: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     weight_grad_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
@@ -257,8 +299,8 @@ def linear_log_probs(
     Raises:
         ValueError, IndexError, RuntimeError: As `linear_token_stats`.
     """
-    logits = _HowLogits(ignore_index, softcap, logit_scale, vocab_size)
-    walk = _HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
+    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
+    walk = HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     call = LinearCall(
         input, linear_weight, target, linear_bias, None, logits, shift, sequences, shard
@@ -269,16 +311,18 @@ def linear_log_probs(
     return log_probs.reshape(call.shape)
 
 
-class _HowLogits(NamedTuple):
+class HowLogits(NamedTuple):
     """The options of the logits as users give them."""
 
     ignore_index: int | None
     softcap: float | None
     logit_scale: float | Tensor
     vocab_size: int | None
+    temperature: float
+    logits_dtype: torch.dtype | None
 
 
-class _HowChunks(NamedTuple):
+class HowChunks(NamedTuple):
     """The options of the walk as users give them."""
 
     chunk_tokens: int | None
@@ -305,7 +349,7 @@ class LinearCall:
         target: Tensor,
         linear_bias: Tensor | None,
         weight: Tensor | None,
-        logits: _HowLogits,
+        logits: HowLogits,
         shift: int,
         sequences: Sequences,
         shard: Shard | None,
@@ -314,32 +358,36 @@ class LinearCall:
             {"input": input, "linear_weight": linear_weight, "target": target},
             {"linear_bias": linear_bias, "weight": weight},
         )
-        ignore_index, softcap, logit_scale, vocab_size = logits
-        check_projection(input, linear_weight, linear_bias)
-        input = to_dtype_of_products(input)
+        ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype = logits
+        self.is_wide = check_projection(input, linear_weight, linear_bias, logits_dtype)
+        input = to_dtype_of_products(input, linear_weight)
+        self.logits_dtype = dtype_of_logits(input.dtype, has_float32_logits=self.is_wide)
         columns = linear_weight.shape[0]
         self.shard: ShardedColumns | None = None
         if shard is not None:
             self.shard, vocab_size = shard.columns(columns, target, vocab_size), None
         ignore_index = -100 if ignore_index is None else ignore_index
-        self.options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
+        self.options = LogitOptions.of(
+            softcap, logit_scale, vocab_size, ignore_index, columns, temperature
+        )
         self.weight, self.shape = weight, input.shape[:-1]
         self.has_probabilities = target.is_floating_point()
         if self.has_probabilities:
-            target = target.to(input.dtype)
+            target = target.to(self.logits_dtype)
         expected = (*self.shape, columns) if self.has_probabilities else tuple(self.shape)
         if tuple(target.shape) != expected:
             raise ValueError(
                 f"target of shape {tuple(target.shape)} does not fit hidden states of shape "
                 f"{tuple(input.shape)}: expected {expected}"
             )
-        target = check_target(target, input, self.options.ignore_index)
+        target = check_target(target, input, self.options.ignore_index, self.logits_dtype)
         target = sequences.targets(target, shift, self.options.ignore_index)
         self.shift = shift
         hidden = as_rows(input)
         self.targets = target.reshape(hidden.shape[0], *expected[len(self.shape) :])
         check_weight(weight, columns, input)
-        self.inputs = Inputs(hidden, linear_weight, linear_bias, check_scale(logit_scale, input))
+        scale = tempered(check_scale(logit_scale, input), temperature)
+        self.inputs = Inputs(hidden, linear_weight, linear_bias, scale)
 
     def _check_range(self, classes: int) -> None:
         targets = self.targets.reshape(self.shape)
@@ -357,14 +405,43 @@ class LinearCall:
             )
         return token_weight
 
+    @property
+    def real(self) -> torch.dtype:
+        """The dtype of the statistics."""
+        return real_of(self.inputs.input)
+
+    def leave_out(self, mask: Tensor | None) -> Tensor:
+        """Which tokens take part, shaped like them: those of the mask that are not ignored.
+
+        The others are ignored then.
+
+        Raises:
+            ValueError: The mask has another shape.
+        """
+        ignored = self.options.ignore_index
+        valid = self.targets.reshape(self.shape) != ignored
+        if mask is None:
+            return valid
+        if mask.shape != self.shape:
+            raise ValueError(
+                f"mask must have the shape of the tokens, {tuple(self.shape)}, got "
+                f"{tuple(mask.shape)}"
+            )
+        valid = valid & mask.bool()
+        self.targets = torch.where(valid.reshape(-1), self.targets, ignored)
+        return valid
+
     def loss(
         self,
         token_weight: Tensor | None,
         num_items: Tensor | None,
         loss: LossOptions,
-        walk: _HowChunks,
-    ) -> Tensor:
-        """The loss, by the way that the situation allows."""
+        walk: HowChunks,
+        wanted: int = 0,
+    ) -> tuple[Tensor, RowStats | None]:
+        """The loss, by the way that the situation allows; with statistics if any are wanted."""
+        if wanted and self.has_probabilities:
+            raise RuntimeError("return_stats: target must hold class indices (int64 or int32)")
         # A loss is made of the rows' statistics, and not with its gradients at once, where a
         # gradient has to wait for what backward knows.
         by_rows = (
@@ -374,20 +451,38 @@ class LinearCall:
         )
         chunks = self.chunk_options(walk)
         whole = self.has_probabilities and (self.targets.requires_grad or by_rows)
-        if ops.in_transform() or whole:
+        is_transformed, stats = ops.in_transform(), None
+        if wanted and is_transformed:
+            by_rows = True
+        if whole or (is_transformed and not wanted):
             if walk.accumulator is not None:
                 raise RuntimeError(
                     "weight_grad_accumulator works neither with probability targets nor under "
                     "torch.func transforms"
                 )
-            value = self._from_whole_logits(token_weight, num_items, loss)
+            value = self._from_whole_logits(token_weight, num_items, loss, chunks)
         elif by_rows:
-            stats = self.stats(asked(loss.statistics()), chunks, walk.accumulator)
+            stats = self.stats(wanted | asked(loss.statistics()), chunks, walk.accumulator)
             value = self._loss_of(stats, token_weight, num_items, loss)
         else:
             targets = Targets(self.targets, self.weight, token_weight, num_items)
-            value = self._run(operators.loss, self.inputs, targets, self.options, loss, chunks)
-        return value.reshape(self.shape) if loss.reduction == NONE else value
+            value, stats = self._run(
+                operators.loss, self.inputs, targets, self.options, loss, chunks, wanted
+            )
+        value = value.reshape(self.shape) if loss.reduction == NONE else value
+        return value, stats if wanted else None
+
+    def walk(
+        self, objective: Objective, wanted: int, chunks: ChunkOptions
+    ) -> objectives.ObjectiveLoss:
+        """A sum over tokens, in one walk; under transforms from whole logits."""
+        if ops.in_transform():
+            stats = self.stats(wanted, chunks)
+            return objectives.of_statistics(stats, len(self.targets), objective, wanted)
+        targets = Targets(self.targets, self.weight)
+        return self._run(
+            objectives.run, self.inputs, targets, self.options, objective, wanted, chunks
+        )
 
     def stats(
         self, wanted: int, chunks: ChunkOptions, accumulator: Tensor | None = None
@@ -396,7 +491,7 @@ class LinearCall:
         if self.has_probabilities:
             raise RuntimeError("statistics: target must hold class indices (int64 or int32)")
         if ops.in_transform():
-            logits = operators.logits_of(self.inputs, self.targets, None, self.options)
+            logits = operators.logits_of(self.inputs, self.targets, None, self.options, chunks)
             inputs = StatsInputs(logits, self.targets, self.weight, self.inputs.logit_scale)
             return ops.token_stats(inputs, self.options, wanted)
         return self._run(
@@ -412,16 +507,21 @@ class LinearCall:
         loss: LossOptions,
     ) -> Tensor:
         find = composite.target_weights if self.shard is None else self.shard.target_weights
-        ignored, real = self.options.ignore_index, real_of(self.inputs.input)
-        w_y = find(self.targets, self.weight, ignored, real)
-        weights = composite.row_weights(token_weight, self.targets, ignored, real)
+        w_y = find(self.targets, self.weight, self.options.ignore_index, self.real)
+        weights = composite.row_weights(
+            token_weight, self.targets, self.options.ignore_index, self.real
+        )
         return composite.loss_of(stats.floats, w_y, weights, num_items, loss)
 
     def _from_whole_logits(
-        self, token_weight: Tensor | None, num_items: Tensor | None, loss: LossOptions
+        self,
+        token_weight: Tensor | None,
+        num_items: Tensor | None,
+        loss: LossOptions,
+        chunks: ChunkOptions,
     ) -> Tensor:
         """With every derivative."""
-        logits = operators.logits_of(self.inputs, self.targets, token_weight, self.options)
+        logits = operators.logits_of(self.inputs, self.targets, token_weight, self.options, chunks)
         scale = self.inputs.logit_scale
         return ops.cross_entropy(
             LossInputs(logits, self.targets, self.weight, token_weight, num_items, scale),
@@ -442,7 +542,7 @@ class LinearCall:
             self._check_range(self.options.vocab_size)
             raise
 
-    def chunk_options(self, walk: _HowChunks) -> ChunkOptions:
+    def chunk_options(self, walk: HowChunks) -> ChunkOptions:
         """How to walk through the tokens, by the plan: the same chunks on every rank."""
         hidden, weight = self.inputs.input, self.inputs.linear_weight
         columns = weight.shape[0] if self.shard is None else self.shard.usual_count
@@ -457,9 +557,10 @@ class LinearCall:
         if walk.accumulator is not None or needs_gradients((weight,))[0]:
             sums = Sums.of(columns * weight.shape[1], hidden.dtype, weight.dtype, dtype)
         limit = chunk_limit(
-            columns, hidden.dtype, hidden.device.type, walk.chunk_tokens, walk.max_chunk_bytes, sums
-        )
-        return ChunkOptions(limit, drops, dtype, self.shard)
+            columns, self.logits_dtype, hidden.device.type, walk.chunk_tokens,
+            walk.max_chunk_bytes, sums,
+        )  # fmt: skip
+        return ChunkOptions(limit, drops, dtype, self.shard, self.is_wide)
 
 
 def _check_accumulator(accumulator: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
@@ -489,9 +590,9 @@ def _multi_dimensional(
     weight: Tensor | None,
     token_weight: Tensor | None,
     num_items: Tensor | None,
-    logits: _HowLogits,
+    logits: HowLogits,
     loss: LossOptions,
-    walk: _HowChunks,
+    walk: HowChunks,
 ) -> Tensor:
     """Torch's K-dimensional loss: a classification at each of d1 x ... x dK positions."""
     classes, *positions, features = linear_weight.shape
@@ -526,7 +627,9 @@ def _multi_dimensional(
     weights = [call.token_weights(t) for call, t in zip(calls, each(token_weight), strict=True)]
     if loss.reduction == MEAN and num_items is None:
         num_items = _counted(calls, weights, loss)
-    losses = [call.loss(w, num_items, loss, walk) for call, w in zip(calls, weights, strict=True)]
+    losses = [
+        call.loss(w, num_items, loss, walk)[0] for call, w in zip(calls, weights, strict=True)
+    ]
     stacked = torch.stack(losses, dim=-1)
     return stacked.reshape(shape) if loss.reduction == NONE else stacked.sum()
 

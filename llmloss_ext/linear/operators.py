@@ -11,6 +11,7 @@ Where nothing looks on, they are called directly, which saves a small call 40 us
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import composite
+from ..checks import is_autocast
 from ..composite import real_of
 from ..ops.derivatives import (
     Composite,
@@ -31,7 +33,7 @@ from ..ops.library import STATE, kernels
 from ..ops.namespace import qualified
 from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions, pack, unpack
 from ..shard import ShardedColumns, refuse_second_order
-from ..statistics import FloatStats, RowStats
+from ..statistics import FloatStats, RowStats, asked
 from .planning import ChunkLimit
 from .walk import (
     Inputs,
@@ -51,9 +53,11 @@ class _Options(NamedTuple):
     loss: LossOptions
     """Of the statistics: not read."""
     chunks: ChunkOptions
+    wanted: int = 0
+    """The statistics beside a loss."""
 
 
-UNSHARDED = len(ChunkLimit._fields) + 1
+UNSHARDED = len(ChunkLimit._fields) + 2
 """Of the packed integers of `ChunkOptions`; then those of the shard."""
 
 
@@ -70,7 +74,8 @@ def unpack_limit(numbers: Sequence[int]) -> ChunkLimit:
 
 def pack_chunks(chunks: ChunkOptions) -> tuple[list[int], str]:
     """The options but for the dtype: integers, and the name of the shard's process group."""
-    numbers = [*pack_limit(chunks.limit), int(chunks.drop_ignored)]
+    switches = (chunks.drop_ignored, chunks.has_float32_logits)
+    numbers = [*pack_limit(chunks.limit), *map(int, switches)]
     if chunks.shard is None:
         return numbers, ""
     of_shard, group = chunks.shard.pack()
@@ -81,14 +86,20 @@ def unpack_chunks(
     chunks: Sequence[int], group: str, weight_grad_dtype: torch.dtype
 ) -> ChunkOptions:
     """What was packed for an operator."""
-    *limit, drop_ignored = chunks[:UNSHARDED]
+    *limit, drop_ignored, is_wide = chunks[:UNSHARDED]
     of_shard = chunks[UNSHARDED:]
     shard = ShardedColumns.unpack(of_shard, group) if of_shard else None
-    return ChunkOptions(unpack_limit(limit), bool(drop_ignored), weight_grad_dtype, shard)
+    return ChunkOptions(
+        unpack_limit(limit), bool(drop_ignored), weight_grad_dtype, shard, bool(is_wide)
+    )
 
 
 def logits_of(
-    inputs: Inputs, target: Tensor, token_weight: Tensor | None, options: LogitOptions
+    inputs: Inputs,
+    target: Tensor,
+    token_weight: Tensor | None,
+    options: LogitOptions,
+    chunks: ChunkOptions,
 ) -> Tensor:
     """The whole logits, (N, V), with every derivative; 0 where a token or a class has no part."""
     hidden, weight, bias, _ = inputs
@@ -98,9 +109,15 @@ def logits_of(
     columns, used = weight.shape[0], options.vocab_size
     if used < columns:
         weight, bias = weight[:used], None if bias is None else bias[:used]
-    logits = hidden @ weight.to(hidden.dtype).t()
+    weight = weight.to(hidden.dtype)
+    if chunks.has_float32_logits:
+        is_on = is_autocast(hidden)
+        with torch.autocast(hidden.device.type, enabled=False) if is_on else nullcontext():
+            logits = hidden.float() @ weight.float().t()
+    else:
+        logits = hidden @ weight.t()
     if bias is not None:
-        logits = logits + bias.to(hidden.dtype)
+        logits = logits + bias.to(logits.dtype)
     return F.pad(logits, (0, columns - used)) if used < columns else logits
 
 
@@ -123,21 +140,24 @@ def _linear_loss(
     group: str,
     weight_grad_dtype: torch.dtype,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wanted: int,
+) -> list[Tensor]:
     """`loss_by_chunks`; ``needs`` says which of the first four arguments get a gradient."""
-    return loss_by_chunks(
+    *results, stats = loss_by_chunks(
         Inputs(input, linear_weight, linear_bias, logit_scale),
         Targets(target, weight, token_weight, num_items),
         *unpack(floats, ints),
         unpack_chunks(chunks, group, weight_grad_dtype),
         Inputs(*needs),
+        wanted,
     )
+    return [*results, *stats]
 
 
 @_linear_loss.register_fake
 def _(  # type: ignore[no-untyped-def]
     input, linear_weight, linear_bias, logit_scale, target, weight, token_weight, num_items,
-    floats, ints, chunks, group, weight_grad_dtype, needs,
+    floats, ints, chunks, group, weight_grad_dtype, needs, wanted,
 ):  # fmt: skip
     def gradient(parameter: Any, asked: bool, dtype: Callable[[Tensor], torch.dtype]) -> Tensor:
         if not asked or parameter is None:
@@ -147,51 +167,58 @@ def _(  # type: ignore[no-untyped-def]
 
     needs = Inputs(*needs)
     scalar = input.new_empty((), dtype=real_of(input))
-    return (
+    stats = []
+    if wanted:
+        _, loss = unpack(floats, ints)
+        stats = statistics_like(input, (input.shape[0],), wanted | asked(loss.statistics()))
+    return [
         scalar,
         gradient(input, needs.input, lambda x: x.dtype),
         gradient(linear_weight, needs.linear_weight, lambda x: gradient_dtype(input, x)),
         gradient(linear_bias, needs.linear_bias, lambda x: gradient_dtype(input, x)),
         gradient(logit_scale, needs.logit_scale, lambda x: x.dtype),
         torch.empty_like(scalar),
-    )
+        *stats,
+    ]
 
 
 def _loss_and_gradients(
     inputs: Inputs, targets: Targets, options: _Options, needs: Inputs
 ) -> LossResults:
-    chunks = options.chunks
+    logits, loss, chunks, wanted = options
     if not must_be_opaque(inputs.input):
-        return loss_by_chunks(inputs, targets, options.logits, options.loss, chunks, needs)
-    packed = pack(options.logits, options.loss)
+        return loss_by_chunks(inputs, targets, logits, loss, chunks, needs, wanted)
     how = (*pack_chunks(chunks), chunks.weight_grad_dtype)
-    return LossResults(*_linear_loss(*inputs, *targets, *packed, *how, needs))
+    results = _linear_loss(*inputs, *targets, *pack(logits, loss), *how, needs, wanted)
+    count = len(LossResults._fields) - 1
+    return LossResults._make((*results[:count], tuple(results[count:])))
 
 
 class LinearCrossEntropy(Function):
     """`loss`: the gradients are formed in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        """The loss; ``needs`` says which inputs get a gradient."""
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        """The loss and its statistics; ``needs`` says which inputs get a gradient."""
         *tensors, options, needs = args
         count = len(Inputs._fields)
         inputs, targets = Inputs(*tensors[:count]), Targets(*tensors[count:])
         ctx.set_materialize_grads(False)
         ctx.options, ctx.needs = options, needs
-        results = _loss_and_gradients(inputs, targets, options, needs)
+        *results, stats = _loss_and_gradients(inputs, targets, options, needs)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*inputs, *targets, *results)
         else:
             # Not saved, but handed out by the first backward: then nothing is copied. Without the
             # loss, whose graph this is: in a cycle, all of it would wait for the collector.
             ctx.save_for_backward(*inputs, *targets)
-            ctx.results = results._replace(loss=None)
-        return results.loss
+            ctx.results = LossResults(*results)._replace(loss=None)
+        ctx.mark_non_differentiable(*stats)
+        return (results[0], *stats)
 
     @staticmethod
     @one_gradient_at_a_time
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Multiplies what the forward pass has left by the gradient of the loss."""
         others = (*Targets(), None, None)
         if grad_loss is None:
@@ -211,9 +238,16 @@ class LinearCrossEntropy(Function):
         if ctx.results is None:  # a second backward
             ctx.results = _loss_and_gradients(inputs, targets, ctx.options, ctx.needs)
         results, ctx.results = ctx.results, None
-        factor = grad_loss * results.factor
-        every = zip(results.gradients, inputs, ctx.needs, strict=True)
-        return (*(_scaled(g, factor, x.dtype) if need else None for g, x, need in every), *others)
+        return (*scaled(results, inputs, ctx.needs, grad_loss), *others)
+
+
+def scaled(
+    results: LossResults, inputs: Inputs, needs: Inputs, grad_loss: Tensor
+) -> list[Tensor | None]:
+    """What a forward pass has left of its gradients, times that of the loss; in place."""
+    factor = grad_loss * results.factor
+    every = zip(results.gradients, inputs, needs, strict=True)
+    return [_scaled(g, factor, x.dtype) if need else None for g, x, need in every]
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -226,7 +260,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _loss_composite(inputs: Inputs, targets: Targets, options: _Options) -> Composite:
     target, weight, token_weight, num_items = targets
-    logits, loss, _ = options
+    logits, loss, chunks, *_ = options
     items, z_factor = None, None
     if loss.reduction == MEAN:
         real = real_of(inputs.input)
@@ -238,7 +272,7 @@ def _loss_composite(inputs: Inputs, targets: Targets, options: _Options) -> Comp
     def whole(*primals: Any) -> tuple[Tensor, ...]:
         inputs = Inputs(*primals)
         rows = composite.row_losses(
-            logits_of(inputs, target, token_weight, logits), target, weight, token_weight,
+            logits_of(inputs, target, token_weight, logits, chunks), target, weight, token_weight,
             inputs.logit_scale, logits, loss, z_factor,
         ).sum()  # fmt: skip
         return (rows if items is None else rows / items,)
@@ -261,13 +295,20 @@ def loss(
     logits: LogitOptions,
     loss: LossOptions,
     chunks: ChunkOptions,
-) -> Tensor:
-    """The mean or sum over tokens, 0-d, of class indices or probabilities without a gradient."""
+    wanted: int = 0,
+) -> tuple[Tensor, RowStats | None]:
+    """The mean or sum over tokens, 0-d, of class indices or probabilities without a gradient.
+
+    With the statistics that are ``wanted`` (class indices), of which none has a gradient.
+    """
     needs = Inputs(*needs_gradients(inputs))
-    options = _Options(logits, loss, chunks)
-    if not any(needs):
-        return _loss_and_gradients(inputs, targets, options, needs).loss
-    return LinearCrossEntropy.apply(*inputs, *targets, options, needs)  # type: ignore[no-untyped-call]
+    options = _Options(logits, loss, chunks, wanted)
+    if any(needs):
+        value, *stats = LinearCrossEntropy.apply(*inputs, *targets, options, needs)  # type: ignore[no-untyped-call]
+    else:
+        results = _loss_and_gradients(inputs, targets, options, needs)
+        value, stats = results.loss, list(results.stats)
+    return value, RowStats.of((value.new_empty(0), *stats)) if wanted else None
 
 
 # ---------------------------------------------------------------------------- the statistics
@@ -394,7 +435,7 @@ class LinearTokenStats(Function):
                 raise RuntimeError("weight_grad_accumulator has no second-order gradient")
             upstream = tuple(grad for grad in grads if grad is not None)
             safe = inputs._replace(input=composite.spared(inputs.input, *upstream))
-            function = _stats_composite(safe, target, weight, call.logits, grads.used)
+            function = _stats_composite(safe, target, weight, call, grads.used)
             by_name = function.vjp(upstream)
             return (*Inputs(**by_name), *others)
         needs = Inputs(*ctx.needs_input_grad[: len(Inputs._fields)])
@@ -415,12 +456,12 @@ class LinearTokenStats(Function):
 
 
 def _stats_composite(
-    inputs: Inputs, target: Tensor, weight: Any, options: LogitOptions, names: tuple[str, ...]
+    inputs: Inputs, target: Tensor, weight: Any, call: _StatsCall, names: tuple[str, ...]
 ) -> Composite:
     def whole(*primals: Any) -> tuple[Tensor, ...]:
         inputs = Inputs(*primals)
-        logits = logits_of(inputs, target, None, options)
-        every = composite.token_stats(logits, target, weight, inputs.logit_scale, options)
+        logits = logits_of(inputs, target, None, call.logits, call.chunks)
+        every = composite.token_stats(logits, target, weight, inputs.logit_scale, call.logits)
         return tuple(getattr(every, name) for name in names)
 
     return Composite(whole, inputs, Inputs._fields)

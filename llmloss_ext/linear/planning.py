@@ -23,6 +23,8 @@ weight has: there each chunk reads and writes all sums (see `cost`), which few t
 _ALIGNED_BYTES = 128
 """Rows of a chunk's logits begin at multiples of this: oneDNN's products are a third faster so."""
 _BLOCK_BYTES = 2 << 20
+_UPCAST_BYTES = 1 << 20
+_ROUNDED_BYTES = 8 << 20
 
 
 def block_rows(columns: int) -> int:
@@ -45,6 +47,44 @@ def first_part_rows(rows: int, dtype: torch.dtype, result_dtype: torch.dtype) ->
     return min(row_stride(-(-rows // 2), result_dtype), rows)
 
 
+def dtype_of_logits(dtype: torch.dtype, *, has_float32_logits: bool) -> torch.dtype:
+    """Of the logits that products of ``dtype`` make."""
+    return torch.float32 if has_float32_logits and dtype.itemsize == 2 else dtype
+
+
+def check_logits_dtype(logits_dtype: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Whether ``logits_dtype`` asks for float32 logits, for products of ``dtype``.
+
+    Raises:
+        TypeError: It is not a dtype.
+        ValueError: The products do not have it.
+    """
+    if logits_dtype is None:
+        return False
+    if not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(f"logits_dtype must be a torch.dtype, got {logits_dtype!r}")
+    is_wide = dtype.itemsize == 2 and logits_dtype == torch.float32
+    if logits_dtype != dtype and not is_wide:
+        known = f"{dtype} or torch.float32" if dtype.itemsize == 2 else dtype
+        raise ValueError(
+            f"logits_dtype must be {known} for products of {dtype}, got {logits_dtype}"
+        )
+    return is_wide
+
+
+def upcast_rows(columns: int) -> int:
+    """Rows of a 16-bit weight that a CPU has in float32 at a time.
+
+    Few enough to stay in a core's cache, and enough for the product that reads them.
+    """
+    return min(max(_UPCAST_BYTES // (4 * columns), 128), 1024)
+
+
+def rounded_rows(columns: int) -> int:
+    """Rows of float32 logits whose gradient is rounded to 16 bits at a time."""
+    return max(_ROUNDED_BYTES // (2 * columns), 1)
+
+
 def is_one_product(dtype: torch.dtype, result_dtype: torch.dtype) -> bool:
     """Whether the product of operands of ``dtype`` can be written in the result's.
 
@@ -62,6 +102,7 @@ class Plan:
         features: D.
         vocab_size: V.
         dtype: Of the hidden states, in which the products are computed.
+        logits_dtype: Of the logits.
         chunk_tokens: Tokens of a chunk.
         chunks: Their number.
         products: N x D x V matrix products, forward and backward.
@@ -79,6 +120,7 @@ class Plan:
     features: int
     vocab_size: int
     dtype: torch.dtype
+    logits_dtype: torch.dtype
     chunk_tokens: int
     chunks: int
     products: int
@@ -111,6 +153,7 @@ def plan(
     needs_grad: tuple[bool, bool] = (True, True),
     recompute: bool = False,
     drop_ignored: bool = False,
+    logits_dtype: torch.dtype | None = None,
 ) -> Plan:
     """Plans a linear loss of N x D hidden states and a V x D weight.
 
@@ -132,6 +175,7 @@ def plan(
         recompute: Whether backward computes the logits again: for ``reduction="none"`` and the
             statistics.
         drop_ignored: Whether some tokens are dropped: those of a chunk are then gathered.
+        logits_dtype: torch.float32 where products of 16 bits keep their logits in it.
 
     Raises:
         ValueError: A size that is not positive, a dtype that the losses do not have, or a budget
@@ -148,14 +192,16 @@ def plan(
     if features < 1 or vocab_size < 1 or tokens < 0:
         raise ValueError(f"expected N >= 0, D >= 1 and V >= 1, got {tokens, features, vocab_size}")
     kind = torch.device(device).type
-    row_bytes = row_stride(vocab_size, dtype) * dtype.itemsize
+    is_wide = check_logits_dtype(logits_dtype, dtype)
+    logits_dtype = dtype_of_logits(dtype, has_float32_logits=is_wide)
+    row_bytes = row_stride(vocab_size, logits_dtype) * logits_dtype.itemsize
     with_input, with_weight = needs_grad
     sums = weight_grad_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
     if sums == torch.float16 and not recompute:
         sums = torch.float32  # as the mean and the sum do
     weight_dtype = weight_dtype or dtype
     weight = Sums.of(vocab_size * features, dtype, weight_dtype, sums) if with_weight else None
-    limit = chunk_limit(vocab_size, dtype, kind, chunk_tokens, max_chunk_bytes, weight)
+    limit = chunk_limit(vocab_size, logits_dtype, kind, chunk_tokens, max_chunk_bytes, weight)
     chunk = limit.of(tokens)
     products = 1 + with_input + with_weight
     if recompute and (with_input or with_weight):
@@ -179,7 +225,16 @@ def plan(
     if kind != "cpu" and not drop_ignored:
         # A copy of the hidden states, with zeros at tokens that may be ignored.
         beside = max(beside, with_weight * chunk * features * size)
-    if with_weight and kind == "cpu" and size == 2:
+    if is_wide:
+        if with_input or with_weight:
+            rounded = min(rounded_rows(vocab_size), chunk) * vocab_size * size
+            # The only chunk's are rounded before there is a gradient of the weight.
+            beside = max(beside, rounded - (chunks <= 1) * held)
+        if kind == "cpu":
+            held_16_bits = with_weight and held_dtype.itemsize == 2
+            upcast = _upcast_bytes(chunk, features, vocab_size, held_16_bits=held_16_bits)
+            beside = max(beside, with_input * gathered + upcast)
+    elif with_weight and kind == "cpu" and size == 2:
         sizes = (chunk, features, vocab_size)
         beside = max(beside, _block_bytes(dtype, held_dtype, *sizes, is_added=chunks > 1))
     working += gathered + beside
@@ -188,6 +243,7 @@ def plan(
         features=features,
         vocab_size=vocab_size,
         dtype=dtype,
+        logits_dtype=logits_dtype,
         chunk_tokens=chunk,
         chunks=chunks,
         products=products,
@@ -197,10 +253,25 @@ def plan(
         sum_bytes=0 if is_one else held,
         gradient_bytes=grad_input + grad_weight,
         peak_bytes=grad_input + held + max(working, is_late * grad_weight),
-        unfused_bytes=(2 if with_input or with_weight else 1) * tokens * vocab_size * size
+        unfused_bytes=(2 if with_input or with_weight else 1)
+        * tokens
+        * vocab_size
+        * logits_dtype.itemsize
         + grad_input
         + grad_weight,
     )
+
+
+def _upcast_bytes(chunk: int, features: int, vocab_size: int, *, held_16_bits: bool) -> int:
+    """Of what a CPU has in float32 to multiply 16 bits: hidden states, and rows of the weight.
+
+    Or of the rows of the weight's gradient, with that of the logits, that are rounded to 16 bits.
+    """
+    rows = min(upcast_rows(features), vocab_size)
+    if held_16_bits:
+        of_gradient = min(block_rows(features), vocab_size)
+        rows = max(rows, of_gradient * (features + chunk) // features)
+    return (rows + chunk) * features * torch.float32.itemsize
 
 
 def _block_bytes(

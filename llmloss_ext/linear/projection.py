@@ -18,10 +18,14 @@ from ..ops.rows import Rows, count_of, put, take
 from .planning import (
     ChunkLimit,
     block_rows,
+    check_logits_dtype,
+    dtype_of_logits,
     even_chunk,
     first_part_rows,
     is_one_product,
+    rounded_rows,
     row_stride,
+    upcast_rows,
 )
 
 _HUGE_PAGE = 2 << 20
@@ -32,8 +36,19 @@ def as_rows(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises a ValueError or RuntimeError if ``hidden @ weight.T + bias`` cannot be computed."""
+def check_projection(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits_dtype: torch.dtype | None = None,
+) -> bool:
+    """Whether 16-bit products keep their logits in float32.
+
+    Raises:
+        ValueError, RuntimeError: ``hidden @ weight.T + bias`` cannot be computed, or not with such
+            logits.
+        TypeError: ``logits_dtype`` is no dtype.
+    """
     if hidden.dtype not in FLOATS:
         raise RuntimeError(
             f"expected hidden states of float32, bfloat16, float16 or float64, got {hidden.dtype}"
@@ -54,23 +69,30 @@ def check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Non
             raise RuntimeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
             )
-    if weight.dtype != hidden.dtype and not is_autocast(hidden):
+    if weight.dtype != hidden.dtype and logits_dtype is None and not is_autocast(hidden):
         raise RuntimeError(
             f"expected input and weight of the same dtype, got {hidden.dtype} and {weight.dtype}; "
-            "convert one, or use torch.autocast"
+            "convert one, give logits_dtype, or use torch.autocast"
         )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
         raise ValueError(
             f"the bias must have shape ({weight.shape[0]},) on {weight.device}, got "
             f"{tuple(bias.shape)} on {bias.device}"
         )
+    return check_logits_dtype(logits_dtype, _dtype_of_products(hidden, weight))
 
 
-def to_dtype_of_products(hidden: Tensor) -> Tensor:
-    """Autocast's, if it is on; float64 stays."""
-    if not is_autocast(hidden) or hidden.dtype == torch.float64:
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+def to_dtype_of_products(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Autocast's, if it is on (float64 stays); else the one that holds both operands."""
+    return hidden.to(_dtype_of_products(hidden, weight))
+
+
+def _dtype_of_products(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    if not is_autocast(hidden):
+        return torch.promote_types(hidden.dtype, weight.dtype)
+    if hidden.dtype == torch.float64:
+        return hidden.dtype
+    return torch.get_autocast_dtype(hidden.device.type)
 
 
 def chunk_rows(tokens: int, limit: ChunkLimit, valid: Tensor | None) -> list[Rows]:
@@ -116,21 +138,34 @@ class Projection:
     """``hidden @ weight.T + bias`` in the dtype of the hidden states, a chunk at a time.
 
     The first ``used`` rows of the weight are read; the others are padding, whatever they hold.
+
+    Float32 logits of 16-bit operands: cuBLAS keeps what it has summed. A CPU has no such product,
+    so it multiplies the operands in float32, of which it holds a few rows of the weight at a time;
+    16 bits multiplied are exact in 24.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, used: int) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        used: int,
+        *,
+        has_float32_logits: bool = False,
+    ) -> None:
         """Hidden states (N, D); weight (V, D); bias (V) or None."""
         self.hidden, self.columns, self.used = hidden, weight.shape[0], used
+        self.logits_dtype = dtype_of_logits(hidden.dtype, has_float32_logits=has_float32_logits)
         # Under autocast the weight may be float32: one copy in the dtype of the products.
         self.weight = weight[:used].to(hidden.dtype)
-        self.bias = None if bias is None else bias[:used].to(hidden.dtype)
+        self.bias = None if bias is None else bias[:used].to(self.logits_dtype)
 
     def chunks(self, limit: ChunkLimit, counts: Tensor | None, *, drop: bool) -> Iterator[Chunk]:
         """Each chunk's logits, all in one buffer: a chunk ends where the next one begins.
 
         ``counts`` (N) bool: which tokens take part; None: all. ``drop``: the others are left out.
         """
-        tokens, dtype = self.hidden.shape[0], self.hidden.dtype
+        tokens, dtype = self.hidden.shape[0], self.logits_dtype
         every = chunk_rows(tokens, limit, counts if drop else None)
         shape = (count_of(every[0]) if every else 0, row_stride(self.columns, dtype))
         buffer = new_buffer(self.hidden, shape, dtype)
@@ -148,10 +183,60 @@ class Projection:
         """Writes the logits of hidden states; those of padding stay."""
         logits = logits[:, : self.used]
         # Products into `out`, here and below, are not autocast's to round.
-        if self.bias is None:
+        if self.logits_dtype != hidden.dtype:
+            self._project_into_float32(hidden, logits)
+        elif self.bias is None:
             torch.mm(hidden, self.weight.t(), out=logits)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+
+    def _project_into_float32(self, hidden: Tensor, logits: Tensor) -> None:
+        dtype = self.logits_dtype
+        if not logits.is_cuda:
+            hidden = hidden.to(dtype)
+            for rows, weight in self.upcast_weight():
+                torch.mm(hidden, weight.t(), out=logits[:, rows])
+        else:
+            torch.mm(hidden, self.weight.t(), out_dtype=dtype, out=logits)  # type: ignore[call-overload]
+        if self.bias is not None:
+            logits += self.bias
+
+    def upcast_weight(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the dtype of the logits, some rows at a time: in one buffer."""
+        rows, columns = self.weight.shape
+        height = min(upcast_rows(columns), rows)
+        buffer = self.weight.new_empty(height, columns, dtype=self.logits_dtype)
+        for begin in range(0, rows, height):
+            block = slice(begin, min(begin + height, rows))
+            yield block, buffer[: block.stop - begin].copy_(self.weight[block])
+
+
+def rounded(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 gradient of logits, rounded to 16 bits within its own memory, which is overwritten.
+
+    A CPU without products of 16 bits (where they take ten times as long) gets the rounded numbers
+    in float32.
+    """
+    narrow = gradient.view(dtype)[:, : gradient.shape[1]]
+    if not gradient.is_cuda and not has_products_of(dtype):
+        narrow = gradient
+    # A row's 16 bits lie over the first half of its own 32: some rows at a time are copied.
+    height = rounded_rows(gradient.shape[1])
+    for begin in range(0, gradient.shape[0], height):
+        rows = slice(begin, begin + height)
+        narrow[rows] = gradient[rows].to(dtype)
+    return narrow
+
+
+def has_products_of(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies 16 bits faster than float32."""
+    names = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return bool(getattr(torch.ops.mkldnn, names[dtype])())
 
 
 class WeightGradient:
@@ -288,19 +373,31 @@ class Gradients:
     def add(self, chunk: Chunk) -> None:
         """Adds a chunk whose logits have become their gradient."""
         gradient = chunk.logits
+        if self.bias is not None:
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+        if self.hidden is None and self._weight is None:
+            return
+        if gradient.dtype != chunk.hidden.dtype:
+            gradient = rounded(gradient, chunk.hidden.dtype)
         if self.hidden is not None:
-            weight, used = self._projection.weight, gradient[:, : self._projection.used]
-            if isinstance(chunk.rows, slice):
-                torch.mm(used, weight, out=self.hidden[chunk.rows])
-            else:
-                part = torch.empty_like(chunk.hidden)
-                put(self.hidden, chunk.rows, torch.mm(used, weight, out=part))
+            self._add_to_hidden(self.hidden, chunk, gradient[:, : self._projection.used])
         if self._weight is not None:
             # Gradients of 0 would make nan of the nan that stands at a token without a part.
             hidden = chunk.hidden if chunk.counts is None else only(chunk.counts, chunk.hidden)
-            self._weight.add(gradient, hidden, is_only=chunk.is_only)
-        if self.bias is not None:
-            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+            self._weight.add(gradient, hidden.to(gradient.dtype), is_only=chunk.is_only)
+
+    def _add_to_hidden(self, total: Tensor, chunk: Chunk, gradient: Tensor) -> None:
+        """Puts ``gradient @ weight`` where the chunk's hidden states stand."""
+        if gradient.dtype != chunk.hidden.dtype:  # rounded, but not stored so
+            part = torch.zeros_like(chunk.hidden, dtype=gradient.dtype)
+            for rows, weight in self._projection.upcast_weight():
+                torch.addmm(part, gradient[:, rows], weight, out=part)
+            put(total, chunk.rows, part.to(total.dtype))
+        elif isinstance(chunk.rows, slice):
+            torch.mm(gradient, self._projection.weight, out=total[chunk.rows])
+        else:
+            part = torch.empty_like(chunk.hidden)
+            put(total, chunk.rows, torch.mm(gradient, self._projection.weight, out=part))
 
     def weight_result(self) -> Tensor | None:
         """The weight's gradient, rounded. Call it when the chunks are gone, and once."""

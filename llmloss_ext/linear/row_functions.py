@@ -107,7 +107,7 @@ def linear_rows(
         RuntimeError: A wrong dtype or device.
     """
     check_projection(hidden, weight, bias)
-    shape, hidden = hidden.shape[:-1], as_rows(to_dtype_of_products(hidden))
+    shape, hidden = hidden.shape[:-1], as_rows(to_dtype_of_products(hidden, weight))
     limit = chunk_limit(
         weight.shape[0], hidden.dtype, hidden.device.type, chunk_tokens, max_chunk_bytes
     )

@@ -7,8 +7,8 @@ that are not asked for come back without elements. Nothing here has derivatives;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from torch import Tensor
 from .. import composite
 from ..composite import real_of
 from ..ops.library import MEAN_DENOMINATOR, STATE
-from ..ops.rows import LocalRows, put, take
+from ..ops.rows import LocalRows, Rows, put, take
 from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions
 from ..shard import ShardedRows
-from ..statistics import STATISTICS, FloatStats, RowStats, is_asked
-from .projection import Gradients, Projection
+from ..statistics import STATISTICS, FloatStats, RowStats, asked, is_asked
+from .projection import Chunk, Gradients, Projection
 
 _MOST_TOKENS = 2.0**40
 """A denominator of 0 items is infinite."""
@@ -60,6 +60,8 @@ class LossResults(NamedTuple):
     grad_linear_bias: Tensor
     grad_logit_scale: Tensor
     factor: Tensor
+    stats: tuple[Tensor, ...] = ()
+    """A column (N) for each of `STATISTICS` where some were asked for; of others, no elements."""
 
     @property
     def gradients(self) -> Inputs:
@@ -104,10 +106,18 @@ def loss_by_chunks(
     loss: LossOptions,
     chunks: ChunkOptions,
     needs: Inputs,
+    wanted: int = 0,
 ) -> LossResults:
-    """The mean or sum over the tokens, with the gradients that ``needs`` names."""
+    """The mean or sum over the tokens, with the gradients that ``needs`` names.
+
+    And with statistics if any are ``wanted``: then of class indices.
+    """
     input = inputs.input
     real = real_of(input)
+    if wanted:
+        objective = cross_entropy_objective(inputs, targets, logits, loss, chunks)
+        wanted |= asked(loss.statistics())
+        return objective_by_chunks(inputs, targets, logits, objective, wanted, chunks, needs)[0]
     rows = rows_of(inputs, targets, logits, chunks)
     labels = rows.labels(input, targets.target, targets.token_weight)
     projection = _projection(inputs, logits, chunks)
@@ -121,13 +131,7 @@ def loss_by_chunks(
     # Each chunk's sum is divided, in the kernels' words a mean over so many items.
     divisor, of_chunk = torch.stack([items * factor, z_factor]), loss._replace(reduction=MEAN)
     value = torch.zeros((), dtype=torch.float64, device=input.device)
-    grad_scale = torch.zeros_like(value) if needs.logit_scale else None
-    # float16: see gradient_dtype
-    sums = real if chunks.weight_grad_dtype == torch.float16 else chunks.weight_grad_dtype
-    gradients = Gradients(
-        projection, needs.input, needs.linear_weight, needs.linear_bias, sums,
-        gradient_dtype(input, inputs.linear_weight),
-    )  # fmt: skip
+    gradients = _LossGradients(inputs, projection, chunks, needs, factor)
     counts = takes_part(targets, logits.ignore_index)
     for chunk in projection.chunks(chunks.limit, counts, drop=chunks.drop_ignored):
         part = labels.take(chunk.rows)
@@ -135,57 +139,227 @@ def loss_by_chunks(
             of_part, scale = rows.losses_and_gradient_(
                 chunk.logits, part, divisor, of_chunk, bool(needs.logit_scale)
             )
-            gradients.add(chunk)
-            if grad_scale is not None:
-                grad_scale += scale
+            gradients.add(chunk, scale)
         else:
             of_part = rows.losses(chunk.logits, part, divisor, of_chunk)
         value += of_part
         del chunk  # its buffer, before the gradient of the weight is rounded
     if loss.reduction == MEAN:
         value += torch.zeros_like(items) / items  # nan: no token to divide by
-    rows.sum_over_ranks(gradients.hidden, grad_scale)
-    grad_bias = gradients.bias
-    if grad_bias is not None:
-        grad_bias = grad_bias.to(gradient_dtype(input, inputs.linear_bias))
-    return LossResults(
-        loss=(value * factor).to(real),
-        grad_input=or_empty(gradients.hidden, input),
-        grad_linear_weight=or_empty(gradients.weight_result(), input),
-        grad_linear_bias=or_empty(grad_bias, input),
-        grad_logit_scale=or_empty(_like(grad_scale, inputs.logit_scale), input),
-        factor=factor,
-    )
+    return gradients.results((value * factor).to(real), rows)
+
+
+class _LossGradients:
+    """The gradients of a loss that knows them in the forward pass, but for a factor, 0-d."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        projection: Projection,
+        chunks: ChunkOptions,
+        needs: Inputs,
+        factor: Tensor,
+    ) -> None:
+        input = inputs.input
+        self._inputs, self._factor = inputs, factor
+        # float16: see gradient_dtype
+        is_half = chunks.weight_grad_dtype == torch.float16
+        sums = real_of(input) if is_half else chunks.weight_grad_dtype
+        self._sums = Gradients(
+            projection, needs.input, needs.linear_weight, needs.linear_bias, sums,
+            gradient_dtype(input, inputs.linear_weight),
+        )  # fmt: skip
+        self._scale: Tensor | None = None
+        if needs.logit_scale:
+            self._scale = torch.zeros((), dtype=torch.float64, device=input.device)
+
+    def add(self, chunk: Chunk, of_scale: Tensor) -> None:
+        """Adds those of a chunk, whose gradient lies over its logits, and of the logit_scale."""
+        self._sums.add(chunk)
+        if self._scale is not None:
+            self._scale += of_scale
+
+    def results(self, loss: Tensor, rows: LocalRows | ShardedRows) -> LossResults:
+        """All of them. The buffer of the chunks is gone by now."""
+        sums, inputs = self._sums, self._inputs
+        rows.sum_over_ranks(sums.hidden, self._scale)
+        grad_bias = sums.bias
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(gradient_dtype(inputs.input, inputs.linear_bias))
+        return LossResults(
+            loss=loss,
+            grad_input=or_empty(sums.hidden, inputs.input),
+            grad_linear_weight=or_empty(sums.weight_result(), inputs.input),
+            grad_linear_bias=or_empty(grad_bias, inputs.input),
+            grad_logit_scale=or_empty(_like(self._scale, inputs.logit_scale), inputs.input),
+            factor=self._factor,
+        )
+
+
+class CrossEntropy(NamedTuple):
+    """A reduced cross entropy as an `Objective`."""
+
+    loss: LossOptions
+    w_y: Tensor
+    """(N): the class weight of each target, 0 where ignored."""
+    weights: Tensor
+    """(N): of the tokens, 0 where ignored."""
+    divisor: Tensor
+    """`composite.denominator`."""
+
+    def __call__(self, stats: FloatStats, rows: Rows) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The sum of some tokens' losses, divided."""
+        items, z_factor = self.divisor
+        losses = composite.losses_of(
+            stats, take(self.w_y, rows), take(self.weights, rows), self.loss, z_factor
+        )
+        return composite.total(losses) / items.to(losses.dtype), ()
+
+
+def cross_entropy_objective(
+    inputs: Inputs, targets: Targets, logits: LogitOptions, loss: LossOptions, chunks: ChunkOptions
+) -> CrossEntropy:
+    """Of all tokens."""
+    ignored, real = logits.ignore_index, real_of(inputs.input)
+    find = composite.target_weights if chunks.shard is None else chunks.shard.target_weights
+    w_y: Tensor = find(targets.target, targets.weight, ignored, real)
+    weights = composite.row_weights(targets.token_weight, targets.target, ignored, real)
+    divisor = torch.ones(2, dtype=real, device=weights.device)
+    if loss.reduction == MEAN:
+        divisor = composite.mean_denominator(w_y, weights, targets.num_items, loss)
+    return CrossEntropy(loss, w_y, weights, divisor)
 
 
 def stats_by_chunks(
     inputs: Inputs, targets: Targets, logits: LogitOptions, wanted: int, chunks: ChunkOptions
 ) -> RowStats:
     """The statistics of the tokens, and the state that backward needs."""
-    input, tokens = inputs.input, inputs.input.shape[0]
-    real = real_of(input)
+    input = inputs.input
     rows = rows_of(inputs, targets, logits, chunks)
-    classes = logits.vocab_size if chunks.shard is None else chunks.shard.vocab_size
-    absent = {"argmax": -1, "rank": classes}  # of tokens that are left out
-
-    def column(name: str) -> Tensor:
-        dtype = real if name in FloatStats._fields else torch.int64
-        shape = (tokens if is_asked(wanted, name) else 0,)
-        return torch.full(shape, absent.get(name, 0), dtype=dtype, device=input.device)
-
     # The state lies token by token, so that a chunk's is one piece.
-    state = torch.zeros(tokens, len(STATE), dtype=real, device=input.device)
-    wholes = [column(name) for name in STATISTICS]
+    state = input.new_zeros((input.shape[0], len(STATE)), dtype=real_of(input))
+    wholes = _columns(input, wanted, logits, chunks)
     projection = _projection(inputs, logits, chunks)
     counts = takes_part(targets, logits.ignore_index)
     for chunk in projection.chunks(chunks.limit, counts, drop=chunks.drop_ignored):
         stats = rows.statistics(chunk.logits, take(targets.target, chunk.rows), wanted)
-        state_of_chunk, *parts = stats.results()
-        put(state, chunk.rows, state_of_chunk.t())
-        for whole, part in zip(wholes, parts, strict=True):
-            if whole.numel():
-                put(whole, chunk.rows, part)
+        put(state, chunk.rows, stats.state.t())
+        _put_all(wholes, chunk.rows, stats)
     return RowStats.of((state, *wholes))
+
+
+def _columns(
+    input: Tensor, wanted: int, logits: LogitOptions, chunks: ChunkOptions
+) -> list[Tensor]:
+    """A column (N) for each statistic that is asked for, as tokens have it that are left out."""
+    classes = logits.vocab_size if chunks.shard is None else chunks.shard.vocab_size
+    absent = {"argmax": -1, "rank": classes}
+
+    def column(name: str) -> Tensor:
+        dtype = real_of(input) if name in FloatStats._fields else torch.int64
+        shape = (input.shape[0] if is_asked(wanted, name) else 0,)
+        return torch.full(shape, absent.get(name, 0), dtype=dtype, device=input.device)
+
+    return [column(name) for name in STATISTICS]
+
+
+def _put_all(wholes: list[Tensor], rows: Rows, stats: RowStats) -> None:
+    """Writes a chunk's statistics into the columns."""
+    _, *parts = stats.results()
+    for whole, part in zip(wholes, parts, strict=True):
+        if whole.numel():
+            put(whole, rows, part)
+
+
+class Objective(Protocol):
+    """A loss that is a sum over tokens, each known from the token's own statistics."""
+
+    def __call__(self, stats: FloatStats, rows: Rows) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """What some tokens add: to the loss, 0-d, differentiable, and to each metric, detached.
+
+        Args:
+            stats: Theirs, (n) each.
+            rows: Which of the N tokens they are.
+        """
+        ...
+
+
+class ObjectiveResults(NamedTuple):
+    """What a walk with an objective returns."""
+
+    results: LossResults
+    metrics: tuple[Tensor | None, ...]
+
+
+def objective_by_chunks(
+    inputs: Inputs,
+    targets: Targets,
+    logits: LogitOptions,
+    objective: Objective,
+    wanted: int,
+    chunks: ChunkOptions,
+    needs: Inputs,
+) -> ObjectiveResults:
+    """The sum that an objective is of, with the gradients that ``needs`` names.
+
+    The gradient of a token's loss is known with its statistics: it overwrites the logits of the
+    chunk at once, so that three products are all.
+    """
+    input = inputs.input
+    real = real_of(input)
+    rows = rows_of(inputs, targets, logits, chunks)
+    projection = _projection(inputs, logits, chunks)
+    wholes = _columns(input, wanted, logits, chunks)
+    # Losses are mostly means over the tokens.
+    tokens = torch.full((), max(input.shape[0], 1), dtype=real, device=input.device)
+    factor = gradient_factor(input, tokens)
+    gradients = _LossGradients(inputs, projection, chunks, needs, factor)
+    # Of no token: nan, where a mean has none to divide by.
+    nothing = FloatStats(*(x[:0] for x in wholes[: len(FloatStats._fields)])).only(wanted)
+    value, metrics = objective(nothing, slice(0, 0))
+    value = value.detach().double()
+    counts = takes_part(targets, logits.ignore_index)
+    for chunk in projection.chunks(chunks.limit, counts, drop=chunks.drop_ignored):
+        labels = take(targets.target, chunk.rows)
+        stats = rows.statistics(chunk.logits, labels, wanted)
+        _put_all(wholes, chunk.rows, stats)
+        of_part, of_metrics, grads = _part_of(
+            objective, stats.floats.only(wanted), chunk.rows, any(needs)
+        )
+        value = value + of_part  # not in place: a metric may be the same number
+        metrics = tuple(
+            x if x is None or y is None else x + y for x, y in zip(metrics, of_metrics, strict=True)
+        )
+        if not any(needs):
+            continue
+        _, scale = rows.gradient(
+            FloatStats(*(None if grad is None else grad / factor for grad in grads)),
+            chunk.logits, labels, stats.floats.for_backward(), stats.state,
+            bool(needs.logit_scale), inplace=True,
+        )  # fmt: skip
+        gradients.add(chunk, scale)
+        del chunk  # its buffer, before the gradient of the weight is rounded
+    results = gradients.results(value.to(real), rows)
+    return ObjectiveResults(results._replace(stats=tuple(wholes)), metrics)
+
+
+def _part_of(
+    objective: Objective, stats: FloatStats, rows: Rows, with_gradient: bool
+) -> tuple[Tensor, tuple[Tensor | None, ...], FloatStats]:
+    """What some tokens add to the loss and the metrics, and the gradients of their statistics."""
+    names = stats.used
+    # Inside an operator, which a compiled graph calls, autograd is switched off.
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch.set_grad_enabled(with_gradient), torch._C._SetExcludeDispatchKeyGuard(key, False):
+        leaves = {name: getattr(stats, name).detach().requires_grad_() for name in names}
+        value, metrics = objective(FloatStats(**leaves), rows)
+        grads: Iterable[Tensor | None] = [None] * len(names)
+        if value.requires_grad:
+            grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    by_name = FloatStats(**dict(zip(names, grads, strict=True)))
+    if not by_name.used:
+        by_name = by_name._replace(log_prob=torch.zeros_like(stats.log_prob))
+    return value.detach().double(), metrics, by_name
 
 
 def gradients_by_chunks(
@@ -253,7 +427,10 @@ def with_gradient(grads: Sequence[Tensor | None], targets: Targets, ignore_index
 
 def _projection(inputs: Inputs, logits: LogitOptions, chunks: ChunkOptions) -> Projection:
     used = logits.vocab_size if chunks.shard is None else chunks.shard.used
-    return Projection(inputs.input, inputs.linear_weight, inputs.linear_bias, used)
+    return Projection(
+        inputs.input, inputs.linear_weight, inputs.linear_bias, used,
+        has_float32_logits=chunks.has_float32_logits,
+    )  # fmt: skip
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

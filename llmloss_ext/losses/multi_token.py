@@ -278,7 +278,8 @@ def _one_projection(
         how["softcap"], scale, how["vocab_size"], ignore_index, weight.shape[0]
     )
     tensor = check_scale(scale, hidden)
-    shared = torch.full((), options.scale, device=hidden.device) if tensor is None else tensor
+    one = torch.full((), options.scale, dtype=real_of(hidden), device=hidden.device)
+    shared = one if tensor is None else tensor
     if token_weights[0] is not None:
         targets = [
             composite.without_weightless(target, w, options, is_learned=False)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import composite
-from ..checks import check_all_dense, items_tensor
+from ..checks import check_all_dense, check_scale, items_tensor
 from ..columns import Distribution
 from ..composite import real_of
 from ..linear.row_functions import Rows, linear_rows, row_function
@@ -101,12 +101,11 @@ def unlikelihood_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     length = input_ids.shape[-1]
-    width = length if context is None else min(as_integer("context", context), length)
-    if width < 1 and length:
+    width = 0 if context is None else as_integer("context", context)  # 0: all
+    if context is not None and width < 1:
         raise ValueError(f"context must be >= 1, got {context}")
     items = items_tensor(num_items, reduction, input)
     columns = input.shape[-1] if linear_weight is None else linear_weight.shape[0]
-    learned = isinstance(logit_scale, Tensor)
     options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
     used = options.vocab_size
     sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
@@ -119,16 +118,17 @@ def unlikelihood_loss(
     texts += [d.expand(input_ids.shape).reshape(-1, length) for d in sequences.documents(input_ids)]
     places = torch.arange(input_ids.numel(), device=input.device).reshape(input_ids.shape)
     others = [targets.unsqueeze(-1), places.unsqueeze(-1)]
+    one = torch.full((), options.scale, dtype=real_of(input), device=input.device)
     if linear_weight is not None:
-        scale = logit_scale if learned else torch.full((), options.scale, device=input.device)
+        learned = check_scale(logit_scale, input)
+        scale = one if learned is None else learned
         rows = linear_rows(
             unlikelihood_rows, 1, input, linear_weight, linear_bias, others=others,
             shared=[scale, *texts], numbers=[options.softcap, width], valid=valid, vocab_size=used,
             chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes, drop_ignored=drop_ignored,
         ).squeeze(-1)  # fmt: skip
     else:
-        logits = input * logit_scale if learned else input
-        one = torch.full((), options.scale, device=input.device)
+        logits = input * logit_scale if isinstance(logit_scale, Tensor) else input
 
         def of_logits(x: Tensor, target: Tensor, place: Tensor) -> Tensor:
             flat = [t.reshape(-1, t.shape[-1]) for t in (x, target, place)]
@@ -147,11 +147,12 @@ def unlikelihood_loss(
 def unlikelihood_rows(rows: Rows) -> Tensor:
     """(n, 1): -sum of log(1 - p) over the different tokens of each row's context."""
     (target, place), (scale, ids, may_be, *documents) = rows.others, rows.shared
-    softcap, width = rows.numbers
+    softcap, context = rows.numbers
     classes, length = rows.logits.shape[-1], ids.shape[-1]
     text = torch.div(place, length, rounding_mode="floor")
     at = place - text * length
-    before = at - torch.arange(int(width), device=at.device)  # the position itself, and earlier
+    width = min(int(context), length) if context else length
+    before = at - torch.arange(width, device=at.device)  # the position itself, and earlier
     inside, before = before >= 0, before.clamp_min(0)
     candidates = ids[text, before]
     counts = inside & may_be[text, before] & (candidates != target)
@@ -160,7 +161,7 @@ def unlikelihood_rows(rows: Rows) -> Tensor:
     # One column more takes those that are none.
     chosen = torch.zeros(target.shape[0], classes + 1, dtype=torch.bool, device=at.device)
     chosen = chosen.scatter(-1, torch.where(counts, candidates, classes).long(), True)
-    distribution = Distribution.of(rows.logits, scale, softcap)
+    distribution = Distribution.of(rows.logits, scale.reshape(()), softcap)
     return -distribution.log_rest(chosen[:, :classes]).unsqueeze(-1)
 
 

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from bench import peers
-from bench.cases import OPTIONS
+from bench.cases import FROM_HIDDEN, OPTIONS
 from bench.contenders import Step, UnsupportedError, contenders, eager, make_inputs
 from bench.reference import errors, reference
 
 from .runs import DENSE, LINEAR
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name not in FROM_HIDDEN])
 def test_the_reference_is_float64_autograd(option):
     case = replace(DENSE, option=option, ignored=0.25)
     made = make_inputs(case)
@@ -34,8 +34,9 @@ def test_the_reference_is_float64_autograd(option):
     assert truth.samples[0][-1] == case.rows - 1
 
 
-def test_the_reference_of_a_projection():
-    case = replace(LINEAR, ignored=0.25)
+@pytest.mark.parametrize("option", ["plain", *FROM_HIDDEN])
+def test_the_reference_of_a_projection(option):
+    case = replace(LINEAR, ignored=0.25, option=option)
     made = make_inputs(case)
     truth = reference(case, made)
     leaves = [t.detach().double().requires_grad_() for t in (made.hidden, made.weight)]
@@ -47,7 +48,11 @@ def test_the_reference_of_a_projection():
         torch.testing.assert_close(ours, all_of_them[samples], rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("case", [DENSE, LINEAR, replace(DENSE, passes="forward")])
+@pytest.mark.parametrize(
+    "case",
+    [DENSE, LINEAR, replace(DENSE, passes="forward"), replace(LINEAR, option="float32 logits"),
+     replace(LINEAR, option="float32 logits", dtype="bfloat16")],
+)  # fmt: skip
 def test_everybody_on_this_machine_is_right(case):
     made = make_inputs(case)
     truth = reference(case, made)

@@ -10,6 +10,11 @@ def test_the_command(capsys):
     out = capsys.readouterr().out
     assert "3 of 8,192 x 4,096 x 128,256" in out
     assert "peak beyond inputs" in out
+    assert main.main(["plan", "8192", "4096", "128256", "--float32-logits"]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("chunk's logits")]
+    assert line.split()[2] == "125.2"  # 256 tokens of 4 bytes a class
+    assert main.main(["plan", "8", "8", "8", "float64", "--float32-logits"]) == 1
+    assert "logits_dtype must be torch.float64" in capsys.readouterr().err
     assert main.main(["plan", "8192", "4096", "128256", "--max-chunk-bytes", "10"]) == 1
     assert "the logits of one token" in capsys.readouterr().err
 

@@ -256,6 +256,19 @@ void test_gradient() {
   CHECK(target_gradient(collapse(upstream, values, 0.0), -inf, 0.0) == 0.5);
 }
 
+template <typename Real>
+void test_next_above() {
+  const Real values[] = {Real(-3e38), Real(-1.5), -std::numeric_limits<Real>::denorm_min(),
+                         Real(-0.0),  Real(0),    std::numeric_limits<Real>::denorm_min(),
+                         Real(1),     Real(7e9)};
+  for (const Real x : values) {
+    CHECK(next_above(x) == std::nextafter(x, std::numeric_limits<Real>::infinity()));
+  }
+  const Real infinite = std::numeric_limits<Real>::infinity();
+  CHECK(next_above(-infinite) == -std::numeric_limits<Real>::max());
+  CHECK(!(infinite >= next_above(infinite)));
+}
+
 // p -> 1: float keeps the relative precision of p - 1.
 void test_target_gradient_near_one() {
   FloatStats<float> upstream;
@@ -790,6 +803,8 @@ int main() {
   test_rows_without_statistics();
   test_gradient();
   test_target_gradient_near_one();
+  test_next_above<float>();
+  test_next_above<double>();
   test_confident_rows();
   test_loss_and_its_upstream();
   test_focal_loss();

@@ -102,7 +102,9 @@ def test_a_decoder():
     model = Decoder()
     results = []
     for loss_fn in (
-        chunked(loss), ours.LinearCrossEntropyLoss.Config(max_chunk_bytes=VOCAB * 4 * 3).build()
+        chunked(loss), ours.LinearCrossEntropyLoss.Config(
+            max_chunk_bytes=VOCAB * 4 * 3, float32_logits=True
+        ).build()
     ):  # fmt: skip
         model.zero_grad()
         value = step(model, loss_fn, tokens, labels, torch.tensor(11.0))

@@ -136,6 +136,20 @@ def test_no_token(ours):
     assert all(not gradient.any() for gradient in gradients)
 
 
+def test_float32_logits():
+    """TRL's own, of float64 operands, to 1e-4 nats; also where the weight has another dtype."""
+    for weight_dtype in (torch.bfloat16, torch.float32):
+        operands = problem(torch.bfloat16, weight_dtype, bias=False)
+        (exact, *_), _ = applied(
+            STOCK._ChunkedLogProbFunction, (operands[0].float(), operands[1].float(), *operands[2:])
+        )
+        use_llmloss(logits_dtype=torch.float32)
+        (log_probs, *_), gradients = applied(utils._ChunkedLogProbFunction, operands)
+        stop_llmloss()
+        assert (log_probs - exact).abs().max() < 1e-4
+        assert [g.dtype for g in gradients[:2]] == [torch.bfloat16, weight_dtype]
+
+
 def test_small_chunks():
     """The memory that a user allows is kept to, and changes nothing."""
     row_bytes = 256  # of VOCAB floats, aligned

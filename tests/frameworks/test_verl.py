@@ -60,9 +60,32 @@ def test_the_module(verl, shape, temperature):
         assert_close(got.float(), want, rtol=0.1, atol=0.1)
 
 
+def test_float32_logits():
+    """Asked for once, for every call of the process."""
+    hidden, weight = torch.randn(TOKENS, 64).bfloat16(), torch.randn(VOCAB, 64).bfloat16()
+    labels = torch.randint(VOCAB, (TOKENS,))
+    exact, _ = imitated(hidden.double(), weight.double(), labels, 0.7, "none")
+
+    def error():
+        found = (
+            ours.FusedLinearForPPO()(hidden, weight, labels, temperature=0.7)[0],
+            ours.linear_cross_entropy(hidden, weight, labels, temperature=0.7)[0],
+        )
+        return [float((x - exact).abs().max()) for x in found]
+
+    assert min(error()) > 1e-3
+    ours.FusedLinearForPPO.logits_dtype = torch.float32
+    try:
+        assert max(error()) < 1e-4
+    finally:
+        ours.stop_linear_cross_entropy()
+    assert min(error()) > 1e-3
+
+
 def imitated(hidden, weight, labels, temperature, reduction):
     """What verl's Triton kernel computes."""
-    logits = (hidden.flatten(0, -2) @ weight.t()).float() / temperature
+    logits = hidden.flatten(0, -2) @ weight.t()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     every = logits.log_softmax(-1)
     log_probs = every.gather(-1, labels.reshape(-1, 1)).squeeze(-1)
     entropy = -(every.exp() * every).sum(-1)

@@ -2,10 +2,10 @@
 
 Each line of the input is a case, and its answer a line of two numbers, measured and planned:
 
-    N D V DTYPE REDUCTION [autocast | dropped] [CHUNK_TOKENS]
+    N D V DTYPE REDUCTION [autocast | dropped | float32] [CHUNK_TOKENS]
 
 With autocast, DTYPE is the hidden states' and the weight is float32; with dropped, there are N / 4
-more tokens, which are ignored.
+more tokens, which are ignored; with float32, the logits have it.
 
 The peak of the resident set is that of a second call: the first one also pays for what the matrix
 libraries keep for themselves.
@@ -48,6 +48,7 @@ def peak(case: list[str]) -> tuple[int, int]:
     n, d, v = map(int, case[:3])
     dtype, reduction = getattr(torch, case[3]), case[4]
     autocast, dropped = ("autocast" in case, "dropped" in case)
+    logits_dtype = torch.float32 if "float32" in case[5:] else None
     chunk_tokens = int(case[-1]) if case[-1].isdigit() else None
     weight_dtype = torch.float32 if autocast else dtype
     torch.manual_seed(0)
@@ -65,13 +66,14 @@ def peak(case: list[str]) -> tuple[int, int]:
         before = resident("VmRSS")
         with torch.autocast("cpu", dtype, enabled=autocast):
             loss = linear_cross_entropy(
-                hidden, weight, target, reduction=reduction, chunk_tokens=chunk_tokens
-            ).sum()
+                hidden, weight, target, reduction=reduction, chunk_tokens=chunk_tokens,
+                logits_dtype=logits_dtype,
+            ).sum()  # fmt: skip
         loss.backward()
         measured = resident("VmHWM") - before
     planned = plan(
         n, d, v, dtype, weight_dtype=weight_dtype, recompute=reduction == "none",
-        drop_ignored=dropped, chunk_tokens=chunk_tokens,
+        drop_ignored=dropped, chunk_tokens=chunk_tokens, logits_dtype=logits_dtype,
     )  # fmt: skip
     return measured, planned.peak_bytes
 

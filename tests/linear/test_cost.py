@@ -98,6 +98,18 @@ def test_calls_without_gradients_or_with_products_made_anew():
     assert predict(plan(0, *SIZE[1:]), "h100").seconds >= 0
 
 
+def test_float32_logits_cost_their_bytes_and_a_rounding():
+    narrow, wide = (plan(*SIZE, chunk_tokens=2048, logits_dtype=x) for x in (None, torch.float32))
+    logits = 8192 * 128_256 * 2
+    # Two more bytes a logit in each of two passes; four read and two written to round.
+    more = 2 * logits / (H200.copy_bandwidth * 0.75) + 3 * logits / H200.copy_bandwidth
+    assert predict(wide, H200).seconds - predict(narrow, H200).seconds == pytest.approx(more)
+    values = [plan(*SIZE, needs_grad=(False, False), chunk_tokens=2048, logits_dtype=x)
+              for x in (None, torch.float32)]  # fmt: skip
+    no_gradient = predict(values[1], H200).seconds - predict(values[0], H200).seconds
+    assert no_gradient == pytest.approx(logits / (H200.copy_bandwidth * 0.75))
+
+
 def test_names():
     assert chip_named("H200") is H200
     with pytest.raises(ValueError, match="gpu must be one of h100, h200"):

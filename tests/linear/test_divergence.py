@@ -115,7 +115,7 @@ def test_the_operator_is_what_it_says(device):
     bias = torch.randn(V, device=device)
     for needs in ([True, True, True], [False, True, False]):
         arguments = (tensors[0], tensors[1], bias, tensors[2], tensors[3], None, valid, "jsd", 0.3,
-                     2.0, True, None, V, [7, 0, 0], False, needs)  # fmt: skip
+                     2.0, True, None, V, [7, 0, 0], False, False, needs)  # fmt: skip
         torch.library.opcheck(
             linear_divergence, arguments, test_utils=("test_schema", "test_faketensor")
         )

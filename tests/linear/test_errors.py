@@ -17,7 +17,7 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("dimensions", {"linear_weight": torch.randn(V, 2, D)}, ValueError,
      f"target must have shape ({N}, 2), got"),
     ("dimensions' shift", {"linear_weight": torch.randn(V, 2, D), "shift": 1}, ValueError,
-     "shift and weight_grad_accumulator need a weight (V, D)"),
+     "return_stats and weight_grad_accumulator need a weight (V, D)"),
     ("empty", {"linear_weight": torch.randn(0, D)}, ValueError, "the weight is empty"),
     ("bias", {"linear_bias": torch.randn(V + 1)}, ValueError, "the bias must have shape"),
     ("target", {"target": torch.zeros(N + 1).long()}, ValueError, "does not fit hidden states"),

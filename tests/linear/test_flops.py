@@ -36,6 +36,8 @@ def test_a_loss_has_three_products_and_four_where_logits_are_recomputed(chunk_to
     assert plain == 3 * PRODUCT
     how = {"chunk_tokens": chunk_tokens}
     assert backward(lambda: linear_cross_entropy(h, w, y, **how)) == 3 * PRODUCT
+    beside = backward(lambda: linear_cross_entropy(h, w, y, return_stats=True, **how)[0])
+    assert beside == 3 * PRODUCT
     rows = backward(lambda: linear_cross_entropy(h, w, y, reduction="none", **how).sum())
     assert rows == 4 * PRODUCT
     assert backward(lambda: linear_log_probs(h, w, y, **how).sum()) == 4 * PRODUCT

@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "class weights and z-loss": {"weighted": True, "z_loss": 1e-2, "label_smoothing": 0.1},
     "focal": {"focal_gamma": 2.0},
     "softcap and scale": {"softcap": 5.0, "logit_scale": 0.7},
+    "temperature": {"softcap": 5.0, "logit_scale": 0.7, "temperature": 0.6},
     "vocab_size": {"vocab_size": 90},
     "num_items": {"num_items": 50},
     "everything": {
@@ -114,9 +115,12 @@ class Options:
 def test_torchs_options(device, monkeypatch):
     problem = Problem(device, torch.bfloat16, bias=False)
     seen = []
-    monkeypatch.setattr(
-        operators, "loss", lambda *args: seen.append(args[-1]) or torch.zeros((), device=device)
-    )
+
+    def loss(inputs, targets, logits, loss, chunks, wanted):
+        seen.append(chunks)
+        return torch.zeros((), device=device), None
+
+    monkeypatch.setattr(operators, "loss", loss)
     arguments = (problem.hidden, problem.weight, problem.target)
     linear_cross_entropy(*arguments, options=Options())
     assert (seen[0].limit.tokens, seen[0].weight_grad_dtype) == (8, torch.bfloat16)

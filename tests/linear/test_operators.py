@@ -167,11 +167,12 @@ def test_opcheck(dtype):
     needs, tests = [True] * 4, ("test_schema", "test_faketensor")
     ops = torch.ops.llmloss
     chunks = pack_chunks(ChunkOptions(ChunkLimit(8, False), True, torch.float32))
-    torch.library.opcheck(
-        ops.linear_loss.default,
-        (*where, None, None, *pack(logits, loss), *chunks, torch.float32, needs),
-        test_utils=tests,
-    )
+    for wanted in (0, asked(("log_prob", "argmax"))):
+        torch.library.opcheck(
+            ops.linear_loss.default,
+            (*where, None, None, *pack(logits, loss), *chunks, torch.float32, needs, wanted),
+            test_utils=tests,
+        )
     stats = (*where, *pack(logits), asked(STATISTICS), *chunks)
     torch.library.opcheck(ops.linear_stats.default, stats, test_utils=tests)
     state, *floats, _argmax, _rank = ops.linear_stats(*stats)

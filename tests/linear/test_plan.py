@@ -68,6 +68,7 @@ def test_the_chunk_does_not_grow_with_the_tokens():
         ({"dtype": torch.int32}, "^dtype must be float32, bfloat16, float16 or float64"),
         ({"weight_grad_dtype": torch.int8}, "weight_grad_dtype must be float32"),
         ({"weight_dtype": torch.bool}, "weight_dtype must be float32"),
+        ({"logits_dtype": torch.float64}, "logits_dtype must be torch.float32 for products of"),
     ],
 )
 def test_bad_input(arguments, words):
@@ -114,7 +115,10 @@ linux_only = pytest.mark.skipif(
      "32 16 400000 bfloat16 mean 32",
      "32 1024 4000 bfloat16 mean 16", "32 1024 4000 bfloat16 none 16",
      "32 64 100000 float16 mean", "32 64 100000 float16 none",
-     "2048 1024 3000 float32 mean dropped 1024"],
+     "2048 1024 3000 float32 mean dropped 1024",
+     "32 64 100000 bfloat16 mean float32 16", "32 64 100000 bfloat16 none float32 16",
+     "32 64 100000 float16 mean float32 32", "128 1024 4000 bfloat16 mean float32 64",
+     "512 2048 3000 float16 mean float32 512", "2048 1024 3000 bfloat16 mean float32 dropped 1024"],
 )  # fmt: skip
 def test_the_peak_is_what_the_plan_says(peak, case):
     """Few tokens are soon computed, and each buffer is a good part of the little that they take."""
@@ -131,6 +135,23 @@ def test_16_bit_gradients_take_the_memory_of_their_sums_and_64_mib():
     many = plan(2048, 768, 50257, torch.bfloat16, chunk_tokens=2048)
     assert many.sum_bytes == 0 < planned.sum_bytes  # one chunk has no sums
     assert many.peak_bytes == pytest.approx(own - 50257 * 768 * 2 + many.chunk_bytes, rel=0.02)
+
+
+def test_float32_logits():
+    size = (2048, 768, 50257, torch.bfloat16)
+    narrow, wide = plan(*size), plan(*size, logits_dtype=torch.float32)
+    assert (narrow.logits_dtype, wide.logits_dtype) == (torch.bfloat16, torch.float32)
+    assert wide.chunk_bytes == wide.chunk_tokens * 50272 * 4 <= 64 * MIB
+    assert wide.unfused_bytes - narrow.unfused_bytes == 2 * 2048 * 50257 * 2
+    assert plan(*size, logits_dtype=torch.bfloat16) == narrow
+    few = plan(*size, logits_dtype=torch.float32, max_chunk_bytes=3 * 50272 * 4)
+    assert few.chunk_tokens == 3
+    # On CUDA, nothing is upcast; 8 MiB of a gradient are rounded at a time.
+    cuda = plan(8192, 1024, 128_256, torch.bfloat16, "cuda", logits_dtype=torch.float32,
+                chunk_tokens=1024)  # fmt: skip
+    sums = 128_256 * 1024 * 4
+    rest = cuda.peak_bytes - 8192 * 1024 * 2 - sums - 1024 * 128_256 * 4
+    assert 7 * MIB < rest <= 8 * MIB
 
 
 BF16_CUDA = (torch.bfloat16, "cuda")

@@ -49,6 +49,11 @@ def predicted(b: Batch) -> float:
     return int((b.mask[:, 1:] & b.mask[:, :-1]).sum())
 
 
+def pairs(b: Batch) -> float:
+    """Labels that a position before predicts."""
+    return int((b.labels[:, 1:] != -100).sum())
+
+
 def sequences(b: Batch) -> float:
     return len(b.mask)
 
@@ -122,15 +127,88 @@ LOSSES: dict[str, tuple[Callable[..., Any], str, Callable[[Batch], float]]] = {
     ),
     "grpo": (
         lambda b, x, n: losses.grpo_loss(
-            x, b.old, b.advantages, b.mask, reference_log_probs=b.old - 0.2, num_items=n
-        ),
+            x, b.old, b.advantages, b.mask, reference_log_probs=b.old - 0.2, beta=0.1,
+            loss_type="grpo", num_items=n,
+        ).loss,
         "policy", sequences,
+    ),
+    "dapo": (
+        lambda b, x, n: losses.grpo_loss(x, b.old, b.advantages, b.mask, num_items=n).loss,
+        "policy", tokens,
+    ),
+    "value": (
+        lambda b, x, n: losses.value_loss(x, b.old, b.old.flip(-1), b.mask, num_items=n).loss,
+        "policy", tokens,
     ),
     "dpo": (
         lambda b, x, n: losses.dpo_loss(
             x.sum(1), b.old.sum(1), b.old.sum(1), x.detach().sum(1), num_items=n
         ).loss,
         "policy", sequences,
+    ),
+    "simpo": (
+        lambda b, x, n: losses.simpo_loss(x.mean(1), b.old.mean(1), num_items=n).loss,
+        "policy", sequences,
+    ),
+    "cpo": (
+        lambda b, x, n: losses.cpo_loss(
+            x.sum(1), b.old.sum(1), kind="hinge", cpo_alpha=0.0, num_items=n
+        ).loss,
+        "policy", sequences,
+    ),
+    "orpo": (
+        lambda b, x, n: losses.orpo_loss(
+            x.mean(1) - 0.1, b.old.mean(1) - 0.2, b.old.new_zeros(()), num_items=n
+        ).loss,
+        "policy", sequences,
+    ),
+    "kto": (
+        lambda b, x, n: losses.kto_loss(
+            x.sum(1), b.old.sum(1), b.mask[:, 0], kl=b.old.new_tensor(0.3), num_items=n
+        ).loss,
+        "policy", sequences,
+    ),
+    "bco": (
+        lambda b, x, n: losses.bco_loss(
+            x.sum(1), b.old.sum(1), b.mask[:, 0], shift=0.3, num_items=n
+        ).loss,
+        "policy", sequences,
+    ),
+    "discriminator": (
+        lambda b, x, n: losses.discriminator_loss(
+            x, x * 0.5 - 1, kind="hinge", real_mask=b.mask, fake_mask=b.mask, num_items=n
+        ).loss,
+        "policy", tokens,
+    ),
+    "generator": (
+        lambda b, x, n: losses.generator_loss(x, mask=b.mask, num_items=n).loss,
+        "policy", tokens,
+    ),
+    "policy gradient": (
+        lambda b, x, n: losses.policy_gradient_loss(
+            x, b.advantages, b.mask, baseline=torch.tensor(0.2), num_items=n
+        ).loss,
+        "policy", tokens,
+    ),
+    "unlikelihood": (
+        lambda b, x, n: losses.unlikelihood_loss(x, b.ids, labels=b.labels, num_items=n),
+        "logits", pairs,
+    ),
+    "linear unlikelihood": (
+        lambda b, x, n: losses.unlikelihood_loss(x, b.ids, b.head, labels=b.labels, num_items=n),
+        "hidden", pairs,
+    ),
+    "generated": (
+        lambda b, x, n: losses.sequence_unlikelihood_loss(
+            x, losses.repeated_ngrams(b.ids % 2, 2), b.mask, num_items=n
+        ),
+        "policy", tokens,
+    ),
+    "next token of several": (
+        lambda b, x, n: losses.multi_token_prediction_loss(
+            x, b.labels, b.head, offsets=1, num_items=n
+        ).loss,
+        "hidden", pairs,
     ),
 }  # fmt: skip
 

@@ -31,6 +31,40 @@ def test_combined():
             losses.combined_loss(terms, weights)
 
 
+def test_what_a_term_of_weight_0_holds_counts_for_nothing():
+    x = torch.tensor(2.0, requires_grad=True)
+    combined = losses.combined_loss({"a": x, "b": x * math.nan}, {"a": 2.0, "b": 0.0})
+    combined.total.backward()
+    assert combined.total == 4
+    assert x.grad == 2
+    assert list(combined.terms) == ["a"]
+
+
+def test_weights_that_are_tensors_are_not_looked_at():
+    x = torch.tensor(2.0, requires_grad=True)
+    weight = torch.tensor(0.0, requires_grad=True)
+    combined = losses.combined_loss({"a": x, "b": lambda: x * x}, {"a": 1.0, "b": weight})
+    assert combined.total == 2
+    assert combined.terms["b"] == 4
+    assert torch.autograd.grad(combined.total, weight)[0] == 4
+    with pytest.raises(ValueError, match="must be 0-d"):
+        losses.combined_loss({"a": x}, {"a": torch.ones(2)})
+
+
+def test_terms_of_16_bits_are_added_in_32():
+    large = torch.tensor(60000.0, dtype=torch.float16, requires_grad=True)
+    combined = losses.combined_loss({"a": large, "b": large}, {"a": 1.0, "b": 1.0})
+    assert combined.total == 120_000
+    assert torch.autograd.grad(combined.total, large)[0] == 2
+    module = losses.UncertaintyWeights(["a", "b"])
+    assert module({"a": large, "b": large}).total == 120_000
+
+
+def test_a_term_that_is_no_tensor():
+    with pytest.raises(TypeError, match="'a' must be a tensor, got float"):
+        losses.combined_loss({"a": lambda: 1.0}, {"a": 1.0})
+
+
 def test_uncertainty_weights():
     module = losses.UncertaintyWeights(["a", "b"])
     terms = {"b": torch.tensor(3.0), "a": torch.tensor(1.0)}

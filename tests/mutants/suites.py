@@ -76,6 +76,7 @@ SUITES = (
         ),
         deselected=_SLOW,
     ),
+    Suite("llmloss_ext/columns.py", ("tests/test_columns.py",)),
     Suite("llmloss_ext/sequences.py", ("tests/test_sequences.py",)),
     Suite("llmloss_ext/shard.py", ("tests/parallel",), deselected=_SLOW),
 )  # fmt: skip

@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "num_items": {"num_items": 5},
     "ignore_index": {"ignore_index": 2},
     "scale": {"logit_scale": 0.7},
+    "temperature": {"temperature": 0.6, "softcap": 5.0},
     "all": {
         "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 9.0, "weight": True,
         "token_weight": True, "logit_scale": torch.tensor(1.3),

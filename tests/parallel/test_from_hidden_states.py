@@ -34,6 +34,8 @@ def rank_linear(rank, ranks, dtype, option, reduction, how):
     )
     if how == "accumulator":
         options["weight_grad_accumulator"] = accumulator
+    if how == "stats":
+        options["return_stats"] = True
     loss = parallel.linear_cross_entropy(
         mine[0], mine[1], p.target, linear_bias=mine[2], reduction=reduction,
         sum_input_grad=how != "part", **options,
@@ -41,6 +43,20 @@ def rank_linear(rank, ranks, dtype, option, reduction, how):
     expected = llmloss_ext.linear_cross_entropy(
         whole[0], whole[1], p.target, linear_bias=whole[2], reduction=reduction, **exact
     )
+    if how == "stats":
+        loss, stats = loss
+        same_on_every_rank(stats.entropy)
+        read = ("softcap", "logit_scale", "vocab_size", "ignore_index")
+        given = {name: exact[name] for name in read if name in exact}
+        every = llmloss_ext.linear_token_stats(
+            whole[0], whole[1], p.target, linear_bias=whole[2], with_rank=True, **given
+        )
+        counts = p.target != exact.get("ignore_index", -100)
+        if "token_weight" in exact:
+            counts &= exact["token_weight"] != 0
+        assert_close(stats.entropy, torch.where(counts, every.entropy, 0.0).detach(), 1e-4)
+        assert torch.equal(stats.rank[counts], every.rank[counts])
+        assert not stats.lse.requires_grad
     with torch.no_grad():  # without gradients, the loss is made another way
         again = parallel.linear_cross_entropy(
             mine[0], mine[1], p.target, linear_bias=mine[2], reduction=reduction, **p.mine()
@@ -70,6 +86,40 @@ def rank_linear(rank, ranks, dtype, option, reduction, how):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_linear(ranks, option, reduction):
     ranks.run(rank_linear, torch.float32, option, reduction, "drop")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_with_statistics(two, option, reduction):
+    two.run(rank_linear, torch.float32, option, reduction, "stats")
+
+
+def rank_float32_logits(rank, ranks):
+    p = Problem(rank, ranks, torch.bfloat16)
+    mine = [leaf(p.hidden), leaf(p.weight[p.columns]), leaf(p.bias[p.columns])]
+    whole = [leaf(t.double()) for t in (p.hidden, p.weight, p.bias)]
+    how = {"chunk_tokens": 4, "logits_dtype": torch.float32}
+    loss = parallel.linear_cross_entropy(
+        mine[0], mine[1], p.target, linear_bias=mine[2], temperature=0.7, softcap=9.0, **how
+    )
+    expected = llmloss_ext.linear_cross_entropy(
+        whole[0], whole[1], p.target, linear_bias=whole[2], temperature=0.7, softcap=9.0
+    )
+    same_on_every_rank(loss)
+    assert_close(loss, expected, 1e-5)
+    log_probs = parallel.linear_log_probs(*mine[:2], p.target, linear_bias=mine[2], **how)
+    exact = llmloss_ext.linear_log_probs(*whole[:2], p.target, linear_bias=whole[2])
+    assert (log_probs - exact).abs().max() < 1e-4
+    loss.backward()
+    expected.backward()
+    for ours, theirs in zip(mine, (whole[0].grad, *(t.grad[p.columns] for t in whole[1:])),
+                            strict=True):  # fmt: skip
+        assert ours.grad.dtype == torch.bfloat16
+        assert (ours.grad - theirs).norm() <= 2**-8 * theirs.norm()
+
+
+def test_float32_logits(two):
+    two.run(rank_float32_logits)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

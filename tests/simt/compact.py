@@ -93,7 +93,7 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
         for device in devices:
             p = _problem(columns, vocab_size=columns - 3)
             case = Case(kernels, dtype, p, skew, gap=1, device=device)
-            out, grad = case.fused(("log_prob", "lse"))
+            out, grad = case.fused()
             yield 0, out["log_prob"], row_stats(case.problem).log_prob
             yield 1, grad, cross_entropy_gradient(case.problem).logits
             yield 1, case.logits.gaps(), np.full(2, 7.0)
@@ -103,19 +103,19 @@ def _checks(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, Any
             p = _problem(17 * tile + 8, vocab_size=columns)
             p.target[0] = columns // 16 * 16 + 5 if columns > 17 * tile else columns - 1
             case = Case(kernels, dtype, p, 0, device=device)
-            out, grad = case.fused(("log_prob", "lse"))
+            out, grad = case.fused()
             assert case.told["holds"] == (dtype != "float64"), "which chunks are held in registers"
             yield 0, out["log_prob"], row_stats(case.problem).log_prob
             yield 1, grad, cross_entropy_gradient(case.problem).logits
     # The same with nothing behind a row but the next one.
     case = Case(kernels, dtype, _problem(16 * tile + 8), 0, device=(1, 48 << 10, 1))
-    out, grad = case.fused(("log_prob", "lse"))
+    out, grad = case.fused()
     assert case.told["holds"] == (dtype != "float64"), "which chunks are held in registers"
     yield 0, out["log_prob"], row_stats(case.problem).log_prob
     yield 1, grad, cross_entropy_gradient(case.problem).logits
     # Chunks of two tiles, some of which a block keeps.
     case = Case(kernels, dtype, _problem(260 * tile, 1), 0, device=(1, 64 << 10, 4))
-    out, grad = case.fused(("log_prob", "lse"))
+    out, grad = case.fused()
     yield 0, out["log_prob"], row_stats(case.problem).log_prob
     yield 1, grad, cross_entropy_gradient(case.problem).logits
     case = Case(kernels, dtype, _problem(9, 1200))
@@ -157,8 +157,7 @@ def _each_task(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, 
         # In clusters, and where a part of the row is read twice.
         for device in ((1, 6 << 10, 4), few):
             case = Case(kernels, dtype, p, 1, device=device)
-            reads = ("log_prob", "lse", "mean_log_prob") if p.label_smoothing else ("lse",)
-            yield 1, case.fused(reads)[1] / size, expected / size
+            yield 1, case.in_place()[1] / size, expected / size
     case = Case(kernels, dtype, _problem(columns, 2), 1)
     grad, _ = case.row_grad({"entropy": np.array([1.0, -2.0])})
     yield 1, grad, stats_gradient(case.problem, entropy=np.array([1.0, -2.0])).logits
@@ -171,7 +170,7 @@ def _each_task(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, 
         yield from ((0, *pair) for pair in _stats(case, ("argmax", "rank")))
         expected = cross_entropy_gradient(case.problem).logits
         yield 1, case.row_grad(grad_loss=np.ones(2), skew=0)[0], expected
-        yield 1, case.fused(("lse", "mean_log_prob") if options else ("lse",))[1], expected
+        yield 1, case.in_place()[1], expected
     # The scale's gradient, of a loss that needs nothing else.
     case = Case(kernels, dtype, _problem(61, 2, scale=0.1), 0)
     by_scale = cross_entropy_gradient(case.problem).scale
@@ -180,7 +179,7 @@ def _each_task(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, 
     yield 1, scale / size, by_scale / size
     # A loss whose gradient needs the row's values: they come from memory, or from the same kernel.
     focal = [Case(kernels, dtype, _problem(columns, 2), 1, focal_gamma=2.0) for _ in range(2)]
-    yield 1, focal[0].fused(("log_prob", "lse"))[1], focal[1].row_grad(grad_loss=np.ones(2))[0]
+    yield 1, focal[0].fused()[1], focal[1].row_grad(grad_loss=np.ones(2))[0]
 
 
 def find_fault(kernels: Any, dtype: str, schedules: Iterable[str] = SCHEDULES) -> str | None:

@@ -276,19 +276,26 @@ class Case:
         self.told = self._run("row_grad", arguments)
         return out.values(), scale
 
-    def fused(
-        self,
-        wanted: tuple[str, ...] = ("log_prob", "lse", "mean_log_prob"),
-        mean: tuple[float, float] | None = None,
-    ) -> Any:
-        """Statistics, and the gradient of the sum (or a mean) of the losses, in place."""
+    def in_place(self, mean: tuple[float, float] | None = None) -> Any:
+        """Statistics, and the gradient of the sum (or a mean) of the losses, over the logits.
+
+        In one kernel where there is one that does it: ``told["is_fused"]``.
+        """
+        has_mean = self.problem.label_smoothing or not self.problem.has_indices
+        wanted = ("log_prob", "lse", "mean_log_prob") if has_mean else ("log_prob", "lse")
         out = self._outputs((*wanted, *STATE))
         arguments = self._arguments() | self._addresses(out) | {"from_loss": True}
         if mean is not None:
             arguments["denominator"] = self._address(mean, self.real)
         arguments, rows, _ = self._gradient(arguments, False, skew=None)
-        self.told = self._run("fused", arguments)
+        self.told = self._run("in_place", arguments)
         return out, rows.values()
+
+    def fused(self) -> Any:
+        """The same of a plain loss, which is in one kernel."""
+        result = self.in_place()
+        assert self.told["is_fused"]
+        return result
 
     def scaled(self, factor: float) -> Any:
         self._run("scale", self._arguments() | {"factor": self._address([factor], self.real)})

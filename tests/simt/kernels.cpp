@@ -149,13 +149,19 @@ py::dict row_grad(const py::dict& d) {
   return told;
 }
 
-// Runs the fused kernel also where the plan would rather not.
-py::dict fused(const py::dict& d) {
+// What the operator does in place, but by the fused kernel also where the plan would rather not.
+py::dict in_place(const py::dict& d) {
   const RowInputs<T> in = inputs(d);
-  const auto plan = Row::plan_fused(in, outputs(d), source(d), gradient(d), limits(d));
-  Row::fused(in, outputs(d), source(d), gradient(d), plan, nullptr);
+  const auto plan = Row::plan_fused(in, gradient(d), limits(d));
+  const bool can_fuse = Row::can_fuse(in, outputs(d), source(d), gradient(d));
+  if (can_fuse) {
+    Row::fused(in, outputs(d), source(d), gradient(d), plan, nullptr);
+  } else {
+    row_stats(d);
+    row_grad(d);
+  }
   py::dict told;
-  told["is_fused"] = plan.is_fused;
+  told["is_fused"] = can_fuse;
   told["cluster"] = plan.cluster;
   told["is_staged"] = plan.staged_chunks == plan.slice_chunks;
   told["holds"] = plan.holds;
@@ -207,7 +213,7 @@ PYBIND11_MODULE(LLMLOSS_SIMT_MODULE, m) {
   simt::bind_settings(m);
   m.def("row_stats", row_stats);
   m.def("row_grad", row_grad);
-  m.def("fused", fused);
+  m.def("in_place", in_place);
   m.def("scale", scale);
   m.def("reduce_loss", reduce_loss);
   m.def("denominator", denominator);

@@ -59,7 +59,7 @@ int device_limits(int, DeviceLimits& limits) {
   limits = device;
   return 0;
 }
-const char* error_string(int) { return "none"; }
+std::string error_message(int) { return "none"; }
 
 template struct RowKernels<float>;
 template struct RowKernels<double>;

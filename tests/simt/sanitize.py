@@ -34,7 +34,7 @@ def main() -> int:
     command += [str(TESTS / "test_simt_kernels.py"), "-k"]
     # The other schedules run the same code in another order.
     command += [
-        "(bfloat16 or float64 or fused_with_options or int32) and not reverse and not random"
+        "(bfloat16 or float64 or in_place_with_options or int32) and not reverse and not random"
     ]
     return subprocess.run(command, env=environment, check=False).returncode
 

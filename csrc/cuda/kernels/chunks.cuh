@@ -27,19 +27,25 @@ inline constexpr int tile_columns = int{warp_size} * tile_vectors * Vector<T>::s
 template <typename T>
 inline constexpr int batch_columns = int{warp_size} * batch_vectors * Vector<T>::size;
 
-// The most threads of a block, and the number of such blocks that a multiprocessor should hold.
-// They bound a kernel's registers; tests/test_cuda_build.py checks the compiler's report.
+// The most threads of a block.
 inline constexpr int block_size = 256;
-// Fewer where more is to be held in registers.
-constexpr int planned_blocks(unsigned tasks, size_t element_bytes) {
-  if (element_bytes == 8) return tasks == task::plain ? 2 : 1;
-  if (task::has(tasks, task::order | task::rest)) return 2;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if (tasks == task::plain) return 3;
+
+// The same code takes a few registers more on some architectures than on others.
+#if defined(__CUDA_ARCH__)
+inline constexpr int architecture = __CUDA_ARCH__ / 10;
 #else
-  if (tasks == task::plain) return 4;
+inline constexpr int architecture = 90;
 #endif
-  return tasks == task::transformed || tasks == task::mean ? 3 : 2;
+
+// The number of blocks that a multiprocessor should hold, fewer where more is to be held in
+// registers, which they bound. tests/test_cuda_build.py checks the compiler's report.
+template <typename T>
+constexpr int stats_blocks(unsigned tasks) {
+  if (sizeof(T) == 8) return tasks == task::plain ? 2 : 1;
+  if (task::has(tasks, task::order | task::rest)) return 2;
+  if (tasks == task::plain) return architecture < 90 ? 3 : 4;
+  const bool has_entropy = task::has(tasks, task::entropy);
+  return architecture < 90 && has_entropy && std::is_same_v<T, Half> ? 2 : 3;
 }
 
 // How a row is cut.
@@ -390,6 +396,8 @@ struct ColumnReducer {
   __device__ __forceinline__ void add_order(State& state, const Batch& x, int first, int to_end,
                                             int to_target) const {
     Real max = state.max;
+    // The target is in another batch: all columns of this one win ties with it, or none does.
+    const Real at_least = to_target > 0 ? target_logit : next_above(target_logit);
 #pragma unroll
     for (int v = 0; v < batch_vectors; ++v) {
       const int before_v = v * stride;
@@ -406,8 +414,12 @@ struct ColumnReducer {
       int before = 0;  // fewer instructions than with 64 bits
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        const bool wins_ties = before_v + i < to_target;
-        before += x[v][i] > target_logit || (wins_ties && x[v][i] == target_logit);
+        if constexpr (is_plain) {
+          before += x[v][i] >= at_least;
+        } else {
+          const bool wins_ties = before_v + i < to_target;
+          before += x[v][i] > target_logit || (wins_ties && x[v][i] == target_logit);
+        }
       }
       state.rank += before;
     }

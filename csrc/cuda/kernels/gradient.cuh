@@ -8,6 +8,15 @@
 
 namespace llmloss::cuda {
 
+// The number of blocks that a multiprocessor should hold: see stats_blocks.
+template <typename T>
+constexpr int grad_blocks(unsigned tasks) {
+  if (sizeof(T) == 8) return tasks == task::plain ? 2 : 1;
+  if (task::has(tasks, task::rest)) return 2;
+  if (architecture >= 120) return tasks == task::plain ? 4 : 3;
+  return architecture < 90 && tasks != task::transformed ? 3 : 4;
+}
+
 template <typename T>
 inline constexpr int piece_vectors = sizeof(T) == 8 ? 2 : 4;  // that a thread has in flight
 
@@ -96,12 +105,21 @@ struct ColumnGradient {
     __device__ __forceinline__ explicit Line(const GradRow<Real>& row)
         : from(row.reference), p_of_exp(row.p_of_exp * from.correction()), constant(row.constant) {}
   };
-  struct Curve : GradRow<Real> {
+  // column_gradient, by E = e^(x - reference) and its exponent e:
+  //   dL/dx = E (flat + by_exponent e + by_exp E) + constant.
+  struct Curve {
     ExpFrom<T> from;
-    Real log_sum;
+    Real flat, by_exponent, by_exp, constant;
+    Real weight;  // where columns have weights of their own, they make the constant
     __device__ __forceinline__ explicit Curve(const GradRow<Real>& row)
-        : GradRow<Real>(row), from(row.reference), log_sum(row.log_sum()) {
-      this->inverse_sum *= from.correction();
+        : from(row.reference), constant(row.constant), weight(row.c.weight) {
+      const Real p_of_exp = row.inverse_sum * from.correction();
+      // log p = e unit + of_zero
+      const Real unit = from.natural(Real(1), Real(0));
+      const Real of_zero = from.natural(Real(0), Real(1)) - row.log_sum();
+      flat = p_of_exp * fma_of(row.c.plogp, of_zero, row.c.p - row.c.sq);
+      by_exponent = p_of_exp * (row.c.plogp * unit);
+      by_exp = p_of_exp * p_of_exp * row.c.sq_over_sum;
     }
   };
   using Known = std::conditional_t<has(task::entropy), Curve, Line>;
@@ -177,9 +195,24 @@ struct ColumnGradient {
 
   __device__ __forceinline__ Words vector(const Known& grad, const Words& raw, int column) const {
     Real g[width];
-    double unused = 0;
+    const auto each = [&](const auto& of) {
 #pragma unroll
-    for (int i = 0; i < width; ++i) g[i] = other(grad, element<T>(raw, i), column + i, unused);
+      for (int i = 0; i < width; ++i) g[i] = of(element<T>(raw, i), column + i);
+    };
+    double unused = 0;
+    if constexpr (!has(task::transformed)) {
+      each([&](Real z, int at) { return gradient(grad, z, at); });
+    } else if (transform.cap > 0) {  // one branch for the vector, and not one for each column
+      each([&](Real z, int at) {
+        const auto logit = transform.capped_with_derivatives(z, TanhFor<T>{});
+        return chained(gradient(grad, logit.x, at), logit, unused);
+      });
+    } else {
+      each([&](Real z, int at) {
+        const auto logit = transform.scaled_with_derivatives(z);
+        return chained(gradient(grad, logit.x, at), logit, unused);
+      });
+    }
     return packed<T>(g);
   }
 
@@ -209,12 +242,17 @@ struct ColumnGradient {
 
   // dL/dx.
   __device__ __forceinline__ Real gradient(const Known& grad, Real x, int column) const {
-    const Real exp = grad.from.exp(grad.from.exponent(x));
+    const Real exponent = grad.from.exponent(x), exp = grad.from.exp(exponent);
     if constexpr (!has(task::entropy)) {
       return fma_of(exp, grad.p_of_exp, grad.constant);
     } else {
-      const Real log_p = (x - grad.reference) - grad.log_sum;
-      return column_gradient(grad.c, exp * grad.inverse_sum, log_p, weight(grad, column));
+      // Where e^x is 0 its exponent may be -inf.
+      const Real finite = larger(lowest_log_prob<Real>(), exponent);
+      const Real each = fma_of(grad.by_exp, exp, fma_of(grad.by_exponent, finite, grad.flat));
+      Real constant = grad.constant;
+      if constexpr (task::has(tasks, task::rest))
+        constant = grad.weight * weight(grad.weight, column);
+      return fma_of(exp, each, constant);
     }
   }
 
@@ -223,11 +261,12 @@ struct ColumnGradient {
     TransformedLogit<Real> logit{z, Real(1), Real(0)};
     if constexpr (has(task::transformed)) logit = transform.with_derivatives(z, TanhFor<T>{});
     const Real log_p = (logit.x - grad.reference) - grad.log_sum();
-    return chained(target_gradient(grad.c, log_p, weight(grad, target)), logit, sum);
+    return chained(target_gradient(grad.c, log_p, weight(grad.c.weight, target)), logit, sum);
   }
 
-  __device__ __forceinline__ Real weight(const GradRow<Real>& grad, int column) const {
-    if (grad.c.weight == Real(0)) return Real(0);
+  // A column's weight in the mean, whose gradient is `upstream`; 0 if that is 0.
+  __device__ __forceinline__ Real weight(Real upstream, int column) const {
+    if (upstream == Real(0)) return Real(0);
     return !has(task::rest) || in.weights.is_constant() ? in.weights.beta
                                                         : in.weights.at(row, column);
   }

@@ -10,7 +10,7 @@ namespace llmloss::cuda {
 // columns x sizeof(T) bytes of traffic, half of that for a row without a gradient. Shared memory:
 // the coefficients of a block's rows, then the sums of its warps.
 template <typename T, unsigned tasks>
-__global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
+__global__ void __launch_bounds__(block_size, grad_blocks<T>(tasks))
     row_grad_kernel(const __grid_constant__ RowInputs<T> in,
                     const __grid_constant__ SavedStats<real_t<T>> saved,
                     const __grid_constant__ GradSource<real_t<T>> source,

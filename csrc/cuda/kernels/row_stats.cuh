@@ -15,7 +15,7 @@ __device__ __forceinline__ Columns<T> logits_of(const RowInputs<T>& in, int64_t 
 // traffic. If several blocks share a row, they write its chunks' states to `workspace` (rows x
 // chunks) for merge_rows_kernel instead.
 template <typename T, unsigned tasks>
-__global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
+__global__ void __launch_bounds__(block_size, stats_blocks<T>(tasks))
     row_stats_kernel(const __grid_constant__ RowInputs<T> in,
                      const __grid_constant__ RowOutputs<real_t<T>> out,
                      PartialState<real_t<T>>* workspace, const Chunks chunks,
@@ -35,13 +35,16 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
   }
   LogitTransform<real_t<T>> transform;
   if constexpr (task::has(tasks, task::transformed)) transform = in.transform.resolved();
-  const int64_t target = target_class(in, read_target).column;
-  // Only ranks need the target's logit now; nobody else waits for it before the end.
+  const int target = int(target_class(in, read_target).column);
+  // Ranks need the target's logit now, nobody else before the end. It is on its way meanwhile, but
+  // where the loop needs the register, and takes longer for its arithmetic than for its loads.
   constexpr bool needs_target = task::has(tasks, task::order | task::rest);
-  const bool is_read = needs_target || (!is_split && share.warp() == 0);
-  const StoredTarget<T> stored(in, row, is_read ? target : -1);
+  constexpr bool reads_early =
+      needs_target || tasks == task::plain || tasks == task::transformed || tasks == task::mean;
+  const bool is_read = needs_target || (reads_early && !is_split && share.warp() == 0);
+  StoredTarget<T> stored(in, row, is_read ? target : -1);
   const Reducer reducer{in, transform, row,
-                        needs_target ? stored.transformed(transform) : real_t<T>(0), int(target)};
+                        needs_target ? stored.transformed(transform) : real_t<T>(0), target};
   const Columns<T> columns = logits_of(in, row);
   const auto state_of = [&](int chunk) {
     const int begin = chunk * chunks.columns, end = begin + chunks.columns;
@@ -50,9 +53,9 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
 
   State total;
   if (share.is_warp()) {
-    for (int chunk = 0; chunk < chunks.count; ++chunk) {
+    for (int chunk = 0; chunk < chunks.count; ++chunk) {  // a few: see plan_share
       const State state = state_of(chunk);
-      if (unsigned(chunk) % warp_size == simt::lane()) total = merge(total, state);
+      if (unsigned(chunk) == simt::lane()) total = state;
     }
     total = warp_merge(total, Reducer::wanted());
   } else {
@@ -67,6 +70,7 @@ __global__ void __launch_bounds__(block_size, planned_blocks(tasks, sizeof(T)))
     total = merge_chunks(states, chunks.count, Reducer::wanted());
   }
   if (simt::lane() != 0) return;
+  if constexpr (!reads_early) stored = {in, row, target};
   write_statistics(
       out, row,
       finalize_row(total, stored.transformed(transform), in.vocab_size, Reducer::wanted()));

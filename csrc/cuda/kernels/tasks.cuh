@@ -5,8 +5,8 @@
 // first kernel of a list, the cheapest first, that does all that is needed (launch.cuh has the
 // lists). The arithmetic of a statistic does not depend on what else is computed: every product
 // that is fused with a sum is written as fma_of, and the compiler may fuse no other (-fmad=false).
-// So kernels of different tasks agree bit by bit. A gradient with the task `entropy` has a formula
-// of its own: the fused and the separate kernels that a loss may run agree in whether they have it.
+// So kernels of different tasks agree bit by bit, but for a gradient with the task `entropy`, which
+// has a formula of its own.
 #pragma once
 
 #include "../../core/params.h"

@@ -11,6 +11,11 @@ namespace {
 // disabled units, may lack the adjacent multiprocessors for its architecture's maximum.
 __global__ void __launch_bounds__(32 * max_warps_per_block) cluster_probe_kernel() {}
 
+// As the run-time library counts: 13010 is 13.1.
+std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
 int largest_cluster(int promised, int64_t shared_bytes) {
   for (int cluster = promised; cluster > 1; cluster /= 2) {
     int count = 0;
@@ -47,6 +52,32 @@ int device_limits(int device, DeviceLimits& limits) {
   return cudaSuccess;
 }
 
-const char* error_string(int error) { return cudaGetErrorString(cudaError_t(error)); }
+std::string error_message(int error) {
+  const std::string meaning = cudaGetErrorString(cudaError_t(error));
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+    case cudaErrorCallRequiresNewerDriver:
+    case cudaErrorUnsupportedPtxVersion: {
+      int driver = 0;
+      const bool is_known = cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0;
+      return meaning + ". This build of llmloss_ext needs a driver for CUDA " +
+             version(CUDART_VERSION) +
+             (is_known ? ", and this one is for " + version(driver) : std::string()) +
+             ": update the driver, or build llmloss_ext with an older CUDA toolkit (CUDA_HOME)";
+    }
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction: {
+      int device = 0, major = 0, minor = 0;
+      cudaGetDevice(&device);
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+      const std::string capability = std::to_string(major) + std::to_string(minor);
+      return meaning + ". This build of llmloss_ext has no code for this GPU: build it with " +
+             "LLMLOSS_CUDA_ARCHS=" + capability + " (compute capability 8.0 or later)";
+    }
+    default:
+      return meaning;
+  }
+}
 
 }  // namespace llmloss::cuda

@@ -26,13 +26,6 @@ using StatsTasks =
              task::transformed | task::mean | task::entropy | task::order, task::everything>;
 using GradTasks = TaskList<task::plain, task::transformed, task::entropy, task::everything>;
 
-// A fused kernel has the tasks of both passes: these are the statistics'.
-using FusedTasks = TaskList<task::plain, task::mean, task::everything>;
-
-constexpr unsigned fused_grad_tasks(unsigned stats_tasks) {
-  return stats_tasks == task::everything ? stats_tasks : task::plain;
-}
-
 template <typename T>
 struct StatsKernels {
   template <unsigned tasks>
@@ -49,21 +42,6 @@ struct GradKernels {
   }
 };
 
-template <typename T, bool holds>
-struct FusedKernels {
-  template <unsigned tasks>
-  static auto of() {
-    return &fused_kernel < T, tasks, fused_grad_tasks(tasks), holds && fused_can_hold < T, tasks >>
-        ;
-  }
-};
-
-template <typename T>
-unsigned fused_tasks(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
-                     const GradSource<real_t<T>>& source, const GradOutputs<T>& grad) {
-  return task::of_statistics(in, out) | task::of_gradient(in, source, grad.grad_scale != nullptr);
-}
-
 // Whether every row begins at a multiple of 16 bytes.
 template <typename T>
 bool rows_are_aligned(const T* data, const RowLayout& layout) {
@@ -73,14 +51,6 @@ bool rows_are_aligned(const T* data, const RowLayout& layout) {
   return reinterpret_cast<uintptr_t>(data) % vector_bytes == 0 && is_whole(layout.outer_stride) &&
          is_whole(layout.inner_stride);
 }
-
-template <typename T>
-struct CanHold {
-  template <unsigned tasks>
-  static bool of() {
-    return fused_can_hold<T, tasks>;
-  }
-};
 
 inline RowShare share_of(const SharePlan& plan) {
   return {plan.warps_per_row, plan.blocks_per_row};
@@ -111,29 +81,29 @@ int RowKernels<T>::row_grad(const RowInputs<T>& in, const SavedStats<Real>& save
 }
 
 template <typename T>
-FusedPlan RowKernels<T>::plan_fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
-                                    const GradSource<Real>& source, const GradOutputs<T>& grad,
+bool RowKernels<T>::can_fuse(const RowInputs<T>& in, const RowOutputs<Real>& out,
+                             const GradSource<Real>& source, const GradOutputs<T>& grad) {
+  const bool with_scale = grad.grad_scale != nullptr;
+  return (task::of_statistics(in, out) | task::of_gradient(in, source, with_scale)) == task::plain;
+}
+
+template <typename T>
+FusedPlan RowKernels<T>::plan_fused(const RowInputs<T>& in, const GradOutputs<T>& grad,
                                     const DeviceLimits& device) {
   const bool is_aligned =
       rows_are_aligned(in.logits, in.layout) && rows_are_aligned<T>(grad.grad, grad.layout);
-  const unsigned needed = fused_tasks(in, out, source, grad);
-  const bool can_hold = is_aligned && FusedTasks::first_with<CanHold<T>>(needed);
-  FusedPlan plan = cuda::plan_fused(in.rows, in.vocab_size, sizeof(T), state_bytes, can_hold,
-                                    grad.grad_scale != nullptr, device);
-  // Where more is computed, a fused kernel's registers leave room for too few warps. (An H200,
-  // 8192 x 128256 bfloat16: softcap 2.43 ms fused, 2.17 ms apart; label smoothing 2.31 ms fused,
-  // and apart 0.6 and 1.0 ms.)
-  plan.is_fused = plan.is_fused && needed == task::plain;
-  return plan;
+  return cuda::plan_fused(in.rows, in.vocab_size, sizeof(T), state_bytes,
+                          is_aligned && fused_can_hold<T>, device);
 }
 
 template <typename T>
 int RowKernels<T>::fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
                          const GradSource<Real>& source, const GradOutputs<T>& grad,
                          const FusedPlan& plan, void* stream) {
-  const unsigned needed = fused_tasks(in, out, source, grad);
-  const auto kernel = plan.holds ? FusedTasks::first_with<FusedKernels<T, true>>(needed)
-                                 : FusedTasks::first_with<FusedKernels<T, false>>(needed);
+  auto kernel = &fused_kernel<T, false>;
+  if constexpr (fused_can_hold<T>) {
+    if (plan.holds) kernel = &fused_kernel<T, true>;
+  }
   return launch(kernel, {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster, true}, stream,
                 in, out, source, grad, chunks_of(plan.chunks), plan.slice_chunks,
                 plan.staged_chunks);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../../core/loss_rows.h"
 #include "../../core/row_stats.h"
@@ -22,8 +23,10 @@ struct RowKernels {
   static int row_grad(const RowInputs<T>& in, const SavedStats<Real>& saved,
                       const GradSource<Real>& source, const GradOutputs<T>& out,
                       const GradPlan& plan, void* stream);
-  static FusedPlan plan_fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
-                              const GradSource<Real>& source, const GradOutputs<T>& grad,
+  // Whether the fused kernel does all that is needed.
+  static bool can_fuse(const RowInputs<T>& in, const RowOutputs<Real>& out,
+                       const GradSource<Real>& source, const GradOutputs<T>& grad);
+  static FusedPlan plan_fused(const RowInputs<T>& in, const GradOutputs<T>& grad,
                               const DeviceLimits& device);
   static int fused(const RowInputs<T>& in, const RowOutputs<Real>& out,
                    const GradSource<Real>& source, const GradOutputs<T>& grad,
@@ -46,6 +49,7 @@ struct LossKernels {
 // The limits of the current device, whose index is `device`. Returns a cudaError_t.
 int device_limits(int device, DeviceLimits& limits);
 
-const char* error_string(int error);
+// What a cudaError_t means, and what to do about it where that is known.
+std::string error_message(int error);
 
 }  // namespace llmloss::cuda

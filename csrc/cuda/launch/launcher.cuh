@@ -26,11 +26,26 @@ int launch(void (*kernel)(Parameters...), const Shape& shape, void*,
 
 #else
 
+// While it lives, this thread may load kernels and ask for their properties although a stream is
+// being captured: none of that is work for the stream, but the run-time library may allocate memory
+// for a kernel's code on its first use, which a capture forbids otherwise.
+class AllowedInCapture {
+ public:
+  AllowedInCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~AllowedInCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  AllowedInCapture(const AllowedInCapture&) = delete;
+  AllowedInCapture& operator=(const AllowedInCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // Returns a cudaError_t.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream,
            const Arguments&... arguments) {
   if (shape.blocks == 0) return cudaSuccess;
+  const AllowedInCapture allowed;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(shape.cluster), 1, 1};
@@ -72,6 +87,7 @@ int launch(void (*kernel)(Parameters...), const Shape& shape, void* stream,
 // cudaError_t.
 template <typename... Parameters>
 int active_clusters(void (*kernel)(Parameters...), const Shape& shape, int& count) {
+  const AllowedInCapture allowed;
   const auto* function = reinterpret_cast<const void*>(kernel);
   const cudaError_t errors[] = {
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -153,10 +153,9 @@ struct FusedPlan {
   int64_t shared_bytes;
 };
 
-// can_hold: whether a kernel that holds chunks in registers does all that is needed.
+// can_hold: whether a kernel can hold chunks in registers.
 inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_bytes,
-                            int64_t state_bytes, bool can_hold, bool with_scale,
-                            const DeviceLimits& device) {
+                            int64_t state_bytes, bool can_hold, const DeviceLimits& device) {
   FusedPlan plan{};
   plan.chunks = plan_chunks(vocab_size, element_bytes);
   const int64_t states = ceil_div(coefficient_bytes + plan.chunks.count * state_bytes, 16) * 16;
@@ -217,7 +216,7 @@ inline FusedPlan plan_fused(int64_t rows, int64_t vocab_size, int64_t element_by
   const bool is_short = vocab_size * element_bytes < shortest_fused;
   const bool is_idle =
       2 * plan.blocks < device.multiprocessors && plan.slice_chunks > most_fused_warps;
-  plan.is_fused = !with_scale && !is_short && !is_idle && plan.blocks <= max_blocks;
+  plan.is_fused = !is_short && !is_idle && plan.blocks <= max_blocks;
   return plan;
 }
 

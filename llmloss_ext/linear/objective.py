@@ -1,0 +1,136 @@
+"""Any loss that is a sum over tokens, with statistics of the tokens, from one walk.
+
+`run` forms the gradients in the forward pass, as the cross entropy does: three products. What looks
+on (a compiler, a tracer) or asks for more than a first derivative gets the same loss over
+`operators.stats`: four products, or whole logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..ops.derivatives import (
+    must_be_opaque,
+    needs_differentiable_backward,
+    one_gradient_at_a_time,
+)
+from ..options import ChunkOptions, LogitOptions
+from ..shard import refuse_second_order
+from ..statistics import FloatStats, RowStats
+from . import operators
+from .walk import Inputs, Objective, ObjectiveResults, Targets, objective_by_chunks
+
+__all__ = ["ObjectiveLoss", "run"]
+
+
+class ObjectiveLoss(NamedTuple):
+    """A loss, 0-d, and what is known beside it, detached."""
+
+    loss: Tensor
+    metrics: tuple[Tensor | None, ...]
+    stats: RowStats
+    """Without the state."""
+
+
+class _Call(NamedTuple):
+    """What the walk takes besides tensors that may have a gradient."""
+
+    targets: Targets
+    logits: LogitOptions
+    objective: Objective
+    wanted: int
+    chunks: ChunkOptions
+    needs: Inputs
+
+    def walk(self, inputs: Inputs) -> ObjectiveResults:
+        """With the gradients."""
+        return objective_by_chunks(inputs, *self)
+
+    def over_statistics(self, inputs: Inputs) -> ObjectiveLoss:
+        """With every derivative, and for compilers."""
+        targets, tokens = self.targets, inputs.input.shape[0]
+        stats = operators.stats(
+            inputs, targets.target, targets.weight, self.logits, self.wanted, self.chunks
+        )
+        return of_statistics(stats, tokens, self.objective, self.wanted)
+
+
+def of_statistics(stats: RowStats, tokens: int, objective: Objective, wanted: int) -> ObjectiveLoss:
+    """The loss of statistics that have an autograd of their own."""
+    loss, metrics = objective(stats.floats.only(wanted), slice(0, tokens))
+    floats = FloatStats(*(x.detach() for x in stats.floats))
+    return ObjectiveLoss(loss, metrics, stats._replace(floats=floats))
+
+
+class LinearObjective(Function):
+    """`run`: the gradients are formed in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """The loss. Arguments: `Inputs`, the call, and a list that gets the other results."""
+        *tensors, call, others = args
+        inputs = Inputs(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        found = call.walk(inputs)
+        others.append(found)
+        ctx.save_for_backward(*inputs)
+        ctx.results = found.results._replace(loss=None)
+        loss: Tensor = found.results.loss
+        return loss
+
+    @staticmethod
+    @one_gradient_at_a_time
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Multiplies what the forward pass has left by the gradient of the loss."""
+        others = (None, None)
+        if grad_loss is None:
+            return (*Inputs(), *others)
+        call, inputs = ctx.call, Inputs(*ctx.saved_tensors)
+        if needs_differentiable_backward():
+            refuse_second_order(call.chunks.shard)
+            used = [x for x, need in zip(inputs, call.needs, strict=True) if need]
+            loss = call.over_statistics(inputs).loss
+            found = iter(torch.autograd.grad(loss, used, grad_loss, create_graph=True))
+            return (*(next(found) if need else None for need in call.needs), *others)
+        if ctx.results is None:  # a second backward
+            ctx.results = call.walk(inputs).results
+        results, ctx.results = ctx.results, None
+        return (*operators.scaled(results, inputs, call.needs, grad_loss), *others)
+
+
+def run(
+    inputs: Inputs,
+    targets: Targets,
+    logits: LogitOptions,
+    objective: Objective,
+    wanted: int,
+    chunks: ChunkOptions,
+) -> ObjectiveLoss:
+    """The sum over tokens that an objective is of, its metrics, and the statistics of the tokens.
+
+    Args:
+        inputs: As in `operators.loss`.
+        targets: Class indices; token weights are the objective's.
+        logits: How the logits are read.
+        objective: What a token adds.
+        wanted: Which statistics it reads, or whoever calls: see `llmloss_ext.statistics.asked`.
+        chunks: How to walk.
+    """
+    needs = Inputs(*operators.needs_gradients(inputs))
+    call = _Call(targets, logits, objective, wanted, chunks, needs)
+    if must_be_opaque(inputs.input):
+        return call.over_statistics(inputs)
+    if not any(needs):
+        found = call.walk(inputs)
+        loss = found.results.loss
+    else:
+        others: list[ObjectiveResults] = []
+        loss = LinearObjective.apply(*inputs, call, others)  # type: ignore[no-untyped-call]
+        (found,) = others
+    state = inputs.input.new_empty(0)
+    return ObjectiveLoss(loss, found.metrics, RowStats.of((state, *found.results.stats)))

@@ -1,0 +1,234 @@
+"""Preference losses from hidden states, against whole logits in float64 written out."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+
+from llmloss_ext import losses
+from llmloss_ext.linear import projection
+from llmloss_ext.losses import linear_preference_loss
+
+B, S, D, V = 3, 7, 8, 29
+
+
+class Batch:
+    def __init__(self, device, dtype=torch.float64):
+        torch.manual_seed(5)
+        self.hidden = torch.randn(2 * B, S, D, device=device).to(dtype)
+        self.weight = torch.randn(V, D, device=device).to(dtype)
+        self.bias = torch.randn(V, device=device).to(dtype)
+        self.reference = self.hidden + (0.2 * torch.randn_like(self.hidden.float())).to(dtype)
+        self.target = torch.randint(0, V, (2 * B, S), device=device)
+        lengths = torch.tensor([5, 7, 2, 4, 6, 7], device=device)
+        self.valid = torch.arange(S, device=device) < lengths[:, None]
+        self.target[~self.valid] = -100
+        self.theirs = {
+            "reference_input": self.reference, "reference_weight": self.weight,
+            "reference_bias": self.bias,
+        }  # fmt: skip
+
+    def leaves(self):
+        return [x.clone().requires_grad_() for x in (self.hidden, self.weight, self.bias)]
+
+    def log_probs(self, h, w, b):
+        log_p = F.linear(h, w, b).log_softmax(-1)
+        chosen = log_p.gather(-1, self.target.clamp_min(0)[..., None]).squeeze(-1)
+        squares = (2 * log_p).logsumexp(-1)
+        return torch.where(self.valid, chosen, 0), torch.where(self.valid, squares, 0)
+
+
+def by_hand(batch, h, w, b, loss="dpo", ld_alpha=None, use_weighting=False, **options):
+    """The loss of (B) scores made from whole logits."""
+    tokens, squares = batch.log_probs(h, w, b)
+    counts = batch.valid.sum(-1)
+
+    def scores(x):
+        if ld_alpha is None:
+            return x.sum(-1)
+        shared = torch.minimum(*counts.chunk(2)).repeat(2)
+        first = torch.arange(S, device=x.device) < shared[:, None]
+        return torch.where(first, x, ld_alpha * x).sum(-1)
+
+    of = scores(tokens)
+    kind = options.get("kind", "sigmoid")
+    if loss in ("simpo", "orpo") or (loss == "cpo" and kind in ("simpo", "ipo")):
+        of = of / counts
+    nll = -tokens[:B].sum() / batch.valid[:B].sum()
+    if loss == "dpo":
+        with torch.no_grad():
+            reference = scores(batch.log_probs(batch.reference, batch.weight, batch.bias)[0])
+        if use_weighting:
+            each = ((tokens - squares).sum(-1) / counts).exp().detach()
+            options["pair_weight"] = each[:B] * each[B:]
+        if kind in ("ipo", "sigmoid_norm"):
+            options |= {"chosen_lengths": counts[:B], "rejected_lengths": counts[B:]}
+        if "sft" in kind:
+            options["nll_loss"] = nll
+        return losses.dpo_loss(*of.chunk(2), *reference.chunk(2), **options)
+    function = getattr(losses, f"{loss}_loss")
+    if loss == "orpo" or (loss == "cpo" and options.get("cpo_alpha") != 0):
+        options["nll_loss"] = nll
+    return function(*of.chunk(2), **options)
+
+
+CASES = {
+    "dpo": {},
+    "ipo": {"kind": "ipo"},
+    "sigmoid_norm": {"kind": "sigmoid_norm"},
+    "rpo": {"kind": ("sigmoid", "sft"), "loss_weights": (1.0, 0.5)},
+    "several": {"kind": ("apo_zero", "bco_pair")},
+    "ld-dpo": {"ld_alpha": 0.3},
+    "wpo": {"use_weighting": True, "beta": 0.3},
+    "simpo": {"loss": "simpo", "gamma": 0.7},
+    "cpo": {"loss": "cpo"},
+    "cpo-simpo": {"loss": "cpo", "kind": "simpo", "cpo_alpha": 0.5},
+    "cpo without nll": {"loss": "cpo", "kind": "hinge", "cpo_alpha": 0},
+    "orpo": {"loss": "orpo", "beta": 0.2},
+}
+
+
+def ours(batch, h, w, b, **options):
+    given = options if options.get("loss", "dpo") != "dpo" else {**batch.theirs, **options}
+    return linear_preference_loss(h, w, batch.target, linear_bias=b, **given)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_as_by_hand(device, case, chunk):
+    batch, results = Batch(device), []
+    for function, how in ((ours, {"chunk_tokens": chunk}), (by_hand, {})):
+        leaves = batch.leaves()
+        found = function(batch, *leaves, **CASES[case], **how)
+        results.append((found, torch.autograd.grad(found.loss, leaves)))
+    (one, gradients), (other, wanted) = results
+    for field in one._fields:
+        mine, theirs = getattr(one, field), getattr(other, field)
+        assert (mine is None) == (theirs is None), field
+        if mine is not None:
+            assert_close(mine.detach(), theirs.detach(), 1e-10)
+            assert field == "loss" or not mine.requires_grad
+    for mine, theirs in zip(gradients, wanted, strict=True):
+        assert_close(mine, theirs, 1e-9)
+        assert theirs.any()
+
+
+@pytest.mark.parametrize("case", ["dpo", "orpo"])
+def test_masked_tokens_may_hold_anything(device, case):
+    batch = Batch(device)
+    plain = batch.leaves()
+    wanted = torch.autograd.grad(ours(batch, *plain, **CASES[case]).loss, plain)
+    batch.hidden[~batch.valid] = torch.nan
+    batch.reference[~batch.valid] = torch.inf
+    whole = batch.target.clone()
+    batch.target[~batch.valid] = 3
+    for drop in (True, False):
+        leaves = batch.leaves()
+        found = ours(batch, *leaves, mask=batch.valid, drop_ignored=drop, **CASES[case])
+        for one, other in zip(torch.autograd.grad(found.loss, leaves), wanted, strict=True):
+            assert_close(one, other, 1e-9)
+    assert (whole == -100).any()
+
+
+def test_a_stored_reference(device):
+    batch = Batch(device)
+    leaves = batch.leaves()
+    tokens, _ = batch.log_probs(batch.reference, batch.weight, batch.bias)
+    wanted = ours(batch, *leaves).loss
+    for stored in (tokens, tokens.sum(-1)):
+        found = linear_preference_loss(
+            leaves[0], leaves[1], batch.target, linear_bias=leaves[2], reference_log_probs=stored
+        ).loss
+        assert_close(found, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("case", ["dpo", "orpo", "rpo"])
+def test_micro_batches_add_up(device, case):
+    batch, options = Batch(device), CASES[case]
+    whole = batch.leaves()
+    ours(batch, *whole, num_items=B, **options).loss.backward()
+    parts = batch.leaves()
+    items = {} if case == "dpo" else {"nll_items": int(batch.valid[:B].sum())}
+    for rows in ([0, B], [1, 2, B + 1, B + 2]):
+        one = Batch(device)
+        one.target = batch.target[rows]
+        one.theirs["reference_input"] = batch.reference[rows]
+        ours(
+            one, parts[0][rows], parts[1], parts[2], num_items=B, **items, **options
+        ).loss.backward()
+    for mine, theirs in zip(parts, whole, strict=True):
+        assert_close(mine.grad, theirs.grad, 1e-9)
+
+
+def test_walks(monkeypatch):
+    """Policy and reference in turn: one chunk's logits are there at a time."""
+    batch, seen = Batch("cpu"), []
+    project = projection.Projection.project
+
+    def counted(self, hidden, out):
+        seen.append(len(hidden))
+        return project(self, hidden, out)
+
+    monkeypatch.setattr(projection.Projection, "project", counted)
+    ours(batch, *batch.leaves()).loss.backward()
+    assert seen == [int(batch.valid.sum())] * 3  # the reference, the policy, and it again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_dtypes(device, dtype):
+    batch = Batch(device, dtype)
+    leaves = batch.leaves()
+    grads = torch.autograd.grad(ours(batch, *leaves).loss, leaves)
+    exact = Batch(device)
+    for name in ("hidden", "weight", "bias", "reference"):
+        setattr(exact, name, getattr(batch, name).double())
+    doubles = exact.leaves()
+    wanted = torch.autograd.grad(by_hand(exact, *doubles).loss, doubles)
+    plain = batch.leaves()
+    theirs = torch.autograd.grad(by_hand(batch, *plain).loss, plain)
+    for one, other, true in zip(grads, theirs, wanted, strict=True):
+        assert one.dtype == dtype
+        norm = true.norm()
+        assert (one - true).norm() / norm <= 1.2 * (other - true).norm() / norm + 1e-6
+
+
+def test_compiled(device):
+    batch = Batch(device)
+    leaves = batch.leaves()
+    plain = ours(batch, *leaves).loss
+    compiled = torch.compile(lambda *x: ours(batch, *x).loss, fullgraph=True)(*leaves)
+    assert_close(compiled.detach(), plain.detach(), 1e-12)
+    for one, other in zip(
+        torch.autograd.grad(compiled, leaves), torch.autograd.grad(plain, leaves), strict=True
+    ):
+        assert_close(one, other, 1e-9)
+
+
+def test_bad_input(device):
+    batch = Batch(device)
+    where = (batch.hidden, batch.weight, batch.target)
+    for options, message in (
+        ({"loss": "kto"}, "loss must be one of"),
+        ({}, "needs a reference"),
+        ({"loss": "simpo", **batch.theirs}, "has no reference"),
+        ({"loss": "simpo", "ld_alpha": 0.5}, "belong to loss"),
+        ({"reference_input": batch.hidden}, "a reference is"),
+        ({"reference_bias": batch.bias}, "need reference_input"),
+        ({"reference_log_probs": torch.zeros(B)}, "reference_log_probs must have"),
+        ({"nll_items": 3, **batch.theirs}, "nll_items belongs"),
+        ({"mask": batch.valid[:1], **batch.theirs}, "mask must have"),
+        ({"beta": -1.0, **batch.theirs}, "beta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_preference_loss(*where, **options)
+    with pytest.raises(ValueError, match="chosen sequences before the rejected"):
+        linear_preference_loss(batch.hidden[:3], batch.weight, batch.target[:3], **batch.theirs)
+    with pytest.raises(TypeError, match="nothing"):
+        linear_preference_loss(*where, nothing=1, **batch.theirs)
+    text = inspect.getdoc(linear_preference_loss)
+    names = inspect.signature(linear_preference_loss).parameters
+    assert all(f"{name}: " in text for name in names)
