@@ -13,7 +13,7 @@ from torch import Tensor
 from llmloss_ext import linear_kl_div
 
 N, D, E, V = 23, 8, 12, 67
-DIRECTIONS = ["forward", "reverse", "jsd"]
+DIRECTIONS = ["forward", "reverse", "jsd", "tvd", "skew_forward", "skew_reverse"]
 
 
 def make(device, dtype=torch.float32) -> tuple[Tensor, ...]:
@@ -34,6 +34,11 @@ def reference(tensors: Any, direction: str, beta: float, temperature: float, val
         rows = kl(teacher, student)
     elif direction == "reverse":
         rows = kl(student, teacher)
+    elif direction == "tvd":
+        rows = (student.exp() - teacher.exp()).abs().sum(-1) / 2
+    elif direction.startswith("skew_"):
+        p, q = (teacher, student) if direction == "skew_forward" else (student, teacher)
+        rows = kl(p, (0.1 * p.exp() + 0.9 * q.exp()).log())
     else:
         middle = (beta * teacher.exp() + (1 - beta) * student.exp()).log()
         rows = beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
