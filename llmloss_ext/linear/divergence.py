@@ -601,9 +601,9 @@ class _Call:
         teacher = self._teacher if how.weight_soft_loss else _Said(None, None, None)
         others = _Others(
             *self._rows_of(teacher),
-            labels=labels,
-            valid=valid,
-            **how._asdict(),
+            labels,
+            valid,
+            *how,
             mean=reduction == "mean",
             num_items=items_tensor(num_items, reduction, given.hidden),
             vocab_size=self._vocab_size,

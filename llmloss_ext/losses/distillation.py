@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -268,8 +269,12 @@ def hard_soft_distillation_loss(
     """
     check_weights(weight_hard_loss=weight_hard_loss, weight_soft_loss=weight_soft_loss)
     check_all_dense({"student_logits": student_logits, "target": target}, {})
-    shared = {"ignore_index": ignore_index, "reduction": reduction, "num_items": num_items}
-    of_divergence = {
+    shared: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "num_items": num_items,
+    }
+    of_divergence: dict[str, Any] = {
         "direction": direction, "beta": beta, "skew_alpha": skew_alpha, "temperature": temperature,
         "target": target, **shared,
     }  # fmt: skip
