@@ -81,11 +81,11 @@ for step in range(12):
     x = sample(batch()[:, :8], 24)
     drawn = torch.arange(x.shape[1]).expand_as(x) >= 8
     tokens = x[:, 1:].unsqueeze(-1)  # one a position; K of them where a teacher has stored K
-    scores = [
+    ours, theirs = (
         losses.linear_selected_log_probs(m.hidden(x)[:, :-1], m.head.weight, tokens).squeeze(-1)
         for m in (student, teacher)
-    ]
-    on_policy = losses.sampled_reverse_kl(*scores, drawn[:, 1:])
+    )
+    on_policy = losses.sampled_reverse_kl(ours, theirs, drawn[:, 1:])
     on_policy.backward()
     optimizer.step()
     optimizer.zero_grad()

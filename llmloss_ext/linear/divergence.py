@@ -599,11 +599,15 @@ class _Call:
             drop_ignored = hidden.device.type == "cpu"
         student = _Student(hidden, given.weight, given.bias)
         teacher = self._teacher if how.weight_soft_loss else _Said(None, None, None)
+        rows, weight, bias, ids = self._rows_of(teacher)
         others = _Others(
-            *self._rows_of(teacher),
-            labels,
-            valid,
-            *how,
+            teacher=rows,
+            teacher_weight=weight,
+            teacher_bias=bias,
+            teacher_ids=ids,
+            labels=labels,
+            valid=valid,
+            **how._asdict(),
             mean=reduction == "mean",
             num_items=items_tensor(num_items, reduction, given.hidden),
             vocab_size=self._vocab_size,
@@ -627,7 +631,9 @@ class _Call:
         out = torch.where(flat < 0, self._vocab_size, flat)
         return torch.where(valid, out, _NOBODY)
 
-    def _rows_of(self, teacher: _Said) -> tuple[Tensor | None, ...]:
+    def _rows_of(
+        self, teacher: _Said
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Hidden states or log-probabilities (N, ...), weight, bias and ids."""
         ids = None if teacher.ids is None else as_rows(teacher.ids)
         if teacher.hidden is None or teacher.weight is None:
