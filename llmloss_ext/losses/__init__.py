@@ -27,6 +27,7 @@ from .difficulty import difficulty_weights, select_difficult_tokens
 from .distillation import distillation_loss, top_k_distillation_loss
 from .distributions import check_probabilities, cross_entropy_between, entropy, kl_divergence
 from .gumbel import GumbelEmbeddings, gumbel_softmax, linear_gumbel_embeddings
+from .hidden_distillation import cosine_distillation_loss
 from .language_model import (
     LabelSmoothingCrossEntropy,
     LanguageModelLoss,
@@ -45,6 +46,8 @@ from .policy import PolicyLoss, PolicyMetrics, ValueLoss, grpo_loss, ppo_clip_lo
 from .policy_weights import high_entropy_mask, off_policy_mask, rollout_weights
 from .preference import dpo_loss
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
+from .sampled_distillation import SampledKL, sampled_reverse_kl
+from .selected import linear_selected_log_probs, selected_log_probs
 from .sequence_scores import length_desensitized_log_probs, sequence_log_probs, wpo_weights
 from .unlikelihood import repeated_ngrams, sequence_unlikelihood_loss, unlikelihood_loss
 from .unpaired import RunningMean, UnpairedLoss, bco_loss, kl_estimate, kto_loss
@@ -68,6 +71,7 @@ __all__ = [
     "PolicyMetrics",
     "PreferenceLoss",
     "RunningMean",
+    "SampledKL",
     "UncertaintyWeights",
     "UnpairedLoss",
     "ValueLoss",
@@ -79,6 +83,7 @@ __all__ = [
     "conflict_backward",
     "conflict_loss",
     "contrastive_loss",
+    "cosine_distillation_loss",
     "count_multi_token_items",
     "cpo_loss",
     "create_causal_mask",
@@ -104,6 +109,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_preference_loss",
     "linear_schedule",
+    "linear_selected_log_probs",
     "mask_tokens",
     "masked_whiten",
     "min_norm_weights",
@@ -119,7 +125,9 @@ __all__ = [
     "repeated_ngrams",
     "rloo_advantages",
     "rollout_weights",
+    "sampled_reverse_kl",
     "select_difficult_tokens",
+    "selected_log_probs",
     "sequence_log_probs",
     "sequence_unlikelihood_loss",
     "simpo_loss",
