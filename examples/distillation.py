@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmloss_ext import linear_cross_entropy, linear_kl_div
+from llmloss_ext.losses import linear_selected_log_probs
 from llmloss_train.model import GPT
 
 VOCAB, LENGTH = 256, 48
@@ -58,3 +59,7 @@ with torch.no_grad():
         loss = linear_cross_entropy(model.hidden(x), model.head.weight, x, shift=1)
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{name}: {parameters:,} parameters, cross entropy {loss.item():.4f}")
+    likeliest = (teacher.hidden(x) @ teacher.head.weight.t()).topk(4).indices
+    log_probs = linear_selected_log_probs(student.hidden(x), student.head.weight, likeliest)
+    share = log_probs.exp().sum(-1).mean().item()
+    print(f"the student gives {share:.0%} to the teacher's 4 likeliest tokens")

@@ -32,9 +32,7 @@ def tensors(dtype=torch.double, device="cpu"):
     return hidden, weight, bias, index
 
 
-def by_definition(
-    logits, index, softcap=None, temperature=1.0, logit_scale=1.0, vocab_size=None
-):
+def by_definition(logits, index, softcap=None, temperature=1.0, logit_scale=1.0, vocab_size=None):
     x = logits.double()[..., :vocab_size] * logit_scale
     x = (softcap * torch.tanh(x / softcap) if softcap else x) / temperature
     log_p = x - x.exp().sum(-1, keepdim=True).log()
@@ -57,7 +55,13 @@ def test_against_the_definition(device, name, chunk, drop):
     for found in (
         selected_log_probs(hidden @ weight.t() + bias, index, **options),
         linear_selected_log_probs(
-            hidden, weight, index, linear_bias=bias, chunk_tokens=chunk, drop_ignored=drop, **options
+            hidden,
+            weight,
+            index,
+            linear_bias=bias,
+            chunk_tokens=chunk,
+            drop_ignored=drop,
+            **options,
         ),
     ):
         assert_close(found, expected, 1e-12)
@@ -217,9 +221,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 @pytest.mark.slow
 def test_the_logits_are_never_there_whole():
     """Seven times the tokens cost next to nothing more: chunks are all that is held."""
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     chunk = plan(2048, 32, 40_000, chunk_tokens=128).chunk_bytes
     assert int(done.stdout) < 3 * chunk  # all logits would be 16, and as many their gradient
 
