@@ -11,7 +11,14 @@ from torch import Tensor
 from .. import composite
 from ..checks import items_tensor
 from ..composite import real_of
-from .bounded import bounded_exponent, check_same_shape, finite, valid_tokens, where_valid
+from .bounded import (
+    bounded_exponent,
+    check_same_shape,
+    finite,
+    finite_gradient,
+    valid_tokens,
+    where_valid,
+)
 
 __all__ = ["SampledKL", "sampled_reverse_kl"]
 
@@ -80,7 +87,7 @@ def sampled_reverse_kl(
     if epsilon is None and epsilon_high is not None:
         raise ValueError("epsilon_high needs epsilon")
     real = real_of(log_probs)
-    student = where_valid(valid, log_probs).to(real)
+    student = where_valid(valid, finite_gradient(log_probs)).to(real)
     teacher = where_valid(valid, teacher_log_probs.detach()).to(real)
     now = student.detach()
     k1 = now - teacher

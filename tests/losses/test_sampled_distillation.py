@@ -119,9 +119,6 @@ def test_finite_log_probabilities_give_finite_results(dtype, numbers):
         assert all(t.isfinite().all() for t in found)
         assert found.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         (grad,) = torch.autograd.grad(found.loss, leaf)
-        assert not grad.isnan().any()
-        if "loss_max_clamp" not in extra and dtype == torch.float16:
-            continue  # log-probabilities of -1e4 and e^1e4 times more: beyond 65504
         assert grad.isfinite().all()
 
 
