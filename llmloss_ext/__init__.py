@@ -8,6 +8,7 @@ from .functional import cross_entropy, token_stats
 from .linear import (
     Plan,
     linear_cross_entropy,
+    linear_distillation_loss,
     linear_kl_div,
     linear_log_probs,
     linear_token_stats,
@@ -26,6 +27,7 @@ __all__ = [
     "functional",
     "linear",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "linear_kl_div",
     "linear_log_probs",
     "linear_token_stats",

@@ -66,14 +66,16 @@ def _stats_backward(
 
 @register_flop_formula(kernels.linear_divergence, get_raw=True)
 def _divergence(
-    student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, valid, direction,
-    beta, temperature, mean, num_items, vocab_size, limit, drop_ignored, has_float32_logits, needs,
-    *, out_val=None,
+    student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, teacher_ids,
+    labels, valid, direction, share, temperature, add_tail, weight_hard_loss, weight_soft_loss,
+    mean, num_items, vocab_size, limit, drop_ignored, has_float32_logits, needs, *, out_val=None,
 ) -> int:  # fmt: skip
     with_hidden, with_weight, _ = needs
     products = 1 + bool(with_hidden) + bool(with_weight)
-    students = _product(student, vocab_size, valid, drop_ignored)
-    return products * students + _product(teacher, vocab_size, valid, drop_ignored)
+    whole = products * _product(student, vocab_size, valid, drop_ignored)
+    if teacher is not None and teacher_weight is not None:
+        whole += _product(teacher, vocab_size, valid, drop_ignored)
+    return whole
 
 
 @register_flop_formula(kernels.linear_rows, get_raw=True)

@@ -24,7 +24,12 @@ from .conflict import (
 )
 from .contrastive import ClipLoss, contrastive_loss
 from .difficulty import difficulty_weights, select_difficult_tokens
-from .distillation import distillation_loss, top_k_distillation_loss
+from .distillation import (
+    DistillationLoss,
+    distillation_loss,
+    hard_soft_distillation_loss,
+    top_k_distillation_loss,
+)
 from .distributions import check_probabilities, cross_entropy_between, entropy, kl_divergence
 from .gumbel import GumbelEmbeddings, gumbel_softmax, linear_gumbel_embeddings
 from .hidden_distillation import cosine_distillation_loss
@@ -58,6 +63,7 @@ __all__ = [
     "ClipLoss",
     "CombinedLoss",
     "DiscriminatorLoss",
+    "DistillationLoss",
     "GeneratorLoss",
     "GradNorm",
     "GradNormLoss",
@@ -100,6 +106,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "gumbel_softmax",
+    "hard_soft_distillation_loss",
     "high_entropy_mask",
     "kl_divergence",
     "kl_estimate",

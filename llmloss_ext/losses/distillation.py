@@ -1,28 +1,48 @@
-"""Distillation from logits; from hidden states it is `llmloss_ext.linear_kl_div`."""
+"""Distillation from logits; from hidden states it is in `llmloss_ext.linear`."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import composite
+from .. import composite, functional
 from ..checks import check_all_dense, items_tensor
-from ..composite import real_of
-from ..divergence import check_teacher, checked_direction, common_classes, divergence, divergence_of
+from ..divergence import (
+    DIVERGENCE_OPTIONS,
+    DistillationLoss,
+    DivergenceOptions,
+    check_weights,
+    coarse_divergence,
+    common_classes,
+    divergence,
+)
+from ..options import documented
 from ..rowwise import by_rows
 
-__all__ = ["distillation_loss", "top_k_distillation_loss"]
+__all__ = [
+    "DistillationLoss",
+    "distillation_loss",
+    "hard_soft_distillation_loss",
+    "top_k_distillation_loss",
+]
 
 
+@partial(
+    documented,
+    names=("direction", "beta", "skew_alpha", "temperature", "vocab_size"),
+    table=DIVERGENCE_OPTIONS,
+)
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None = None,
     *,
+    teacher_log_probs: Tensor | None = None,
     direction: str = "forward",
     beta: float = 0.5,
+    skew_alpha: float = 0.1,
     temperature: float = 1.0,
     target: Tensor | None = None,
     ignore_index: int = -100,
@@ -32,26 +52,21 @@ def distillation_loss(
 ) -> Tensor:
     """The divergence of a student's from a teacher's distribution, times T^2, in nats.
 
-    ``"forward"``: KL(P || Q) = sum P (log P - log Q), P the teacher; ``"reverse"``: KL(Q || P);
-    ``"jsd"``: beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q
-    (Hinton et al. 2015; Agarwal et al. 2024). Beside the gradient, nothing of the size of the
-    logits is kept: float32 copies exist for a chunk of tokens at a time.
+    Beside the gradient, nothing of the size of the logits is kept: float32 copies exist for a chunk
+    of tokens at a time.
 
     Args:
         student_logits: (..., V). Rows of any stride are read in place.
-        teacher_logits: (..., W), without a gradient.
-        direction: ``"forward"``, ``"reverse"`` or ``"jsd"``.
-        beta: Share of the teacher in M. At 0 and 1 the two KLs are taken, as trainers have it:
-            "forward" and "reverse".
-        temperature: T > 0.
+        teacher_logits: (..., W), taken as a constant.
+        teacher_log_probs: (..., W) in their place: log_softmax(teacher_logits / T). They are
+            normalised once more, so that 16 bits and a smaller ``vocab_size`` are right.
+        Options: each is described in `llmloss_ext.options`.
         target: (...): tokens whose label is ``ignore_index`` take no part, whatever their logits
             hold; their gradient is exactly zero.
         ignore_index: See ``target``.
         reduction: ``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.
         num_items: Replaces the number of tokens of the mean, e.g. by that of all micro-batches; of
             0 items the loss is 0.
-        vocab_size: The distributions are over the first ``vocab_size`` classes, by default over all
-            that both have: the heads of one family may be padded differently.
 
     Returns:
         0-d, or (...) for ``"none"``; float32 for 16-bit logits. The mean of no token is nan.
@@ -59,23 +74,33 @@ def distillation_loss(
     Raises:
         ValueError: The shapes do not fit, or an option is out of range.
     """
-    direction = checked_direction(direction, beta, temperature)
-    check_all_dense(
-        {"student_logits": student_logits, "teacher_logits": teacher_logits}, {"target": target}
+    options = DivergenceOptions.of(
+        direction, beta, skew_alpha, temperature, is_log_probs=teacher_logits is None
     )
+    teacher = _teacher(teacher_logits, teacher_log_probs)
+    check_all_dense({"student_logits": student_logits, "teacher": teacher}, {"target": target})
     items = _checked_items(num_items, reduction, student_logits)
-    has_classes = student_logits.dim() and teacher_logits.dim()
-    if not has_classes or student_logits.shape[:-1] != teacher_logits.shape[:-1]:
+    has_classes = student_logits.dim() and teacher.dim()
+    if not has_classes or student_logits.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "student and teacher must have logits (..., V) of the same tokens, got "
-            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+            f"{tuple(student_logits.shape)} and {tuple(teacher.shape)}"
         )
-    check_teacher(teacher_logits)
-    used = common_classes(student_logits.shape[-1], teacher_logits.shape[-1], vocab_size)
+    used = common_classes(student_logits.shape[-1], teacher.shape[-1], vocab_size)
     valid = _valid(target, student_logits, ignore_index)
-    rows = partial(divergence, direction=direction, beta=beta, temperature=temperature)
-    student, teacher = student_logits[..., :used], teacher_logits[..., :used]
-    return _reduced(by_rows(rows, student, (teacher,), valid), valid, reduction, items)
+    rows = by_rows(
+        partial(divergence, options=options), student_logits[..., :used], (teacher[..., :used],),
+        valid,
+    )  # fmt: skip
+    return _reduced(rows, valid, reduction, items)
+
+
+def _teacher(logits: Tensor | None, log_probs: Tensor | None) -> Tensor:
+    if (logits is None) == (log_probs is None):
+        raise ValueError("a teacher is given as teacher_logits or as teacher_log_probs")
+    teacher = log_probs if logits is None else logits
+    assert teacher is not None
+    return teacher
 
 
 def _checked_items(num_items: int | Tensor | None, reduction: str, logits: Tensor) -> Tensor | None:
@@ -106,13 +131,20 @@ def _reduced(
     return composite.mean(rows, rows.numel() if valid is None else valid.sum(), num_items)
 
 
+@partial(
+    documented,
+    names=("add_tail", "direction", "beta", "skew_alpha", "temperature"),
+    table=DIVERGENCE_OPTIONS,
+)
 def top_k_distillation_loss(
     student_logits: Tensor,
     teacher_ids: Tensor,
     teacher_log_probs: Tensor,
     *,
+    add_tail: bool = True,
     direction: str = "forward",
     beta: float = 0.5,
+    skew_alpha: float = 0.1,
     temperature: float = 1.0,
     target: Tensor | None = None,
     ignore_index: int = -100,
@@ -122,18 +154,19 @@ def top_k_distillation_loss(
 ) -> Tensor:
     """A divergence from a teacher whose k largest log-probabilities were stored, times T^2.
 
-    What the teacher's k tokens leave of its probability counts as one more outcome, whose student
-    probability is what the student leaves: `distillation_loss` of the two coarser distributions,
-    a lower bound of the whole one that is exact for k = V.
+    With a tail, what the teacher's k tokens leave of its probability counts as one more outcome,
+    whose student probability is what the student leaves: `distillation_loss` of the two coarser
+    distributions, a lower bound of the whole one that is exact for k = V. Without, the two
+    distributions given that the token is one of the k: no bound, and k tokens alone get a gradient.
+
+    From hidden states: `llmloss_ext.linear_distillation_loss`.
 
     Args:
         student_logits: (..., V). Rows of any stride are read in place.
         teacher_ids: (..., k) int64: different tokens.
-        teacher_log_probs: (..., k), in nats: of the teacher's distribution at ``temperature``, that
-            is of ``log_softmax(teacher_logits / temperature)``.
-        direction: As in `distillation_loss`.
-        beta: As in `distillation_loss`.
-        temperature: T > 0, by which the student's logits are divided.
+        teacher_log_probs: (..., k), in nats, taken as a constant: of the teacher's distribution at
+            ``temperature``, that is of ``log_softmax(teacher_logits / temperature)``.
+        Options: each is described in `llmloss_ext.options`.
         target: (...): tokens whose label is ``ignore_index`` take no part, whatever the other
             arguments hold there; their gradient is exactly zero.
         ignore_index: See ``target``.
@@ -151,7 +184,7 @@ def top_k_distillation_loss(
         ValueError: The shapes do not fit, or an option is out of range.
         RuntimeError: A token outside [0, V).
     """
-    direction = checked_direction(direction, beta, temperature)
+    options = DivergenceOptions.of(direction, beta, skew_alpha, temperature)
     check_all_dense(
         {
             "student_logits": student_logits, "teacher_ids": teacher_ids,
@@ -170,37 +203,114 @@ def top_k_distillation_loss(
             f" got {tuple(student_logits.shape)}, {tuple(teacher_ids.shape)} and "
             f"{tuple(teacher_log_probs.shape)}"
         )
-    check_teacher(teacher_log_probs)
     valid = _valid(target, student_logits, ignore_index)
-    rows = partial(_coarse_divergence, direction=direction, beta=beta, temperature=temperature)
     columns = student_logits.shape[-1]
     used = common_classes(columns, columns, vocab_size)
-    student, others = student_logits[..., :used], (teacher_ids, teacher_log_probs)
-    return _reduced(by_rows(rows, student, others, valid), valid, reduction, items)
+    rows = by_rows(
+        partial(coarse_divergence, options=options, add_tail=add_tail),
+        student_logits[..., :used], (teacher_ids, teacher_log_probs), valid,
+    )  # fmt: skip
+    return _reduced(rows, valid, reduction, items)
 
 
-def _coarse_divergence(
-    student: Tensor, ids: Tensor, log_p: Tensor, direction: str, beta: float, temperature: float
-) -> Tensor:
-    """Of the k tokens and the rest, from logits (..., V), ids (..., k) and log-probs (..., k)."""
-    real = real_of(student)
-    log_q = torch.log_softmax(student.to(real) / temperature, -1)
-    kept, log_p = log_q.gather(-1, ids), log_p.to(real)
-    if ids.shape[-1] < student.shape[-1]:
-        # From the other columns themselves: 1 - sum q would cancel.
-        least = torch.finfo(real).min / 4  # -inf alone would have no gradient
-        others = log_q.scatter(-1, ids, -math.inf).clamp_min(least)
-        rest = torch.logsumexp(others, -1, keepdim=True)
-        kept = torch.cat([kept, torch.where(rest < least / 2, -math.inf, rest)], -1)
-        log_p = torch.cat([log_p, _log_rest(log_p, direction)], -1)
-    return divergence_of(log_p, kept, direction, beta) * temperature**2
+@partial(
+    documented,
+    names=(
+        "weight_hard_loss", "weight_soft_loss", "add_tail", "direction", "beta", "skew_alpha",
+        "temperature", "vocab_size",
+    ),
+    table=DIVERGENCE_OPTIONS,
+)  # fmt: skip
+def hard_soft_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    target: Tensor,
+    *,
+    teacher_log_probs: Tensor | None = None,
+    teacher_ids: Tensor | None = None,
+    weight_hard_loss: float = 0.5,
+    weight_soft_loss: float = 0.5,
+    add_tail: bool = True,
+    direction: str = "forward",
+    beta: float = 0.5,
+    skew_alpha: float = 0.1,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+) -> DistillationLoss:
+    """A cross entropy with labels and a divergence from a teacher, weighted.
+
+    As Liger's `LigerFusedLinearDistillationBase` weights them, but that tokens without a label are
+    left out of both terms, and of what the mean divides by. From hidden states, with three products
+    for the student: `llmloss_ext.linear_distillation_loss`.
+
+    Args:
+        student_logits: (..., V).
+        teacher_logits: (..., W), taken as a constant; None: ``teacher_log_probs``.
+        target: (...) int64 or int32: the labels; tokens of ``ignore_index`` take no part, whatever
+            the other arguments hold there.
+        teacher_log_probs: (..., W) of the whole distribution at T, or with ``teacher_ids`` (..., k)
+            of these tokens.
+        teacher_ids: (..., k), as in `top_k_distillation_loss`.
+        Options: each is described in `llmloss_ext.options`.
+        ignore_index: See ``target``.
+        reduction: ``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.
+        num_items: Replaces the number of tokens of the mean, e.g. by that of all micro-batches; of
+            0 items the loss is 0.
+
+    Returns:
+        A `DistillationLoss`, 0-d, or (...) for ``"none"``; float32 for 16-bit logits.
+
+    Raises:
+        ValueError: The shapes do not fit, or an option is out of range.
+        IndexError: A label outside [0, vocab_size) that is not ``ignore_index``.
+    """
+    check_weights(weight_hard_loss=weight_hard_loss, weight_soft_loss=weight_soft_loss)
+    check_all_dense({"student_logits": student_logits, "target": target}, {})
+    shared: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "num_items": num_items,
+    }
+    of_divergence: dict[str, Any] = {
+        "direction": direction, "beta": beta, "skew_alpha": skew_alpha, "temperature": temperature,
+        "target": target, **shared,
+    }  # fmt: skip
+    if teacher_ids is None:
+        teacher = _teacher(teacher_logits, teacher_log_probs)
+        if student_logits.dim() and teacher.dim():
+            vocab_size = common_classes(student_logits.shape[-1], teacher.shape[-1], vocab_size)
+        soft = partial(
+            distillation_loss, student_logits, teacher_logits, teacher_log_probs=teacher_log_probs
+        )
+    else:
+        if teacher_log_probs is None or teacher_logits is not None:
+            raise ValueError("teacher_ids belong to teacher_log_probs")
+        soft = partial(
+            top_k_distillation_loss, student_logits, teacher_ids, teacher_log_probs,
+            add_tail=add_tail,
+        )  # fmt: skip
+    soft_loss: Tensor | None = None
+    hard_loss: Tensor | None = None
+    if weight_soft_loss:
+        soft_loss = soft(vocab_size=vocab_size, **of_divergence)
+    if weight_hard_loss:
+        hard_loss = functional.cross_entropy(
+            student_logits, target, class_dim=-1, vocab_size=vocab_size, **shared
+        )
+    return weighted_sum(hard_loss, soft_loss, weight_hard_loss, weight_soft_loss)
 
 
-def _log_rest(log_p: Tensor, direction: str) -> Tensor:
-    """Log(1 - sum p), where that is more than the sum's rounding."""
-    eps = torch.finfo(log_p.dtype).eps
-    rest = 1 - log_p.exp().sum(-1, keepdim=True)
-    # "reverse" divides by it: as much as may be lost in rounding, rather than nothing.
-    least = math.log(eps) if direction == "reverse" else -math.inf
-    is_rounding = rest <= eps * log_p.shape[-1]
-    return torch.where(is_rounding, least, torch.log(torch.where(is_rounding, 1.0, rest)))
+def weighted_sum(
+    hard: Tensor | None, soft: Tensor | None, weight_hard: float, weight_soft: float
+) -> DistillationLoss:
+    """Of the terms that there are; the other is 0."""
+    if hard is None or soft is None:
+        only, weight = (soft, weight_soft) if hard is None else (hard, weight_hard)
+        assert only is not None
+        nothing = torch.zeros_like(only.detach())
+        parts = [nothing if t is None else t.detach() for t in (hard, soft)]
+        return DistillationLoss(only * weight, *parts)
+    return DistillationLoss(weight_hard * hard + weight_soft * soft, hard.detach(), soft.detach())

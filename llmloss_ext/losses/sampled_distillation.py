@@ -11,14 +11,7 @@ from torch import Tensor
 from .. import composite
 from ..checks import items_tensor
 from ..composite import real_of
-from .bounded import (
-    bounded_exponent,
-    check_same_shape,
-    finite,
-    finite_gradient,
-    valid_tokens,
-    where_valid,
-)
+from .bounded import Bounds, check_same_shape, finite, finite_gradient, valid_tokens, where_valid
 
 __all__ = ["SampledKL", "sampled_reverse_kl"]
 
@@ -87,16 +80,17 @@ def sampled_reverse_kl(
     if epsilon is None and epsilon_high is not None:
         raise ValueError("epsilon_high needs epsilon")
     real = real_of(log_probs)
-    student = where_valid(valid, finite_gradient(log_probs)).to(real)
+    bounds = Bounds.of(log_probs.dtype, parts=1)
+    student = where_valid(valid, finite_gradient(log_probs).to(real))
     teacher = where_valid(valid, teacher_log_probs.detach()).to(real)
     now = student.detach()
     k1 = now - teacher
-    advantages = finite(-k1)
+    advantages = bounds.finite(-k1)
     if loss_max_clamp is not None:
         advantages = advantages.clamp(-loss_max_clamp, loss_max_clamp)
     old = now if old_log_probs is None else where_valid(valid, old_log_probs.detach()).to(real)
-    ratio = torch.exp(bounded_exponent(student - old))
-    gains = finite(ratio * advantages)
+    ratio = bounds.exp(student - old)
+    gains = bounds.finite(ratio * advantages)
     is_clipped = torch.zeros_like(valid)
     if epsilon is not None:
         high = epsilon if epsilon_high is None else epsilon_high

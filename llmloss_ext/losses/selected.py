@@ -14,14 +14,16 @@ from ..columns import Distribution
 from ..composite import real_of
 from ..linear.row_functions import Rows, linear_rows, row_function
 from ..ops import can_read
-from ..options import LogitOptions, documented
+from ..options import LogitOptions, documented, tempered
 
 __all__ = ["linear_selected_log_probs", "selected_log_probs"]
 
+_OF_LOGITS = ("softcap", "logit_scale", "temperature", "vocab_size")
 _NOBODY = -1
 """Stands for a position that has no token."""
 
 
+@partial(documented, names=_OF_LOGITS)
 def selected_log_probs(
     input: Tensor,
     index: Tensor,
@@ -44,10 +46,7 @@ def selected_log_probs(
             right, but on CUDA its gradients are then added in no fixed order.
         ignore_index: At such places the result is 0, without a gradient; a position of nothing else
             may hold anything.
-        softcap: x = softcap * tanh(logit_scale * logits / softcap).
-        logit_scale: Factor of the logits; a 0-d tensor gets its gradient.
-        temperature: Divides x, after the softcap; > 0.
-        vocab_size: Only the first ``vocab_size`` classes take part.
+        Options: each is described in `llmloss_ext.options`.
 
     Returns:
         (..., K) in nats, float32 (float64 for float64), differentiable as often as asked. A token
@@ -88,8 +87,10 @@ def selected_log_probs(
 
 @partial(
     documented,
-    names=("linear_bias", "vocab_size", "chunk_tokens", "max_chunk_bytes", "drop_ignored"),
-)
+    names=(
+        *_OF_LOGITS, "linear_bias", "chunk_tokens", "max_chunk_bytes", "drop_ignored",
+    ),
+)  # fmt: skip
 def linear_selected_log_probs(
     input: Tensor,
     linear_weight: Tensor,
@@ -116,9 +117,6 @@ def linear_selected_log_probs(
         index: (..., K) int64 or int32: the tokens of each position.
         ignore_index: At such places the result is 0, without a gradient; a position of nothing else
             may hold anything.
-        softcap: x = softcap * tanh(logit_scale * logits / softcap).
-        logit_scale: Factor of the logits; a 0-d tensor gets its gradient.
-        temperature: Divides x, after the softcap; > 0.
         Options: each is described in `llmloss_ext.options`.
 
     Returns:
@@ -180,16 +178,8 @@ def _options(
             "index must have K tokens for each position, shape "
             f"{(*input.shape[:-1], 'K')}, got {tuple(index.shape)}"
         )
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-    options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
-    scale = check_scale(logit_scale, input)
-    # cap tanh(s z / cap) / T is (cap / T) tanh((s / T) z / (cap / T)).
-    if temperature != 1.0:
-        options = options._replace(
-            scale=options.scale / temperature, softcap=options.softcap / temperature
-        )
-        scale = None if scale is None else scale / temperature
+    options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns, temperature)
+    scale = tempered(check_scale(logit_scale, input), temperature)
     return options, None if scale is None else scale.reshape(())
 
 

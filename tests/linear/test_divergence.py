@@ -13,7 +13,7 @@ from torch import Tensor
 from llmloss_ext import linear_kl_div
 
 N, D, E, V = 23, 8, 12, 67
-DIRECTIONS = ["forward", "reverse", "jsd"]
+DIRECTIONS = ["forward", "reverse", "jsd", "tvd", "skew_forward", "skew_reverse"]
 
 
 def make(device, dtype=torch.float32) -> tuple[Tensor, ...]:
@@ -34,6 +34,11 @@ def reference(tensors: Any, direction: str, beta: float, temperature: float, val
         rows = kl(teacher, student)
     elif direction == "reverse":
         rows = kl(student, teacher)
+    elif direction == "tvd":
+        rows = (student.exp() - teacher.exp()).abs().sum(-1) / 2
+    elif direction.startswith("skew_"):
+        p, q = (teacher, student) if direction == "skew_forward" else (student, teacher)
+        rows = kl(p, (0.1 * p.exp() + 0.9 * q.exp()).log())
     else:
         middle = (beta * teacher.exp() + (1 - beta) * student.exp()).log()
         rows = beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
@@ -114,8 +119,10 @@ def test_the_operator_is_what_it_says(device):
     valid = torch.arange(N, device=device) % 4 != 0
     bias = torch.randn(V, device=device)
     for needs in ([True, True, True], [False, True, False]):
-        arguments = (tensors[0], tensors[1], bias, tensors[2], tensors[3], None, valid, "jsd", 0.3,
-                     2.0, True, None, V, [7, 0, 0], False, False, needs)  # fmt: skip
+        labels = torch.where(valid, torch.arange(N, device=device), -1)
+        arguments = (tensors[0], tensors[1], bias, tensors[2], tensors[3], None, None, labels,
+                     valid, "jsd", 0.3, 2.0, True, 0.5, 0.5, True, None, V, [7, 0, 0], False,
+                     False, needs)  # fmt: skip
         torch.library.opcheck(
             linear_divergence, arguments, test_utils=("test_schema", "test_faketensor")
         )
@@ -210,10 +217,13 @@ def test_bad_input(changes, words):
         linear_kl_div(**arguments)
 
 
-def test_the_teacher_gets_no_gradient():
+def test_a_teacher_that_requires_a_gradient_gets_none():
+    """It may be the student of another loss."""
     tensors = [t.requires_grad_() for t in make("cpu")]
-    with pytest.raises(RuntimeError, match="pass it detached"):
-        linear_kl_div(*tensors)
+    bias = torch.zeros(V, requires_grad=True)
+    linear_kl_div(*tensors, teacher_bias=bias).backward()
+    assert all(t.grad is not None for t in tensors[:2])
+    assert all(t.grad is None for t in (*tensors[2:], bias))
 
 
 def test_without_gradients_there_are_two_products_and_a_teacher_may_be_trainable(monkeypatch):

@@ -15,7 +15,7 @@ from .problem import B, S, V
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-def test_distillation(device, direction):
+def test_against_torchs_kl_div(device, direction):
     student = torch.randn(B, S, V, device=device, requires_grad=True)
     teacher = torch.randn(B, S, V, device=device)
     target = torch.zeros(B, S, dtype=torch.long, device=device)
@@ -43,10 +43,10 @@ def test_distillation(device, direction):
         losses.distillation_loss(student, teacher[0])
 
 
-DIRECTIONS = ["forward", "reverse", "jsd"]
+DIRECTIONS = ["forward", "reverse", "jsd", "tvd", "skew_forward", "skew_reverse"]
 
 
-def by_definition(p, q, direction, beta=0.5):
+def by_definition(p, q, direction, beta=0.5, alpha=0.1):
     """The divergence of probabilities (..., V) in float64, with 0 log 0 = 0."""
 
     def kl(a, b):
@@ -54,7 +54,14 @@ def by_definition(p, q, direction, beta=0.5):
 
     m = beta * p + (1 - beta) * q
     jsd = beta * kl(p, m) + (1 - beta) * kl(q, m)
-    return {"forward": kl(p, q), "reverse": kl(q, p), "jsd": jsd}[direction]
+    return {
+        "forward": kl(p, q),
+        "reverse": kl(q, p),
+        "jsd": jsd,
+        "tvd": (p - q).abs().sum(-1) / 2,
+        "skew_forward": kl(p, alpha * p + (1 - alpha) * q),
+        "skew_reverse": kl(q, alpha * q + (1 - alpha) * p),
+    }[direction]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -250,13 +257,171 @@ def test_vocabularies_of_different_padding(device, student_is_wider):
         linear_kl_div(hidden, weight, teacher_hidden, teacher_weight, vocab_size=narrow + 1)
 
 
-def test_a_teacher_that_expects_a_gradient_is_refused():
+def test_a_teacher_that_requires_a_gradient_gets_none():
+    student, teacher = (torch.randn(4, V, requires_grad=True) for _ in range(2))
+    ids = torch.zeros(4, 1, dtype=torch.long)
+    losses.distillation_loss(student, teacher).backward()
+    losses.distillation_loss(student, teacher_log_probs=teacher).backward()
+    losses.top_k_distillation_loss(student, ids, teacher[:, :1]).backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_against_the_definition(device, direction, temperature):
+    student, teacher = (torch.randn(B, S, V, device=device).double() * 2 for _ in range(2))
+    leaf = student.requires_grad_()
+    options = {"direction": direction, "temperature": temperature, "beta": 0.3, "skew_alpha": 0.2}
+    q, p = (torch.softmax(x / temperature, -1) for x in (leaf, teacher))
+    wanted = by_definition(p, q, direction, 0.3, 0.2).mean() * temperature**2
+    (want,) = torch.autograd.grad(wanted, leaf)
+    for given in (
+        {"teacher_logits": teacher},
+        {"teacher_log_probs": torch.log_softmax(teacher / temperature, -1)},
+    ):
+        loss = losses.distillation_loss(leaf, **given, **options)
+        assert_close(loss, wanted, 1e-12)
+        assert_close(torch.autograd.grad(loss, leaf)[0], want, 1e-12)
+    assert torch.autograd.gradcheck(lambda x: losses.distillation_loss(x, teacher, **options), leaf)
+
+
+@pytest.mark.parametrize("name", ["skew_forward", "skew_reverse"])
+def test_a_skew_of_0_is_the_kl(name):
     student, teacher = torch.randn(2, 4, V)
-    teacher.requires_grad_()
-    ids = torch.zeros(4, 2, dtype=torch.long)
-    with pytest.raises(RuntimeError, match="the teacher gets no gradient"):
-        losses.distillation_loss(student, teacher)
-    with pytest.raises(RuntimeError, match="the teacher gets no gradient"):
-        losses.top_k_distillation_loss(student, ids, teacher[:, :2])
-    with torch.no_grad():
-        losses.distillation_loss(student, teacher)
+    expected = losses.distillation_loss(student, teacher, direction=name.removeprefix("skew_"))
+    found = losses.distillation_loss(student, teacher, direction=name, skew_alpha=0.0)
+    assert torch.equal(found, expected)
+    for wrong in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match="skew_alpha"):
+            losses.distillation_loss(student, teacher, direction=name, skew_alpha=wrong)
+
+
+@pytest.mark.parametrize("direction", ["tvd", "skew_forward", "skew_reverse", "jsd"])
+def test_divergences_that_are_finite_where_the_supports_differ(device, direction):
+    """What one rules out the other may have: the KLs would be infinite."""
+    student, teacher = torch.randn(2, 4, V, device=device)
+    student[:, 0], teacher[:, 1] = -math.inf, -math.inf
+    student[0, 2:] = -math.inf  # the supports have nothing in common but for column 1
+    leaf = student.requires_grad_()
+    loss = losses.distillation_loss(leaf, teacher, direction=direction)
+    q, p = (torch.softmax(x.double(), -1) for x in (leaf.detach(), teacher))
+    assert_close(loss, by_definition(p, q, direction).mean(), 1e-5)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_probabilities_of_16_bits_and_of_other_padding(device, direction, dtype):
+    student = torch.randn(5, V, device=device).to(dtype).requires_grad_()
+    stored = torch.log_softmax(torch.randn(5, V + 3, device=device), -1).to(dtype)
+    loss = losses.distillation_loss(student, teacher_log_probs=stored, direction=direction)
+    exact = student.detach().double().requires_grad_()
+    p = torch.softmax(stored.double()[:, :V], -1)
+    wanted = by_definition(p, torch.softmax(exact, -1), direction).mean()
+    assert_close(loss, wanted, 1e-5)
+    (grad,), (want,) = torch.autograd.grad(loss, student), torch.autograd.grad(wanted, exact)
+    assert (grad.double() - want).norm() < 5e-3 * want.norm()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_stored_top_k_renormalised(device, direction, temperature):
+    """Both given that the token is one of the k: TRL's loss without a tail."""
+    student = torch.randn(B, S, V, device=device).double().requires_grad_()
+    log_p = torch.log_softmax(torch.randn(B, S, V, device=device).double() * 3 / temperature, -1)
+    values, ids = log_p.topk(5, -1)
+    loss = losses.top_k_distillation_loss(
+        student, ids, values, direction=direction, temperature=temperature, add_tail=False
+    )
+    p = values.exp() / values.exp().sum(-1, keepdim=True)
+    q = torch.softmax(student / temperature, -1).gather(-1, ids)
+    q = q / q.sum(-1, keepdim=True)
+    wanted = by_definition(p, q, direction).mean() * temperature**2
+    assert_close(loss, wanted, 1e-12)
+    grads = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss, wanted)]
+    assert_close(*grads, 1e-12)
+    others = torch.ones_like(student, dtype=torch.bool).scatter(-1, ids, False)
+    assert (grads[0][others] == 0).all()
+
+
+def test_a_teacher_is_given_once():
+    student, teacher = torch.randn(2, 4, V)
+    for given in ({}, {"teacher_logits": teacher, "teacher_log_probs": teacher}):
+        with pytest.raises(ValueError, match="teacher_logits or as teacher_log_probs"):
+            losses.distillation_loss(student, **given)
+
+
+TEACHERS = ["logits", "log_probs", "top k", "top k alone"]
+
+
+def teacher_of(kind, logits, temperature):
+    if kind == "logits":
+        return {"teacher_logits": logits}
+    log_p = torch.log_softmax(logits / temperature, -1)
+    if kind == "log_probs":
+        return {"teacher_logits": None, "teacher_log_probs": log_p}
+    values, ids = log_p.topk(4, -1)
+    return {
+        "teacher_logits": None, "teacher_log_probs": values, "teacher_ids": ids,
+        "add_tail": kind == "top k",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (0.0, 2.0), (1.5, 0.0)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_hard_and_soft(device, kind, weights, reduction):
+    hard_weight, soft_weight = weights
+    student = torch.randn(B, S, V, device=device).double().requires_grad_()
+    teacher = torch.randn(B, S, V, device=device).double()
+    target = torch.randint(0, V, (B, S), device=device)
+    target[0, 1] = target[2] = -100
+    keep = target != -100
+    found = losses.hard_soft_distillation_loss(
+        student, **teacher_of(kind, teacher, 2.0), target=target, weight_hard_loss=hard_weight,
+        weight_soft_loss=soft_weight, temperature=2.0, direction="reverse", reduction=reduction,
+    )  # fmt: skip
+    hard = -torch.log_softmax(student, -1)[keep, target[keep]]
+    q, p = (torch.softmax(x / 2, -1) for x in (student, teacher))
+    if "top" in kind:
+        ids = teacher.topk(4, -1).indices
+        q, p = (x.gather(-1, ids) for x in (q, p))
+        if kind == "top k":
+            q, p = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (q, p))
+        q, p = (x / x.sum(-1, keepdim=True) for x in (q, p))
+    soft = 4 * by_definition(p, q, "reverse")[keep]
+    parts = [x if weight else 0 * x for x, weight in zip((hard, soft), weights, strict=True)]
+    rows = hard_weight * parts[0] + soft_weight * parts[1]
+    if reduction != "none":
+        rows, *parts = (getattr(x, reduction)() for x in (rows, *parts))
+        values = found
+    else:
+        assert all((x[~keep] == 0).all() for x in found)
+        values = [x[keep] for x in found]
+    for one, other in zip(values, (rows, *parts), strict=True):
+        assert_close(one, other, 1e-11)
+    grads = [torch.autograd.grad(x.sum(), student)[0] for x in (found.loss, rows)]
+    assert_close(*grads, 1e-11)
+    assert not found.hard_loss.requires_grad
+    assert not found.soft_loss.requires_grad
+
+
+def test_what_hard_and_soft_refuse():
+    student, teacher = torch.randn(2, 4, V)
+    target = torch.zeros(4, dtype=torch.long)
+
+    def call(**changes):
+        given = {"teacher_logits": teacher, "target": target} | changes
+        return losses.hard_soft_distillation_loss(student, **given)
+
+    for wrong in (
+        {"weight_hard_loss": -1.0}, {"weight_soft_loss": math.inf}, {"teacher_log_probs": teacher},
+        {"weight_hard_loss": 0.0, "weight_soft_loss": 0.0}, {"teacher_ids": target},
+        {"target": target[1:]}, {"teacher_logits": None}, {"reduction": "x"},
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            call(**wrong)
+    with pytest.raises(IndexError):
+        call(target=target + V)
