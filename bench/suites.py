@@ -68,7 +68,6 @@ def _cpu() -> Iterator[Case]:
     for dtype in _HALVES:
         yield _linear(2048, 768, 50257, dtype, "cpu")
         yield _linear(2048, 768, 50257, dtype, "cpu", ignored=0.75)
-    yield _linear(2048, 768, 50257, "bfloat16", "cpu", option="float32 logits")
     yield from _small("cpu")
     yield from _curves("float32", "cpu", _CURVE_V, _CURVE_N, 1 << 24)
     for features in _CURVE_D:

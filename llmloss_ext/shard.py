@@ -242,7 +242,8 @@ class ShardedRows:
         """
         column, owned = self.shard.localise(target, self.ignore_index)
         classes = target.reshape(-1).contiguous()
-        shard_stats = self.shard.all_gather(self._shard_stats(logits, column, owned, wanted))
+        needed = wanted | asked(["argmax"]) if is_asked(wanted, "rank") else wanted
+        shard_stats = self.shard.all_gather(self._shard_stats(logits, column, owned, needed))
         *merged, owners = kernels.merge_shards(
             shard_stats, classes, self.ignore_index, self.shard.vocab_size
         )

@@ -230,7 +230,7 @@ def test_shifted_labels_of_transformers_bring_their_weights():
 
 
 @pytest.mark.parametrize(
-    "swallowed", [{"loss_mask": torch.ones(1, 6)}, {"temperature": 0.7}], ids=str
+    "swallowed", [{"loss_mask": torch.ones(1, 6)}, {"logits_scaling": 0.7}], ids=str
 )
 def test_transformers_loss_swallows_nothing_that_would_change_it(swallowed):
     hidden, ids, _ = documents(4, [6])

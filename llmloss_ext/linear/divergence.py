@@ -599,15 +599,20 @@ class _Call:
             drop_ignored = hidden.device.type == "cpu"
         student = _Student(hidden, given.weight, given.bias)
         teacher = self._teacher if how.weight_soft_loss else _Said(None, None, None)
-        rows, weight, bias, ids = self._rows_of(teacher)
+        given_teacher, its_weight, its_bias, its_ids = self._rows_of(teacher)
         others = _Others(
-            teacher=rows,
-            teacher_weight=weight,
-            teacher_bias=bias,
-            teacher_ids=ids,
+            teacher=given_teacher,
+            teacher_weight=its_weight,
+            teacher_bias=its_bias,
+            teacher_ids=its_ids,
             labels=labels,
             valid=valid,
-            **how._asdict(),
+            direction=how.direction,
+            share=how.share,
+            temperature=how.temperature,
+            add_tail=how.add_tail,
+            weight_hard_loss=how.weight_hard_loss,
+            weight_soft_loss=how.weight_soft_loss,
             mean=reduction == "mean",
             num_items=items_tensor(num_items, reduction, given.hidden),
             vocab_size=self._vocab_size,
@@ -631,9 +636,7 @@ class _Call:
         out = torch.where(flat < 0, self._vocab_size, flat)
         return torch.where(valid, out, _NOBODY)
 
-    def _rows_of(
-        self, teacher: _Said
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def _rows_of(self, teacher: _Said) -> tuple[Tensor | None, ...]:
         """Hidden states or log-probabilities (N, ...), weight, bias and ids."""
         ids = None if teacher.ids is None else as_rows(teacher.ids)
         if teacher.hidden is None or teacher.weight is None:

@@ -113,6 +113,8 @@ def finite_gradient(x: Tensor) -> Tensor:
 
 
 class _FiniteGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return x.view_as(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import OPTIONS, Case
+from bench.cases import FROM_HIDDEN, OPTIONS, Case
 from bench.suites import SUITES, suite
 
 
@@ -13,7 +13,9 @@ def test_a_suite_has_each_case_once(name):
     cases = suite(name, has_gpu=name == "gpu")
     assert len(set(cases)) == len(cases) > 10
     assert {case.device for case in cases} == {"cuda" if name == "gpu" else "cpu"}
-    assert {case.option for case in cases} == set(OPTIONS)
+    # The committed results of the CPU, which a test holds to its suite, are older than these.
+    unmeasured = set(FROM_HIDDEN) if name in ("cpu", "full") else set()
+    assert {case.option for case in cases} == set(OPTIONS) - unmeasured
     for case in cases:
         assert Case(**case.to_json()) == case
 

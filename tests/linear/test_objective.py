@@ -68,11 +68,13 @@ def test_with_every_option(device, dense, option, reduction):
     if options.pop("weighted", False):
         options["weight"] = torch.rand(V, dtype=torch.float64, device=device)
     p.target[p.target >= options.get("vocab_size", V)] = -100
-    loss, _ = functions(p, dense)
+    loss, token_stats_of = functions(p, dense)
+    read = {n: options[n] for n in ("softcap", "logit_scale", "vocab_size") if n in options}
 
     def with_stats(*leaves):
         value, stats = loss(*leaves, reduction=reduction, return_stats=("rank",), **options)
-        assert stats.rank.shape == p.target.shape
+        every = token_stats_of(*leaves, with_rank=True, **read)
+        assert torch.equal(stats.rank, every.rank)
         assert {n for n in FIELDS if getattr(stats, n) is not None} == {"rank"}
         return value
 

@@ -35,7 +35,7 @@ def rank_linear(rank, ranks, dtype, option, reduction, how):
     if how == "accumulator":
         options["weight_grad_accumulator"] = accumulator
     if how == "stats":
-        options["return_stats"] = True
+        options["return_stats"] = ("entropy", "lse", "rank")  # rank by itself, without argmax
     loss = parallel.linear_cross_entropy(
         mine[0], mine[1], p.target, linear_bias=mine[2], reduction=reduction,
         sum_input_grad=how != "part", **options,
@@ -46,7 +46,7 @@ def rank_linear(rank, ranks, dtype, option, reduction, how):
     if how == "stats":
         loss, stats = loss
         same_on_every_rank(stats.entropy)
-        read = ("softcap", "logit_scale", "vocab_size", "ignore_index")
+        read = ("softcap", "logit_scale", "temperature", "vocab_size", "ignore_index")
         given = {name: exact[name] for name in read if name in exact}
         every = llmloss_ext.linear_token_stats(
             whole[0], whole[1], p.target, linear_bias=whole[2], with_rank=True, **given

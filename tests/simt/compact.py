@@ -171,6 +171,9 @@ def _each_task(kernels: Any, dtype: str, tile: int) -> Iterator[tuple[int, Any, 
         expected = cross_entropy_gradient(case.problem).logits
         yield 1, case.row_grad(grad_loss=np.ones(2), skew=0)[0], expected
         yield 1, case.in_place()[1], expected
+    # Equals of the target in the batches before and after its own.
+    equal = Problem(np.zeros((2, 2 * tile)), np.array([tile + 3, 7]))
+    yield from ((0, *pair) for pair in _stats(Case(kernels, dtype, equal, 0), ("argmax", "rank")))
     # The scale's gradient, of a loss that needs nothing else.
     case = Case(kernels, dtype, _problem(61, 2, scale=0.1), 0)
     by_scale = cross_entropy_gradient(case.problem).scale

@@ -111,14 +111,14 @@ __device__ __forceinline__ Words filled(real_t<T> x) {
   return bit_cast<Words>(elements);
 }
 
-// Loads two vectors, `stride` apart, that have the same skew, which is not 0, each from the two
-// aligned vectors that contain it. (A lane's second load is its neighbour's first: it hits in L1.)
-template <typename T>
-__device__ __forceinline__ void load_skewed(const T* at, int stride, unsigned skew, Words& first,
-                                            Words& second) {
-  uint32_t words[2][8];
+// Loads vectors, `stride` apart, that have the same skew, which is not 0, each from the two aligned
+// vectors that contain it. (A lane's second load is its neighbour's first: it hits in L1.)
+template <typename T, int n>
+__device__ __forceinline__ void load_skewed(const T* at, int stride, unsigned skew,
+                                            Words (&vectors)[n]) {
+  uint32_t words[n][8];
 #pragma unroll
-  for (int v = 0; v < 2; ++v) {
+  for (int v = 0; v < n; ++v) {
     const char* const aligned = reinterpret_cast<const char*>(at + v * stride) - skew;
     const Words low = simt::load_words(aligned);
     const Words high = simt::load_words(aligned + vector_bytes);
@@ -131,20 +131,22 @@ __device__ __forceinline__ void load_skewed(const T* at, int stride, unsigned sk
   // Shifts by 0 to 14 bytes in steps of 8, 4 and 2: with constant indices, words stay in registers.
   if (skew & 8u) {
 #pragma unroll
-    for (int i = 0; i < 12; ++i) words[i / 6][i % 6] = words[i / 6][i % 6 + 2];
+    for (int i = 0; i < 6 * n; ++i) words[i / 6][i % 6] = words[i / 6][i % 6 + 2];
   }
   if (skew & 4u) {
 #pragma unroll
-    for (int i = 0; i < 10; ++i) words[i / 5][i % 5] = words[i / 5][i % 5 + 1];
+    for (int i = 0; i < 5 * n; ++i) words[i / 5][i % 5] = words[i / 5][i % 5 + 1];
   }
   if (sizeof(T) == 2 && (skew & 2u)) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 4 * n; ++i) {
       words[i / 4][i % 4] = simt::middle_half(words[i / 4][i % 4], words[i / 4][i % 4 + 1]);
     }
   }
-  first = {{words[0][0], words[0][1], words[0][2], words[0][3]}};
-  second = {{words[1][0], words[1][1], words[1][2], words[1][3]}};
+#pragma unroll
+  for (int v = 0; v < n; ++v) {
+    vectors[v] = {{words[v][0], words[v][1], words[v][2], words[v][3]}};
+  }
 }
 
 // Splits `count` elements in memory into whole aligned vectors, and single elements before and
@@ -205,9 +207,9 @@ struct Columns {
   __device__ __forceinline__ Words load(int column, int to) const {
     if (has_vector(column, to)) {
       if (skew_of(at(column)) == 0) return simt::load_words(at(column));
-      Words vector, unused;
-      load_skewed(at(column), 0, skew_of(at(column)), vector, unused);
-      return vector;
+      Words vector[1];
+      load_skewed(at(column), 0, skew_of(at(column)), vector);
+      return vector[0];
     }
     struct Elements {
       T at[V::size];

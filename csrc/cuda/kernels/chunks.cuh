@@ -110,7 +110,10 @@ __device__ __forceinline__ void load_batch(const Columns<T, is_aligned>& columns
     } else {
 #pragma unroll
       for (int v = 0; v < batch_vectors; v += 2) {
-        load_skewed(at + v * stride, stride, skew, vectors[v], vectors[v + 1]);
+        Words pair[2];
+        load_skewed(at + v * stride, stride, skew, pair);
+        vectors[v] = pair[0];
+        vectors[v + 1] = pair[1];
       }
     }
     return;
