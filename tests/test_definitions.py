@@ -68,6 +68,14 @@ OF_LOSSES = [
     losses.linear_gumbel_embeddings,
     losses.multi_token_prediction_loss,
     losses.unlikelihood_loss,
+    llmloss_ext.linear_distillation_loss,
+    losses.cosine_distillation_loss,
+    losses.distillation_loss,
+    losses.hard_soft_distillation_loss,
+    losses.linear_selected_log_probs,
+    losses.sampled_reverse_kl,
+    losses.selected_log_probs,
+    losses.top_k_distillation_loss,
 ]
 
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llmloss_ext import (
     cross_entropy,
     linear_cross_entropy,
+    linear_distillation_loss,
     linear_kl_div,
     linear_log_probs,
     linear_token_stats,
@@ -158,10 +159,23 @@ def of_others(b):
         yield losses.distillation_loss(b.logits, teacher, vocab_size=V - 2, **how)
         top = b.ids.unsqueeze(-1).expand(B, S, 2)
         yield losses.top_k_distillation_loss(b.logits, top, teacher[..., :2], **how)
+        for kind in ("hidden", "top k", "all"):
+            given = {"teacher_log_probs": teacher}
+            if kind == "hidden":
+                given = {"teacher_hidden": b.hidden, "teacher_weight": b.weight}
+            elif kind == "top k":
+                given = {"teacher_log_probs": teacher[..., :2], "teacher_ids": top}
+            yield linear_distillation_loss(b.hidden, b.weight, **given, **how).loss
+        yield losses.hard_soft_distillation_loss(b.logits, teacher, **how).loss
         yield linear_kl_div(
             b.hidden, b.weight, b.hidden.detach(), b.weight.detach(), vocab_size=V - 1, **how
         )
+    two = b.ids.unsqueeze(-1).expand(B, S, 2)
+    yield losses.selected_log_probs(b.logits, two, softcap=3.0)
+    yield losses.linear_selected_log_probs(b.hidden, b.weight, two, linear_bias=b.bias)
     for items in (None, 3, b.number):
+        yield losses.cosine_distillation_loss(b.hidden, b.hidden, target=b.ids, num_items=items)
+        yield losses.sampled_reverse_kl(b.hidden[..., 0], b.mask, b.mask, num_items=items).loss
         policy, old = b.hidden[..., 0], b.hidden[..., 1].detach()
         yield losses.ppo_clip_loss(policy, old, b.mask, b.mask, num_items=items)
         for loss_type, level in POLICY_KINDS:
@@ -274,6 +288,22 @@ SYMBOLIC = {
     "rows": lambda x, y, w, b: linear_cross_entropy(x, w, y, reduction="none").sum(),
     "items": lambda x, y, w, b: linear_cross_entropy(x, w, y, num_items=b.sum()),
     "statistics": lambda x, y, w, b: token_stats(x @ w.t(), y).entropy.sum(),
+    "selected": lambda x, y, w, b: losses.selected_log_probs(
+        x @ w.t(), torch.stack([y, y + 1], -1), temperature=0.7
+    ).sum(),
+    "linear selected": lambda x, y, w, b: losses.linear_selected_log_probs(
+        x, w, torch.stack([y, y + 1], -1), softcap=3.0
+    ).sum(),
+    "hard and soft": lambda x, y, w, b: linear_distillation_loss(
+        x, w, x.detach(), w.detach(), y, num_items=y.shape[0]
+    ).loss,
+    "hard and soft of logits": lambda x, y, w, b: losses.hard_soft_distillation_loss(
+        x @ w.t(), (x @ w.t()).detach(), y, direction="skew_reverse"
+    ).loss,
+    "cosine": lambda x, y, w, b: losses.cosine_distillation_loss(x, x.detach().flip(-1), target=y),
+    "on policy": lambda x, y, w, b: losses.sampled_reverse_kl(
+        x[:, 0], x[:, 1], b > 0.2, old_log_probs=x[:, 2], num_items=y.shape[0]
+    ).loss,
     "kl": lambda x, y, w, b: linear_kl_div(x, w, x.detach(), w.detach(), num_items=y.shape[0]),
     "distillation": lambda x, y, w, b: losses.distillation_loss(
         x @ w.t(), (x @ w.t()).detach(), target=y

@@ -17,6 +17,7 @@ from properties import SETTINGS, hypothesis, st
 from llmloss_ext import (
     cross_entropy,
     linear_cross_entropy,
+    linear_distillation_loss,
     linear_kl_div,
     linear_log_probs,
     linear_token_stats,
@@ -411,7 +412,7 @@ def test_policy_and_preference_losses(seed, value):
         check(one, other, batch.absent, [1])
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd", "tvd", "skew_reverse"])
 @pytest.mark.parametrize("second", [False, True])
 def test_distillation(device, direction, second):
     batch = Batch(7, device)
@@ -516,6 +517,18 @@ ZERO_ITEMS: dict[str, Loss] = {
     "distillation": lambda b, n: losses.distillation_loss(
         b.logits, b.logits.detach(), target=b.ignored, num_items=n
     ),
+    "hard and soft": lambda b, n: losses.hard_soft_distillation_loss(
+        b.logits, b.logits.detach().flip(-1), b.ignored, num_items=n
+    ).loss,
+    "hard and soft in one walk": lambda b, n: linear_distillation_loss(
+        b.hidden, b.weight, b.hidden.flip(-1), b.weight, b.ignored, num_items=n
+    ).loss,
+    "cosine": lambda b, n: losses.cosine_distillation_loss(
+        b.hidden, b.hidden.flip(-1), target=b.ignored, num_items=n
+    ),
+    "on policy": lambda b, n: losses.sampled_reverse_kl(
+        b.logits[..., 0], b.logits[..., 1], ~b.absent, num_items=n
+    ).loss,
     "mlm": lambda b, n: losses.mlm_loss(b.logits, b.ignored, num_items=n),
     "confidence": lambda b, n: losses.confidence_penalty_loss(b.logits, b.ignored, num_items=n),
     "language model": lambda b, n: losses.LanguageModelLoss(V)(

@@ -77,8 +77,14 @@ def distillation_loss(
     options = DivergenceOptions.of(
         direction, beta, skew_alpha, temperature, is_log_probs=teacher_logits is None
     )
+    check_all_dense(
+        {"student_logits": student_logits},
+        {
+            "teacher_logits": teacher_logits, "teacher_log_probs": teacher_log_probs,
+            "target": target,
+        },
+    )  # fmt: skip
     teacher = _teacher(teacher_logits, teacher_log_probs)
-    check_all_dense({"student_logits": student_logits, "teacher": teacher}, {"target": target})
     items = _checked_items(num_items, reduction, student_logits)
     has_classes = student_logits.dim() and teacher.dim()
     if not has_classes or student_logits.shape[:-1] != teacher.shape[:-1]:

@@ -11,7 +11,14 @@ import torch
 from helpers import assert_close
 from properties import SETTINGS, hypothesis, st
 
-from llmloss_ext import cross_entropy, linear_cross_entropy, linear_kl_div, losses, nn
+from llmloss_ext import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_distillation_loss,
+    linear_kl_div,
+    losses,
+    nn,
+)
 
 B, S, D, V = 6, 5, 4, 11
 
@@ -102,6 +109,36 @@ LOSSES: dict[str, tuple[Callable[..., Any], str, Callable[[Batch], float]]] = {
             x, b.top_ids, b.top, target=b.labels, num_items=n
         ),
         "logits", tokens,
+    ),
+    "total variation": (
+        lambda b, x, n: losses.distillation_loss(
+            x, teacher_log_probs=b.teacher, direction="tvd", target=b.labels, num_items=n
+        ),
+        "logits", tokens,
+    ),
+    "hard and soft": (
+        lambda b, x, n: losses.hard_soft_distillation_loss(
+            x, b.teacher, b.labels, num_items=n
+        ).loss,
+        "logits", tokens,
+    ),
+    "hard and soft in one walk": (
+        lambda b, x, n: linear_distillation_loss(
+            x, b.head, target=b.labels, teacher_ids=b.top_ids, teacher_log_probs=b.top, num_items=n
+        ).loss,
+        "hidden", tokens,
+    ),
+    "cosine": (
+        lambda b, x, n: losses.cosine_distillation_loss(
+            x, b.hidden.flip(-1), target=b.labels, num_items=n
+        ),
+        "hidden", tokens,
+    ),
+    "on policy": (
+        lambda b, x, n: losses.sampled_reverse_kl(
+            x, b.old, b.mask, old_log_probs=b.old - 0.1, epsilon=0.2, num_items=n
+        ).loss,
+        "policy", tokens,
     ),
     "causal": (
         lambda b, x, n: losses.causal_lm_loss(x, b.ids, attention_mask=b.mask, num_items=n),

@@ -65,7 +65,10 @@ SUITES = (
     ),
     Suite(
         "llmloss_ext/divergence.py",
-        ("tests/losses/test_distillation.py", "tests/linear/test_divergence.py"),
+        (
+            "tests/losses/test_distillation.py", "tests/linear/test_divergence.py",
+            "tests/linear/test_distillation.py",
+        ),
         deselected=_SLOW,
     ),
     Suite(
