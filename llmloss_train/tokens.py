@@ -84,9 +84,7 @@ def encode(text: str) -> list[int]:
         UserError: The installed mistral-common contains no Tekken vocabulary.
     """
     encode_piece = _kept_tokenizer().encode
-    return [
-        token for piece in _pieces(text) for token in encode_piece(piece, bos=False, eos=False)
-    ]
+    return [token for piece in _pieces(text) for token in encode_piece(piece, bos=False, eos=False)]
 
 
 def _vocabulary_file() -> Path:

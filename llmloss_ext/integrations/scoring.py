@@ -79,14 +79,15 @@ def linear_scores(
         hidden, weight, target, linear_bias=bias, logit_scale=logit_scale, softcap=softcap,
         logits_dtype=torch.float32 if sixteen else None, with_rank=True,
     )  # fmt: skip
-    assert stats.argmax is not None and stats.rank is not None  # with_rank
+    assert stats.argmax is not None
+    assert stats.rank is not None  # with_rank
     best = torch.empty_like(stats.lse)
-    rows = zip(hidden.split(_ROWS), stats.argmax.split(_ROWS), best.split(_ROWS), strict=True)
-    for states, classes, logits in rows:  # one row of the weight a token, instead of all
-        of_classes = weight[classes.clamp_min(0)].to(best.dtype)
-        logits.copy_((states.to(best.dtype) * of_classes).sum(-1))
+    for begin in range(0, len(best), _ROWS):  # one row of the weight a token, instead of all
+        rows = slice(begin, begin + _ROWS)
+        classes = stats.argmax[rows].clamp_min(0)
+        best[rows] = (hidden[rows].to(best.dtype) * weight[classes].to(best.dtype)).sum(-1)
         if bias is not None:
-            logits += bias[classes.clamp_min(0)]
+            best[rows] += bias[classes]
     best *= logit_scale
     if softcap:
         best = softcap * torch.tanh(best / softcap)
@@ -124,7 +125,8 @@ class TokenScorer:
             )
         self.vocab_size = logits.shape[-1]
         expected = _dense_scores(logits, probe).log_prob
-        for self._layer, self._around in self._candidates(outputs, logits):
+        for layer, around in self._candidates(outputs, logits):
+            self._layer, self._around = layer, around
             found = self(probe, probe).log_prob
             if ((found - expected).abs() <= _TOLERANCE * logits.abs().max()).all():
                 break
@@ -186,7 +188,8 @@ class TokenScorer:
 
 def _dense_scores(logits: Tensor, target: Tensor) -> TokenScores:
     stats = token_stats(logits, target, with_rank=True)
-    assert stats.argmax is not None and stats.rank is not None  # with_rank
+    assert stats.argmax is not None
+    assert stats.rank is not None  # with_rank
     best = logits.gather(-1, stats.argmax.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     confidence = _confidence(stats, best.to(stats.lse.dtype))
     valid = target != _IGNORED
@@ -194,7 +197,7 @@ def _dense_scores(logits: Tensor, target: Tensor) -> TokenScores:
 
 
 def _confidence(stats: Any, best: Tensor) -> Tensor:
-    """p of the likeliest token: of the target where it is that, to the same bits."""
+    """P of the likeliest token: of the target where it is that, to the same bits."""
     log_p = torch.where(stats.rank == 0, stats.log_prob, best - stats.lse)
     return log_p.clamp_max(0.0).exp()
 
