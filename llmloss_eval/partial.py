@@ -74,9 +74,10 @@ class Partial:
 def key_of(
     model: LanguageModel, pieces: Iterable[Piece], config: EvalConfig, labels: Iterable[Any]
 ) -> str:
-    """A hash of all that decides the result: weights, tokens, settings, labels."""
+    """A hash of all that decides the result: model, weights, tokens, settings, labels."""
     digest = hashlib.sha256(digest_of(model.module).encode())
-    digest.update(json.dumps([config.to_dict(), list(labels)]).encode())
+    # The name, as well: two functions may make other models of the same weights.
+    digest.update(json.dumps([model.name, config.to_dict(), list(labels)]).encode())
     for ids, first in pieces:
         digest.update(f"{first}:{_listed(ids)}".encode())
     return digest.hexdigest()
