@@ -699,3 +699,29 @@ def test_a_damaged_checkpoint(tmp_path, capsys, damage):
     path.write_bytes(damage) if isinstance(damage, bytes) else torch.save(damage, path)
     assert main(["eval", str(tmp_path), "text.txt"]) == 1
     assert "checkpoint" in one_line(capsys)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_several_processes(trained, tmp_path):
+    """Whose tensors are in a folder beside the file."""
+    import torch.distributed.checkpoint as dcp
+
+    from llmloss_train.checkpoint import load
+
+    state = load(trained)
+    tensors = {name: state.pop(name) for name in ("model", "optimiser")}
+    dcp.save(tensors, checkpoint_id=tmp_path / "checkpoint-parts-1", no_dist=True)
+    torch.save(state | {"parts": "checkpoint-parts-1"}, tmp_path / "checkpoint.pt")
+    one = evaluate(str(trained), "text.txt", out=tmp_path / "a.json")
+    other = evaluate(str(tmp_path), "text.txt", out=tmp_path / "b.json")
+    assert one["nats"] == other["nats"]
+
+
+def test_parts_that_are_lost(trained, tmp_path, capsys):
+    from llmloss_train.checkpoint import load
+
+    state = load(trained)
+    del state["model"], state["optimiser"]
+    torch.save(state | {"parts": "checkpoint-parts-1"}, tmp_path / "checkpoint.pt")
+    assert main(["eval", str(tmp_path), "text.txt"]) == 1
+    assert "cannot read the checkpoint" in one_line(capsys)
