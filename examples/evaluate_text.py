@@ -1,4 +1,4 @@
-"""Evaluation of a text file: perplexity, top-k accuracy, and a ranking of candidates.
+"""Evaluation of a text file: perplexity, top-k accuracy, calibration, a ranking of candidates.
 
     python examples/evaluate_text.py [FILE]
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llmloss_ext import linear_cross_entropy, linear_log_probs, linear_token_stats
-from llmloss_ext.metrics import CorpusPerplexity, length_normalized_score
+from llmloss_ext.metrics import CorpusPerplexity, ReliabilityBins, length_normalized_score
 from llmloss_train.model import GPT
 
 LENGTH = 64
@@ -32,7 +32,7 @@ for _ in range(150):
     optimizer.step()
     optimizer.zero_grad()
 
-perplexity, ranks = CorpusPerplexity(), []
+perplexity, reliability, ranks = CorpusPerplexity(), ReliabilityBins(), []
 with torch.no_grad():
     for window in data[cut:].split(LENGTH):
         hidden = model.hidden(window.unsqueeze(0))
@@ -42,10 +42,15 @@ with torch.no_grad():
         perplexity.update(stats.log_prob[:, :-1])  # the last byte of a window predicts nothing
         assert stats.rank is not None  # with_rank
         ranks.append(stats.rank[0, :-1])
+        # The likeliest byte's logit is one row of the head: a small product beside that of all.
+        best = (hidden * model.head.weight[stats.argmax]).sum(-1)
+        confidence = (best - stats.lse).exp()[:, :-1]
+        reliability.update(confidence, stats.rank[:, :-1] == 0)
     rank = torch.cat(ranks)
     print(f"{path.name}: perplexity {perplexity.compute():.2f} a byte over {len(rank)} bytes")
     for k in (1, 5, 10):
         print(f"top-{k:<2} accuracy {(rank < k).double().mean().item():.1%}")
+    print(f"expected calibration error {reliability.expected_calibration_error().item():.1%}")
 
     scores = {}
     for candidate in ("import torch", "import zebra", "qqqq"):

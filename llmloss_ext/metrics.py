@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from . import functional
 
 __all__ = [
     "CorpusPerplexity",
+    "Reliability",
+    "ReliabilityBins",
     "accuracy",
     "bleu",
+    "expected_calibration_error",
     "length_normalized_score",
     "perplexity",
     "rouge",
@@ -132,6 +135,131 @@ def accuracy(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Ten
         ValueError: The shapes do not match.
     """
     return top_k_accuracy(logits, target, 1, ignore_index=ignore_index)
+
+
+class Reliability(NamedTuple):
+    """What a reliability diagram shows of each bin of confidence; each (bins)."""
+
+    tokens: Tensor
+    """int64: how many."""
+    confidence: Tensor
+    """float64: the mean; nan in an empty bin."""
+    accuracy: Tensor
+    """float64: the fraction of right predictions; nan in an empty bin."""
+
+
+class ReliabilityBins:
+    """Calibration over many batches: sums in bins of confidence, which add up over batches.
+
+    The bins have equal width, and bin m of M holds confidences in ((m - 1) / M, m / M], as in Guo
+    et al. 2017. The sums stay on the device, are float64, and have the same bits in every run.
+
+    Attributes:
+        bins: M.
+    """
+
+    def __init__(self, bins: int = 15) -> None:
+        """Starts without tokens.
+
+        Raises:
+            ValueError: bins < 1.
+        """
+        if bins < 1:
+            raise ValueError(f"bins must be at least 1, got {bins}")
+        self.bins = bins
+        self._sums = torch.zeros(3, bins, dtype=torch.float64)  # tokens, confidence, right ones
+
+    def update(self, confidence: Tensor, correct: Tensor, mask: Tensor | None = None) -> None:
+        """Adds tokens.
+
+        Args:
+            confidence: The probability of each prediction, in [0, 1]; any shape. One that is nan
+                makes the error nan.
+            correct: Whether the prediction is right.
+            mask: Which tokens to count; all if None.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        for name, other in (("correct", correct), ("mask", mask)):
+            if other is not None and other.shape != confidence.shape:
+                raise ValueError(
+                    f"{name} must have shape {tuple(confidence.shape)}, got {tuple(other.shape)}"
+                )
+        p = confidence.detach().double().reshape(-1)
+        bin_of = (p * self.bins).ceil().nan_to_num().clamp(1, self.bins) - 1
+        inside = bin_of == torch.arange(self.bins, device=p.device).unsqueeze(1)
+        if mask is not None:
+            inside &= mask.reshape(-1).bool()
+        right = correct.reshape(-1).bool()
+        # Sums of rows: an index_add would be atomic on CUDA, and its order another in each run.
+        sums = [inside.sum(1).double(), torch.where(inside, p, 0.0).sum(1), (inside & right).sum(1)]
+        self._sums = self._sums.to(p.device) + torch.stack([x.double() for x in sums])
+
+    def merge(self, other: ReliabilityBins) -> None:
+        """Adds the tokens of another's, e.g. of another process.
+
+        Raises:
+            ValueError: It has another number of bins.
+        """
+        if other.bins != self.bins:
+            raise ValueError(f"expected {self.bins} bins, got {other.bins}")
+        self._sums = self._sums + other._sums.to(self._sums.device)
+
+    def compute(self) -> Reliability:
+        """The bins."""
+        tokens, confidence, right = self._sums
+        return Reliability(tokens.long(), confidence / tokens, right / tokens)
+
+    def expected_calibration_error(self) -> Tensor:
+        """sum_m (n_m / n) |accuracy_m - confidence_m|: 0-d float64; nan without tokens."""
+        tokens, confidence, right = self._sums
+        return (right - confidence).abs().sum() / tokens.sum()
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The sums as plain values."""
+        names = ("tokens", "confidence", "correct")
+        return dict(zip(names, self._sums.tolist(), strict=True))
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Continues from what `state_dict` returned.
+
+        Raises:
+            ValueError: It has another number of bins, or is no such state.
+        """
+        try:
+            rows = [state[name] for name in ("tokens", "confidence", "correct")]
+            sums = torch.tensor(rows, dtype=torch.float64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the state of a ReliabilityBins: {error}") from error
+        if sums.shape != (3, self.bins):
+            raise ValueError(f"expected {self.bins} bins, got {tuple(sums.shape)}")
+        self._sums = sums
+
+
+def expected_calibration_error(
+    confidence: Tensor, correct: Tensor, bins: int = 15, *, mask: Tensor | None = None
+) -> Tensor:
+    """How far confidence is from accuracy: ECE (Naeini et al. 2015; Guo et al. 2017).
+
+    Tokens are put into bins of equal width by their confidence, the probability of the prediction;
+    the error is the mean over the tokens of |accuracy - mean confidence| of their bin.
+
+    Args:
+        confidence: The probability of each prediction, in [0, 1]; any shape.
+        correct: Whether the prediction is right, of the same shape.
+        bins: At least 1.
+        mask: Which tokens to count; all if None.
+
+    Returns:
+        0-d float64, in [0, 1]; nan without tokens.
+
+    Raises:
+        ValueError: bins < 1, or the shapes differ.
+    """
+    sums = ReliabilityBins(bins)
+    sums.update(confidence, correct, mask)
+    return sums.expected_calibration_error()
 
 
 def length_normalized_score(

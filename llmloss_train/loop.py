@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from .losses import Objective, TokenScores, create_loss
 from .model import GPT, parameter_count
 from .parallel import clip_gradients, divide, of_one_kind
 from .report import Metrics
+from .stopping import stop_requests
 from .tokens import TokenText
 from .windows import IGNORED, Order, Windows, split
 from .world import World
@@ -121,7 +121,7 @@ class Run:
         try:
             if self.world.of_first(not self.metrics.records):
                 self._record(self._validate(), show)
-            with _stop_requests() as stopped:
+            with stop_requests() as stopped:
                 while self.step < self.config.steps:
                     self._advance(show)
                     if self.world.any(stopped()):
@@ -341,25 +341,3 @@ def _accuracies(first: float, first_five: float, count: float) -> dict[str, floa
         "accuracy": first / count if count else math.nan,
         "top5_accuracy": first_five / count if count else math.nan,
     }
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask to stop after the step; a second one stops at once."""
-    asked = False
-
-    def handle(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    try:
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only the main thread can handle signals
-        before = {}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

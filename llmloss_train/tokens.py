@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +67,26 @@ def load_tokens(documents: Iterable[str], max_tokens: int) -> TokenText:
     return tokens
 
 
+@functools.cache
+def _kept_tokenizer() -> Any:
+    return _tokenizer(_vocabulary_file())
+
+
+def separator() -> int:
+    """The id that ends each document."""
+    return int(_kept_tokenizer().eos_id)
+
+
+def encode(text: str) -> list[int]:
+    """The token ids of a text, without a separator.
+
+    Raises:
+        UserError: The installed mistral-common contains no Tekken vocabulary.
+    """
+    encode_piece = _kept_tokenizer().encode
+    return [token for piece in _pieces(text) for token in encode_piece(piece, bos=False, eos=False)]
+
+
 def _vocabulary_file() -> Path:
     """The newest Tekken vocabulary in the mistral-common package (131,072 tokens, 19 MB)."""
     folder = Path(str(resources.files("mistral_common"))) / "data"
@@ -74,10 +96,14 @@ def _vocabulary_file() -> Path:
     return found[-1]
 
 
-def _tokenise(vocabulary: Path, texts: list[str], max_tokens: int, key: str) -> TokenText:
+def _tokenizer(vocabulary: Path) -> Any:
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-    tokenizer = Tekkenizer.from_file(str(vocabulary))
+    return Tekkenizer.from_file(str(vocabulary))
+
+
+def _tokenise(vocabulary: Path, texts: list[str], max_tokens: int, key: str) -> TokenText:
+    tokenizer = _tokenizer(vocabulary)
     ids = array("i")
     for text in texts:
         for piece in _pieces(text):

@@ -1,6 +1,6 @@
-"""The command line: `llmloss train`, `llmloss info`, `llmloss verify` and `llmloss plan`.
+"""The command line: `llmloss train`, `eval`, `info`, `verify` and `plan`.
 
-A command in another package, such as `llmloss_train`, needs only the names exported here.
+Commands in other packages, `llmloss_train` and `llmloss_eval`, need only the names exported here.
 """
 
 from .devices import open_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -167,7 +168,8 @@ def facts() -> list[tuple[str, str]]:
         ("threads", str(torch.get_num_threads())),
         ("CUDA kernels", _cuda()),
         ("CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
-        ("llmloss train", _train()),
+        ("llmloss train", _command("train")),
+        ("llmloss eval", _command("eval")),
     ]
 
 
@@ -188,12 +190,13 @@ def _cuda() -> str:
     return "built" if ops.has_cuda() else "not in this build"
 
 
-def _train() -> str:
+def _command(name: str) -> str:
+    """Whether the packages that a command needs are there."""
+    package = f"llmloss_{name}"
     try:
-        from llmloss_train import missing_packages
+        missing = importlib.import_module(package).missing_packages()
     except ModuleNotFoundError:
-        return "not installed: llmloss_train is missing"
-    missing = missing_packages()
+        return f"not installed: {package} is missing"
     if missing:
-        return f"needs {', '.join(missing)}: pip install 'llmloss_ext[train]'"
+        return f"needs {', '.join(missing)}: pip install 'llmloss_ext[{name}]'"
     return "available"

@@ -24,6 +24,9 @@ COMMANDS = {
     "train": Command(
         "llmloss_train.command", "train a small GPT on real text with a large vocabulary"
     ),
+    "eval": Command(
+        "llmloss_eval.command", "evaluate a model on a text or on questions with choices"
+    ),
     "info": Command(".info", "print versions, instruction sets and devices"),
     "verify": Command(".verify", "check every operator against float64 on this machine"),
     "plan": Command(".plan", "print the cost of a linear loss: chunks, FLOPs and memory"),

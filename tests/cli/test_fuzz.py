@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import io
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ import bench.__main__  # noqa: E402
 import bench.demo  # noqa: E402
 import bench.readme  # noqa: E402
 from bench.run import Runner  # noqa: E402
+from llmloss_eval import evaluation  # noqa: E402
 from llmloss_ext.cli import main, verify  # noqa: E402
 from llmloss_train import checkpoint, loop, text, tokens  # noqa: E402
 
@@ -40,11 +42,22 @@ FILES = {
     "broken/metrics.jsonl": b"\xff",
     "taken/metrics.jsonl/file": b"a folder where a file is written",
     "folder/checkpoint.pt/file": b"a folder where a file is read",
+    "right.jsonl": b'{"context": "a", "choices": ["b", "cc"], "label": 1}\n',
+    "wrong.jsonl": b'{"context": "a", "choices": ["b"]}\n',
+    "hub/config.json": b'{"model_type": "llama"}',
+    "alien_hub/config.json": b"{",
+    "fuzzed_models.py": b"""
+from torch import nn
+def good(): return nn.Sequential(nn.Embedding(256, 4), nn.Linear(4, 256))
+def small(): return nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 3))
+def bad(): raise RuntimeError
+""",
 }
 PLACES = (
     *FILES, ".", "empty", "broken", "taken", "folder", "list", "alien", "partial", "odd", "loop",
     "missing", "new/out", "text.txt/child", "n" * 300, "sur\udcffrogate", "/proc/nowhere",
-    "/dev/null",
+    "/dev/null", "hub", "alien_hub", "fuzzed_models:good", "fuzzed_models:small",
+    "fuzzed_models:bad", "fuzzed_models:none",
 )  # fmt: skip
 RIGHT = ("1", "2", "8", "0.5", "cpu", "float32", "bfloat16")
 WRONG = (
@@ -53,6 +66,7 @@ WRONG = (
     "a\nb", "\x1b[31m", "%s", "{0}", "@text.txt", "int8", "cuda", "cuda:7", "cuda:" + "9" * 30,
     "--x", "-h8", "cpu:1", "meta", "mkldnn", "xla:0",
 )  # fmt: skip
+OFTEN_RIGHT = {"model": ["fuzzed_models:good"], "input": ["text.txt", "right.jsonl"]}
 # No slash, so that a drawn name stays in the playground; no zero byte, which no argument can hold.
 NOISE = st.text(st.characters(exclude_characters="/\0"), max_size=8)
 
@@ -94,7 +108,8 @@ def words(actions_of: ActionsOf, commands: Sequence[str]) -> st.SearchStrategy[l
         chosen += draw(st.lists(st.sampled_from(options), max_size=3))
         given = [name]
         for action in chosen:
-            choices = st.sampled_from(list(action.choices)) if action.choices else word
+            known = action.choices or OFTEN_RIGHT.get(action.dest)
+            choices = st.sampled_from(list(known)) if known else word
             count = {None: 1, "?": 1, "+": 1}.get(action.nargs, action.nargs)
             values = [draw(st.one_of(choices, choices, word)) for _ in range(count)]
             given += [*action.option_strings[-1:], *values]
@@ -130,6 +145,8 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(loop.Run, "_validate", reach)
         patch.setattr(loop.Run, "_advance", reach)
         patch.setattr(verify, "checks", reach)
+        patch.setattr(evaluation, "_scores", reach)
+        patch.setattr(sys, "dont_write_bytecode", True)
         patch.setattr(Runner, "run", reach)
         patch.setattr(bench.__main__, "_try_report", str)
         for module, name in ((bench.readme, "update"), (bench.demo, "keep")):
@@ -213,9 +230,10 @@ def bench_options(command: str) -> list[argparse.Action]:
     ("program", "command", "actions_of", "commands", "examples"),
     [
         ("llmloss", main.main, llmloss_options, ("train", "train", *main.COMMANDS), 250),
+        ("llmloss", main.main, llmloss_options, ("eval",), 250),
         ("bench", bench.__main__.main, bench_options, ("run", "report", "compare", "readme"), 100),
     ],
-    ids=["llmloss", "bench"],
+    ids=["llmloss", "eval", "bench"],
 )
 def test_any_words(playground, program, command, actions_of, commands, examples):
     seen = set()

@@ -15,7 +15,8 @@ def test_info(capsys, isa):
     assert torch.__version__ in output
     assert f"{isa} (LLMLOSS_CPU_ISA={isa})" in output
     assert "_C" in output
-    assert {name for name, _ in info.facts()} >= {"CUDA kernels", "CUDA device", "llmloss train"}
+    assert {name for name, _ in info.facts()} >= {"CUDA kernels", "CUDA device", "llmloss train",
+                                                 "llmloss eval"}  # fmt: skip
 
 
 def test_info_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

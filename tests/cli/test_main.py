@@ -63,13 +63,16 @@ def test_errors_end_in_one_line(capsys, argv, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("command", ["verify", "train"])
+@pytest.mark.parametrize("command", ["verify", "train", "eval"])
 def test_a_device_that_is_not_there(capsys, command, tmp_path):
     argv = [command, "--device", "cuda"]
     if command == "train":
         if missing_packages():
             pytest.skip("the packages of the extra train are not installed")
         argv += ["--out", str(tmp_path)]
+    if command == "eval":
+        pytest.importorskip("rich")
+        argv += ["module:factory", __file__]
     assert main(argv) == 1
     assert "--device cuda: " in one_line(capsys)
 

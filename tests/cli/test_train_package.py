@@ -1,4 +1,4 @@
-"""The training demo is a package of its own, over the public API, and found on demand."""
+"""Training and evaluation are packages of their own, over the public API, found on demand."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 from llmloss_ext.cli.main import main
 
 ROOT = Path(__file__).parents[2]
+_PUBLIC = (("llmloss_ext", "cli"), ("llmloss_ext", "integrations"))
+"""What is imported by name only."""
 
 
 def imports_of(path: Path) -> set[str]:
@@ -35,7 +37,9 @@ def is_public(name: str) -> bool:
     found = importlib.import_module("llmloss_ext")
     for part in name.split(".")[1:]:
         if isinstance(found, ModuleType):
-            if part not in found.__all__ and (found.__name__, part) != ("llmloss_ext", "cli"):
+            at = (found.__name__, part)
+            in_all = part in getattr(found, "__all__", [])
+            if not in_all and at not in _PUBLIC and found.__name__ != "llmloss_ext.integrations":
                 return False
         elif part.startswith("_"):
             return False
@@ -43,10 +47,13 @@ def is_public(name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "llmloss_train").glob("*.py")), ids=lambda p: p.stem
-)
-def test_the_demo_uses_the_public_interface_only(path):
+SOURCES = [
+    path for name in ("eval", "train") for path in sorted((ROOT / f"llmloss_{name}").glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_the_commands_use_the_public_interface_only(path):
     assert [name for name in imports_of(path) if not is_public(name)] == []
 
 
@@ -66,40 +73,46 @@ from llmloss_ext import cross_entropy
     assert {name for name in imports_of(path) if not is_public(name)} == wrong
 
 
-@pytest.mark.parametrize("argv", [["train"], ["info"]])
-def test_the_demo_says_what_it_lacks(capsys, monkeypatch, argv):
-    """Without the packages of the extra ``train``: one line, and what to install."""
-    import llmloss_train
+WORDS = {"train": [], "eval": ["model", "text"]}
 
-    monkeypatch.setattr(llmloss_train, "_PACKAGES", ("numpy", "no_such_package"))
-    assert main(argv) == (1 if argv == ["train"] else 0)
+
+@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("asks", [False, True], ids=["itself", "info"])
+def test_a_command_says_what_it_lacks(capsys, monkeypatch, name, asks):
+    """Without the packages of its extra: one line, and what to install."""
+    package = importlib.import_module(f"llmloss_{name}")
+    monkeypatch.setattr(package, "_PACKAGES", ("numpy", "no_such_package"))
+    assert main(["info"] if asks else [name, *WORDS[name]]) == (0 if asks else 1)
     output = "".join(capsys.readouterr())
-    assert re.search(r"needs no_such_package: pip install 'llmloss_ext\[train\]'\n", output)
+    assert re.search(rf"needs no_such_package: pip install 'llmloss_ext\[{name}\]'\n", output)
 
 
-@pytest.mark.parametrize("argv", [["train"], ["info"], ["--help"]])
-def test_the_library_without_the_demo(capsys, monkeypatch, argv):
+@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("asks", ["itself", "info", "--help"])
+def test_the_library_without_a_command(capsys, monkeypatch, name, asks):
     """Where only llmloss_ext is there, as when somebody has copied it."""
 
     class Nowhere:
         @staticmethod
-        def find_spec(name, path=None, target=None):
-            if name == "llmloss_train":
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        def find_spec(found, path=None, target=None):
+            if found == f"llmloss_{name}":
+                raise ModuleNotFoundError(f"No module named {found!r}", name=found)
 
-    for name in [name for name in sys.modules if name.partition(".")[0] == "llmloss_train"]:
-        monkeypatch.delitem(sys.modules, name)
+    for module in [m for m in sys.modules if m.partition(".")[0] == f"llmloss_{name}"]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [Nowhere, *sys.meta_path])
-    if argv == ["train"]:
-        assert main(argv) == 1
+    if asks == "itself":
+        assert main([name, *WORDS[name]]) == 1
         error = capsys.readouterr().err
-        assert error.startswith("llmloss: error: llmloss train needs the package llmloss_train")
+        begins = f"llmloss: error: llmloss {name} needs the package llmloss_{name}"
+        assert error.startswith(begins)
         assert error.count("\n") == 1
-    elif argv == ["info"]:
-        assert main(argv) == 0
-        assert re.search(r"llmloss train +not installed", capsys.readouterr().out)
+    elif asks == "info":
+        assert main(["info"]) == 0
+        assert re.search(rf"llmloss {name} +not installed", capsys.readouterr().out)
     else:
         with pytest.raises(SystemExit) as stop:
-            main(argv)
+            main([asks])
         assert stop.value.code == 0
-        assert re.search(r"train +train a small GPT", capsys.readouterr().out)
+        summary = {"train": "train a small GPT", "eval": "evaluate a model"}[name]
+        assert re.search(rf"{name} +{summary}", capsys.readouterr().out)
