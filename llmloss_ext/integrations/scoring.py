@@ -33,7 +33,7 @@ __all__ = ["TokenScorer", "TokenScores", "linear_scores"]
 _IGNORED = -100
 _ROWS = 1024
 _TOLERANCE = 2e-2
-"""Of the largest logit: what 16 bits round."""
+"""Of the lse or the target's logit, the larger: what 16 bits round."""
 _NOTHING_AROUND = AroundTheLayer(1.0, 0.0, 1)
 
 
@@ -124,11 +124,13 @@ class TokenScorer:
                 f"{tuple(logits.shape)}"
             )
         self.vocab_size = logits.shape[-1]
-        expected = _dense_scores(logits, probe).log_prob
+        expected = token_stats(logits, probe)
+        largest = torch.maximum(expected.lse.abs(), (expected.log_prob + expected.lse).abs())
         for layer, around in self._candidates(outputs, logits):
             self._layer, self._around = layer, around
             found = self(probe, probe).log_prob
-            if ((found - expected).abs() <= _TOLERANCE * logits.abs().max()).all():
+            error = (found - expected.log_prob.flatten()).abs()
+            if (error < _TOLERANCE * largest.flatten()).all():
                 break
             self._layer = None
         self.from_hidden = self._layer is not None
@@ -161,11 +163,11 @@ class TokenScorer:
         return scores[0]
 
     def _candidates(
-        self, outputs: dict[nn.Module, list[Tensor]], logits: Tensor
+        self, outputs: dict[nn.Module, list[_Output]], logits: Tensor
     ) -> Iterator[tuple[Any, AroundTheLayer]]:
         """Layers whose output may be what becomes the logits, and how it becomes them."""
         for layer, made in outputs.items():
-            if len(made) == 1 and made[0] is logits and _is_plain(layer):
+            if len(made) == 1 and made[0].became(logits) and _is_plain(layer):
                 yield layer, _NOTHING_AROUND
         head = getattr(self._model, "get_output_embeddings", lambda: None)()
         if head is None or not hasattr(self._model, "loss_function"):
@@ -209,17 +211,31 @@ def _is_plain(layer: Any) -> bool:
         return False
 
 
+class _Output(NamedTuple):
+    tensor: Tensor
+    version: int | None
+    """How often it had been written to; None if nobody counts (torch.inference_mode)."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Output:
+        return cls(tensor, None if tensor.is_inference() else tensor._version)
+
+    def became(self, other: Tensor) -> bool:
+        """Whether this is ``other``, and nothing has been written to it since."""
+        return self.tensor is other and self.version is not None and self.version == other._version
+
+
 def _parameters(model: nn.Module) -> Any:
     return inspect.signature(type(model).forward).parameters
 
 
 @contextmanager
-def _outputs_of_layers(model: nn.Module) -> Iterator[dict[nn.Module, list[Tensor]]]:
+def _outputs_of_layers(model: nn.Module) -> Iterator[dict[nn.Module, list[_Output]]]:
     """What each linear layer returns within it."""
-    outputs: dict[nn.Module, list[Tensor]] = {}
+    outputs: dict[nn.Module, list[_Output]] = {}
 
     def note(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        outputs.setdefault(layer, []).append(output)
+        outputs.setdefault(layer, []).append(_Output.of(output))
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     handles = [layer.register_forward_hook(note) for layer in layers]

@@ -33,6 +33,12 @@ class Plain(nn.Module):
             return logits.log_softmax(-1)
         if self.how == "in place":
             return logits.mul_(2)  # the same tensor, but not what the layer computes
+        if self.how == "masked in place":
+            logits[..., V // 2 :] = -1e9  # as for rows that only fill up a vocabulary
+        if self.how == "scaled a little":
+            logits.mul_(0.99)
+        if self.how == "banned in place":
+            logits[..., 3] = -torch.inf
         return logits
 
 
@@ -64,7 +70,8 @@ def check(model, scorer, ids, target, **tolerance):
     ("how", "from_hidden"),
     [
         ("plain", True), ("function", False), ("twice", False), ("normalised", False),
-        ("in place", False),
+        ("in place", False), ("masked in place", False), ("scaled a little", False),
+        ("banned in place", False),
     ],
 )  # fmt: skip
 def test_plain_modules(how, from_hidden, bias):
