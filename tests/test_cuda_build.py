@@ -104,18 +104,13 @@ def test_the_report_is_of_this_build() -> None:
     assert named - {""} == KERNELS  # "": in an anonymous namespace
 
 
-KNOWN_SPILLS = {("row_stats_kernel<Half, 14u>", "90"): (8, 14)}
-"""Bytes of stack and spilled: float16 logits with entropy and rank. To be mended, not extended."""
-
-
 @needs_cuda_build
 def test_no_kernel_spills_and_each_has_its_occupancy() -> None:
     report = json.loads(REPORT.read_text())
     per_architecture = dict.fromkeys(build.ARCHITECTURES, 0)
     for kernel in report:
         per_architecture[kernel["architecture"]] += 1
-        known = KNOWN_SPILLS.get((kernel["kernel"], kernel["architecture"]), (0, 0))
-        assert (kernel["stack_bytes"], kernel["spill_bytes"]) == known, kernel
+        assert kernel["stack_bytes"] == kernel["spill_bytes"] == 0, kernel
         # Registers are handed out in units of 8 a thread.
         assert (
             -(-kernel["registers"] // 8)

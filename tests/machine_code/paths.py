@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .disassembly import Instruction, Kernel
-from .program import Loop, Program, memory_bytes, registers
+from .program import Loop, Program, memory_bytes
 
 GLOBAL_LOADS = ("LDG", "LD", "LDGSTS", "UBLKCP")
 LOADS = ("LDG", "LD", "LDS")
@@ -227,7 +227,7 @@ def _first_bulk(program: Program, in_order: bool) -> list[int]:
             continue  # behind a bulk load on all paths
         trips, known = at[block][0], dict(at[block][1])
         for instruction in program.code(block):
-            written, read = registers(instruction)
+            written, read = program.effects(instruction)
             if not in_order:  # of addresses: no predicates
                 read = [name for name in read if "P" not in name]
             ready = max((known.get(name, 0) for name in read), default=0)

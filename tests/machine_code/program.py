@@ -34,7 +34,7 @@ class Loop:
 
 
 class Program:
-    """The control flow of one kernel. Called functions count as one instruction, the call."""
+    """The control flow of one kernel. A called function counts as one instruction, the call."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -63,6 +63,30 @@ class Program:
         """The instructions of a block."""
         b = self.blocks[block]
         return self.kernel.instructions[b.begin : b.end]
+
+    def effects(self, instruction: Instruction) -> tuple[list[str], list[str]]:
+        """What an instruction writes, and what it reads; of a call, what the function does."""
+        if instruction.kind == "CALL":
+            return self._functions.get(instruction.operands[0], ([], []))
+        return registers(instruction)
+
+    @cached_property
+    def _functions(self) -> dict[str, tuple[list[str], list[str]]]:
+        """By name, the registers of the functions behind the kernel, such as a 64-bit division.
+
+        They stand in the order of the number in their name, each up to its RET."""
+        calls = {i.operands[0] for i in self.kernel.instructions if i.kind == "CALL"}
+        numbers = {name: int(n[1]) for name in calls if (n := re.search(r"internal_(\d+)", name))}
+        found, written, read = [], dict[str, None](), dict[str, None]()
+        for block in sorted(set(range(len(self.blocks))) - set(self.order)):
+            for instruction in self.code(block):
+                into, of = registers(instruction)
+                read |= dict.fromkeys(name for name in of if name not in written)
+                written |= dict.fromkeys(into)
+                if instruction.kind == "RET":
+                    found.append((list(written), list(read)))
+                    written, read = {}, {}
+        return dict(zip(sorted(numbers, key=numbers.__getitem__), found, strict=True))
 
     @cached_property
     def order(self) -> list[int]:

@@ -37,10 +37,11 @@ __global__ void __launch_bounds__(block_size, stats_blocks<T>(tasks))
   if constexpr (task::has(tasks, task::transformed)) transform = in.transform.resolved();
   const int target = int(target_class(in, read_target).column);
   // Ranks need the target's logit now, nobody else before the end. It is on its way meanwhile, but
-  // where the loop needs the register, and takes longer for its arithmetic than for its loads.
+  // where the loop needs the register, and takes longer for its arithmetic than for its loads:
+  // there it is read again.
   constexpr bool needs_target = task::has(tasks, task::order | task::rest);
   constexpr bool reads_early =
-      needs_target || tasks == task::plain || tasks == task::transformed || tasks == task::mean;
+      tasks == task::plain || tasks == task::transformed || tasks == task::mean;
   const bool is_read = needs_target || (reads_early && !is_split && share.warp() == 0);
   StoredTarget<T> stored(in, row, is_read ? target : -1);
   const Reducer reducer{in, transform, row,
