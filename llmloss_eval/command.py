@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .language_model import LanguageModel
     from .partial import Partial
 
+_TOP_K = (1, 5, 10)
+_BINS = 15
+_ALPHA = 0.6
+
 
 def add_parser(subparsers: Any) -> None:
     """Adds the command's options."""
@@ -45,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--format", choices=FORMATS, default="auto",
-        help="of the input (default: auto, JSON lines if its name ends in .jsonl)",
+        help="of the input (default: auto, JSON lines by the ending .jsonl, .ndjson or .json)",
     )  # fmt: skip
     parser.add_argument(
         "--window", type=_window,
@@ -57,15 +61,15 @@ def add_parser(subparsers: Any) -> None:
         help="new tokens in each window: the fewer, the more context (default: half a window)",
     )  # fmt: skip
     parser.add_argument(
-        "--top-k", type=_positive, nargs="+", default=[1, 5, 10], metavar="K",
-        help="count how often the token is among the k likeliest (default: 1 5 10)",
+        "--top-k", type=_positive, nargs="+", metavar="K",
+        help="count how often the token is among the k likeliest (default: "
+        f"{' '.join(map(str, _TOP_K))})",
     )  # fmt: skip
+    parser.add_argument("--bins", type=_bins, help=f"of the reliability diagram (default: {_BINS})")
     parser.add_argument(
-        "--bins", type=_bins, default=15, help="of the reliability diagram (default: 15)"
-    )
-    parser.add_argument(
-        "--alpha", type=_finite, default=0.6,
-        help="rank choices by the sum of log p divided by length^alpha, too (default: 0.6)",
+        "--alpha", type=_finite,
+        help="rank choices by the sum of log p divided by length^alpha, too (default: "
+        f"{_ALPHA})",
     )  # fmt: skip
     parser.add_argument(
         "--batch-size", type=_positive, default=8, help="windows or choices at once (default: 8)"
@@ -93,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from .report import print_table, save_json, save_plot
 
     inputs = read_inputs(args.input, args.format)
-    if args.plot is not None and inputs.questions:
-        raise UserError("--plot draws the calibration on a text, and the input holds choices")
+    _require_used(args, inputs)
     device = open_device(args.device)
     model = open_model(args.model, device, args.dtype)
     config = _config(args, model)
@@ -121,12 +124,13 @@ def run(args: argparse.Namespace) -> int:
         "settings": config.to_dict(),
         **task.result(),
     }
+    if args.out is not None:
+        save_json(args.out, result)
     print_table(result, seconds)
     if args.plot is not None:
         save_plot(args.plot, result)
         print(f"reliability  {args.plot}")
     if args.out is not None:
-        save_json(args.out, result)
         print(f"result       {args.out}")
     if partial is not None:
         partial.remove()
@@ -142,16 +146,33 @@ def _require_packages(args: argparse.Namespace) -> None:
 
 
 def _require_files(args: argparse.Namespace) -> None:
+    from .partial import Partial
     from .report import require_new
 
+    taken = {args.input.resolve(): "the input"}
     for option in ("out", "plot"):
         path = getattr(args, option)
-        if path is not None:
-            require_new(path, f"--{option}", overwrite=args.overwrite)
-            if path.exists() and args.input.exists() and path.samefile(args.input):
-                raise UserError(f"--{option} {path} is the input")
-    if args.out is not None and args.out == args.plot:
-        raise UserError("--out and --plot name one file")
+        if path is None:
+            continue
+        require_new(path, f"--{option}", overwrite=args.overwrite)
+        written = {path: f"--{option} {path}"}
+        if option == "out":
+            sums = Partial.path_beside(path)
+            written[sums] = f"{sums}, which keeps the sums for --out,"
+        for file, name in written.items():
+            if (other := taken.setdefault(file.resolve(), name)) is not name:
+                raise UserError(f"{name} is {other}")
+
+
+def _require_used(args: argparse.Namespace, inputs: Inputs) -> None:
+    """Raises a `UserError` for an option that says nothing about such an input."""
+    of_texts, of_choices = ("stride", "top_k", "bins", "plot"), ("alpha",)
+    unused = of_texts if inputs.questions else of_choices
+    for name in unused:
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            what = ("a text", "choices") if inputs.questions else ("choices", "a text")
+            raise UserError(f"{option} is for {what[0]}, and the input holds {what[1]}")
 
 
 def _config(args: argparse.Namespace, model: LanguageModel) -> EvalConfig:
@@ -178,9 +199,9 @@ def _config(args: argparse.Namespace, model: LanguageModel) -> EvalConfig:
     return EvalConfig(
         window=window,
         stride=stride,
-        top_k=tuple(sorted(set(args.top_k))),
-        bins=args.bins,
-        alpha=args.alpha,
+        top_k=tuple(sorted(set(args.top_k or _TOP_K))),
+        bins=_BINS if args.bins is None else args.bins,
+        alpha=_ALPHA if args.alpha is None else args.alpha,
         batch_size=args.batch_size,
         device=args.device,
         dtype=args.dtype,
@@ -193,6 +214,7 @@ def _task(inputs: Inputs, model: LanguageModel, config: EvalConfig, device: torc
     Raises:
         UserError: There is no token to score, or the model is not causal.
     """
+    from .evaluation import require_causal
     from .pieces import Piece, choices, windows
     from .ranking import RankingTask
     from .texts import TextTask
@@ -208,7 +230,7 @@ def _task(inputs: Inputs, model: LanguageModel, config: EvalConfig, device: torc
         task = TextTask(pieces, inputs.text_bytes, config)
     if not pieces:
         raise UserError("the input is too short: nothing predicts its only token")
-    model.require_causal(max((p.ids for p in pieces[:8]), key=len)[:16].to(device))
+    require_causal(model, max((p.ids for p in pieces[:8]), key=len)[:16].to(device))
     return task
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from llmloss_ext.cli import UserError, first_line
 from llmloss_ext.integrations.scoring import TokenScores
@@ -113,16 +114,42 @@ def evaluate(
                 saved_at = time.monotonic()
 
 
+def require_causal(model: LanguageModel, ids: Tensor) -> None:
+    """Raises a `UserError` if a token changes how one before it is predicted.
+
+    Args:
+        model: It scores the tokens twice.
+        ids: Some token ids (S,) on the model's device.
+    """
+    if len(ids) < 3:
+        return
+    inputs = ids[:-1].unsqueeze(0)
+    targets = torch.full_like(inputs, -100)
+    targets[:, :-1] = inputs[:, 1:]
+    targets[:, -2] = -100  # whose target is the token that changes
+    other = inputs.clone()
+    other[:, -1] = (other[:, -1] + 1) % model.vocab_size
+    one, two = (_called(model, x, targets).log_prob for x in (inputs, other))
+    if not torch.allclose(one, two, rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise UserError(
+            f"{model.name} is no causal language model in evaluation mode: its predictions "
+            "depend on later tokens, or on chance"
+        )
+
+
 def _scores(model: LanguageModel, pieces: Sequence[Piece], device: torch.device) -> TokenScores:
+    return _called(model, *batch_of(pieces, device))
+
+
+def _called(model: LanguageModel, ids: Tensor, targets: Tensor) -> TokenScores:
+    size = f"{len(ids)} x {ids.shape[1] + 1}"  # the last token is predicted, and not read
     try:
-        return model.score(*batch_of(pieces, device))
+        return model.score(ids, targets)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"not enough memory for {len(pieces)} x {max(len(p.ids) for p in pieces)} tokens: "
-            "lower --batch-size or --window"
+            f"not enough memory for {size} tokens: lower --batch-size or --window"
         ) from error
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:  # of the user's code
+    except Exception as error:  # of the user's code
         raise UserError(
-            f"{model.name} fails on {len(pieces)} x {max(len(p.ids) for p in pieces)} tokens: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{model.name} fails on {size} tokens: {type(error).__name__}: {first_line(error)}"
         ) from error

@@ -47,7 +47,7 @@ def open_factory(name: str, device: torch.device, dtype: str) -> LanguageModel:
         score=scorer,
         encode=_checked(name, encode),
         separator=_integer(name, module, "separator"),
-        context=_integer(name, module, "context"),
+        context=_integer(name, module, "context", least=1),
         vocab_size=scorer.vocab_size,
         from_hidden=scorer.from_hidden,
     )
@@ -102,8 +102,8 @@ def _checked(name: str, encode: Callable[[str], Any]) -> Callable[[str], list[in
     return checked
 
 
-def _integer(name: str, module: nn.Module, attribute: str) -> int | None:
+def _integer(name: str, module: nn.Module, attribute: str, least: int = 0) -> int | None:
     value = getattr(module, attribute, None)
-    if value is None or type(value) is int:
+    if value is None or (type(value) is int and value >= least):
         return value
-    raise UserError(f"{name}: {attribute} must be an integer, got {value!r}")
+    raise UserError(f"{name}: {attribute} must be an integer of at least {least}, got {value!r}")

@@ -25,8 +25,13 @@ class Partial:
 
     def __init__(self, out: Path, key: str) -> None:
         """Of the result ``out``."""
-        self.path = out.with_name(f"{out.name}.partial")
+        self.path = self.path_beside(out)
         self._key = key
+
+    @staticmethod
+    def path_beside(out: Path) -> Path:
+        """The file that belongs to the result ``out``."""
+        return out.with_name(f"{out.name}.partial")
 
     def load(self, *, discard_others: bool) -> dict[str, Any] | None:
         """The sums of the same inputs; None if there are none.

@@ -82,8 +82,7 @@ def choices(question: Question, model: LanguageModel, window: int) -> list[Piece
                 f"line {question.line}: choice {number} {why}; it must have from 1 to "
                 f"{window - 1}, below the window"
             )
-        ids = torch.tensor((before + own)[-window:])
-        model.require_known(ids)
+        ids = model.known((before + own)[-window:])
         pieces.append(Piece(ids, len(ids) - len(own)))
     return pieces
 

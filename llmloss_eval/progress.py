@@ -7,6 +7,7 @@ import time
 from .evaluation import Task
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_SUMMARIES = 0.5  # on a terminal: one takes time in proportion to what is done
 
 
 class Progress:
@@ -40,8 +41,11 @@ class Progress:
     def show(self, done: int) -> None:
         """After ``done`` pieces."""
         if self._console.is_terminal:
-            text = f"{self._what}  {self._of.summary()}"
-            self._bar.update(self._task, completed=done, description=text)
+            self._bar.update(self._task, completed=done)
+            if time.monotonic() - self._shown_at > _SECONDS_BETWEEN_SUMMARIES:
+                text = f"{self._what}  {self._of.summary()}"
+                self._bar.update(self._task, description=text)
+                self._shown_at = time.monotonic()
         elif time.monotonic() - self._shown_at > _SECONDS_BETWEEN_LINES:
             self._shown_at = time.monotonic()
             total = len(self._of.pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -113,6 +114,7 @@ class RankingTask:
         }
 
 
-def _best(scores: list[float]) -> int:
-    """The first of the largest; a score that is nan is never the best."""
-    return int(torch.tensor(scores, dtype=torch.float64).nan_to_num(nan=-torch.inf).argmax())
+def _best(scores: list[float]) -> int | None:
+    """The first of the largest; a score that is nan is never the best, nor are all of them."""
+    known = [i for i, score in enumerate(scores) if not math.isnan(score)]
+    return max(known, key=scores.__getitem__, default=None)

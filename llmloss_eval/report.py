@@ -84,9 +84,11 @@ def save_plot(path: Path, result: dict[str, Any]) -> None:
 def print_table(result: dict[str, Any], seconds: float | None) -> None:
     """The metrics, one a row."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"llmloss eval: {result['model']} on {result['input']}", show_header=False)
+    title = f"llmloss eval: {escape(result['model'])} on {escape(result['input'])}"
+    table = Table(title=title, show_header=False)
     rows = _of_text(result) if result["kind"] == "text" else _of_ranking(result)
     for name, value in rows:
         table.add_row(name, value)

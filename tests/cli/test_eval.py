@@ -97,6 +97,34 @@ def silent():
     return Plain(), lambda text: []
 
 
+def huge_words():
+    return Plain(), lambda text: [1 << 70 for b in text]
+
+
+def not_a_number():
+    model = Plain()
+    nn.init.constant_(model.head.bias, float("nan"))
+    return model
+
+
+def no_context():
+    model = Plain()
+    model.context = 0
+    return model
+
+
+class Short(Plain):
+    context = None
+
+    def forward(self, ids):
+        assert ids.shape[1] < 5, "short"
+        return super().forward(ids)
+
+
+def short():
+    return Short()
+
+
 def bad_tokenizer():
     return Plain(), lambda text: 1 / 0
 
@@ -348,6 +376,21 @@ def test_a_ranking(tmp_path, name):
     assert result["accuracy"] == pytest.approx({kind: n / 3 for kind, n in right.items()})
 
 
+def test_scores_that_are_not_numbers_choose_nothing(tmp_path):
+    path = write_questions(tmp_path)
+    result = evaluate(SPEC + "not_a_number", str(path), out=tmp_path / "nan.json")
+    assert result["accuracy"] == {"sum": 0.0, "mean": 0.0, "normalized": 0.0}
+    assert all(set(item["chosen"].values()) == {None} for item in result["items"])
+
+
+def test_names_that_look_like_markup(tmp_path, capsys):
+    path = tmp_path / "[red]lines[" / "x].txt"
+    path.parent.mkdir()
+    path.write_text("to be or not to be " * 9)
+    evaluate(SPEC + "plain", str(path), out=tmp_path / "out.json")
+    assert "[red]lines[/x].txt" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_a_ranking_without_labels(tmp_path, capsys):
     result = evaluate(
         SPEC + "plain", str(write_questions(tmp_path, QUESTIONS[1:2])), out=tmp_path / "a.json"
@@ -534,7 +577,7 @@ def test_bad_lines(tmp_path, capsys, message):
         (["no_logits", "text.txt"], "must return a torch.nn.Module"),
         (["broken", "text.txt"], "failed: RuntimeError: two"),
         (["wrong_shape", "text.txt"], "cannot be evaluated: TypeError: expected logits (B, S, V)"),
-        (["odd_context", "text.txt"], "context must be an integer, got 'many'"),
+        (["odd_context", "text.txt"], "context must be an integer of at least 1, got 'many'"),
         (["bad_tokenizer", "text.txt"], "its tokenizer failed: ZeroDivisionError"),
         (["too_many_words", "text.txt"], "makes the id 1076, outside of the model's vocabulary"),
         (["both_ways", "text.txt"], "is no causal language model"),
@@ -547,7 +590,13 @@ def test_bad_lines(tmp_path, capsys, message):
         (["plain", "text.txt", "--out", "/dev/null", "--overwrite"], "/dev/null is not a file"),
         (["plain", "text.txt", "--out", "no/where"], "there is no folder no"),
         (["plain", "text.txt", "--out", "text.txt", "--overwrite"], "is the input"),
-        (["plain", "text.txt", "--out", "a", "--plot", "a"], "name one file"),
+        (["plain", "text.txt", "--out", "a", "--plot", "a"], "--plot a is --out a"),
+        (["plain", "text.txt", "--out", "a", "--plot", "folder/../a"], "is --out a"),
+        (["plain", "text.txt", "--out", "a", "--plot", "a.partial"], "keeps the sums for --out"),
+        (["plain", "in.partial", "--out", "in"], "which keeps the sums for --out, is the input"),
+        (["no_context", "text.txt"], "context must be an integer of at least 1, got 0"),
+        (["huge_words", "text.txt"], "makes the id 1180591620717411303424, outside of the"),
+        (["short", "text.txt", "--window", "30"], "fails on 1 x 16 tokens: AssertionError: short"),
         (["plain", "text.txt", "--format", "jsonl"], "text.txt, line 1: not JSON"),
     ],
 )  # fmt: skip
@@ -591,8 +640,20 @@ def test_an_empty_context_without_a_token_for_it(tmp_path, capsys):
     path = write_questions(tmp_path, QUESTIONS[2:3])
     assert main(["eval", SPEC + "no_separator", str(path)]) == 1
     assert "line 1: the context is empty" in one_line(capsys)
-    assert main(["eval", SPEC + "plain", str(path), "--plot", "x.png"]) == 1
-    assert "--plot draws the calibration on a text" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "of_text"),
+    [
+        (("--plot", "x.png"), True), (("--top-k", "1"), True), (("--bins", "15"), True),
+        (("--stride", "4"), True), (("--alpha", "0"), False),
+    ],
+)  # fmt: skip
+def test_options_that_say_nothing_about_an_input(tmp_path, capsys, option, of_text):
+    path = write_questions(tmp_path) if of_text else "text.txt"
+    assert main(["eval", SPEC + "plain", str(path), *option]) == 1
+    what = "is for a text, and the input holds choices" if of_text else "is for choices"
+    assert f"{option[0]} {what}" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
