@@ -239,10 +239,19 @@ def documented(
     return function
 
 
-def spelled_out(function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS) -> F:
-    """The function, whose signature lists options in place of ``**options``."""
+def spelled_out(
+    function: F,
+    names: Iterable[str],
+    table: Mapping[str, Option] = OPTIONS,
+    *,
+    with_others: bool = False,
+) -> F:
+    """The function, whose signature lists options in place of ``**options``.
+
+    ``with_others``: it takes others besides, and ``**options`` stays behind them.
+    """
     signature = inspect.signature(function)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    *parameters, others = signature.parameters.values()
     parameters += [
         inspect.Parameter(
             name,
@@ -252,6 +261,7 @@ def spelled_out(function: F, names: Iterable[str], table: Mapping[str, Option] =
         )
         for name in names
     ]
+    parameters += [others] if with_others else []
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function
 
