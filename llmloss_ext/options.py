@@ -266,6 +266,21 @@ def spelled_out(
     return function
 
 
+def with_defaults(
+    options: Mapping[str, Any], names: Iterable[str], table: Mapping[str, Option] = OPTIONS
+) -> dict[str, Any]:
+    """The options of these names, by default where they are not given.
+
+    Raises:
+        TypeError: There are others.
+    """
+    found = {name: table[name].default for name in names}
+    unknown = options.keys() - found.keys()
+    if unknown:
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
+    return found | dict(options)
+
+
 def as_integer(name: str, value: int) -> int:
     """The option, if it is an integer (numpy's, too); else a TypeError that names it."""
     if isinstance(value, int | torch.SymInt):

@@ -14,7 +14,7 @@ from ..sequences import Sequences
 from ..shard import Shard
 from ..statistics import FloatStats, asked
 
-__all__ = ["HIDDEN_OPTIONS", "HiddenOptions", "PolicyTokens"]
+__all__ = ["HIDDEN_OPTIONS", "LOG_PROB", "HiddenOptions", "PolicyTokens", "is_of_tokens"]
 
 LOG_PROB = ("log_prob", "lse")
 """The statistics that a log-probability is made of."""
@@ -137,3 +137,20 @@ class PolicyTokens:
         """Of the tokens, in nats; 0 where they do not count."""
         log_probs: Tensor = self.statistics(LOG_PROB).log_prob
         return log_probs
+
+
+def is_of_tokens(reference: Tensor, valid: Tensor, *, must: bool = False) -> bool:
+    """Whether a reference has a number for each token (B, S); else it has one a sequence, (B).
+
+    Raises:
+        ValueError: It has another shape, or it ``must`` be of tokens and is not.
+    """
+    if reference.shape == valid.shape:
+        return True
+    if reference.shape != valid.shape[:1] or must:
+        raise ValueError(
+            f"reference_log_probs must have one number per token, {tuple(valid.shape)}"
+            + ("" if must else f", or per sequence, {tuple(valid.shape[:1])}")
+            + f"; got {tuple(reference.shape)}"
+        )
+    return False

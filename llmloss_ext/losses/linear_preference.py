@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import composite
 from ..checks import items_tensor
 from ..options import documented, spelled_out
-from .from_hidden import HIDDEN_OPTIONS, LOG_PROB, HiddenOptions, PolicyTokens
+from .from_hidden import HIDDEN_OPTIONS, LOG_PROB, HiddenOptions, PolicyTokens, is_of_tokens
 from .pairs import PreferenceLoss
 from .preference import dpo_loss
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
@@ -144,14 +144,8 @@ def _scores(
 def _reference_scores(
     reference: Tensor, valid: Tensor, ld_alpha: float | None
 ) -> tuple[Tensor, Tensor]:
-    if reference.shape == valid.shape:
+    if is_of_tokens(reference, valid, must=ld_alpha is not None):
         return _scores(reference, valid, ld_alpha, False)
-    if reference.shape != valid.shape[:1] or ld_alpha is not None:
-        raise ValueError(
-            f"reference_log_probs must have one number per token, {tuple(valid.shape)}"
-            + ("" if ld_alpha is not None else f", or per sequence, {tuple(valid.shape[:1])}")
-            + f"; got {tuple(reference.shape)}"
-        )
     chosen, rejected = reference.chunk(2)
     return chosen, rejected
 
