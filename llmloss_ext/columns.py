@@ -15,12 +15,25 @@ from torch import Tensor
 
 from .composite import real_of
 
-__all__ = ["Distribution"]
+__all__ = ["Distribution", "columns_of"]
 
 _LOWEST = 4
 """A logit of -inf stands as the lowest finite number over this, as in `llmloss_ext.composite`."""
 _LINEAR = 40
 """From here on log(1 + e^x) is x, to float64's last place."""
+
+
+def columns_of(rows: Tensor, columns: Tensor) -> Tensor:
+    """``rows.gather(-1, columns)``, (..., K), whose gradient adds up in a fixed order.
+
+    That of a gather is added by atomics on a GPU, in any order where a row names a column twice;
+    that of an index is sorted there first. A CPU goes row by row.
+    """
+    if rows.device.type == "cpu":
+        return rows.gather(-1, columns)
+    flat, chosen = rows.reshape(-1, rows.shape[-1]), columns.reshape(-1, columns.shape[-1])
+    every = torch.arange(flat.shape[0], device=flat.device).unsqueeze(-1)
+    return flat[every, chosen].reshape(columns.shape)
 
 
 class Distribution(NamedTuple):
@@ -52,7 +65,7 @@ class Distribution(NamedTuple):
 
     def log_probs(self, columns: Tensor) -> Tensor:
         """Log p of columns (n, K)."""
-        plain = self.x.gather(-1, columns) - self.lse
+        plain = columns_of(self.x, columns) - self.lse
         return torch.where(columns == self.top, -F.softplus(-self.lead, threshold=_LINEAR), plain)
 
     def log_rest(self, chosen: Tensor) -> Tensor:

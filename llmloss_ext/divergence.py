@@ -9,14 +9,14 @@ A new divergence is an entry of `DIVERGENCES`, and a sentence in the losses' doc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .composite import real_of
-from .options import OPTIONS, Option, as_integer
+from .options import OPTIONS, Option, as_integer, with_defaults
 
 COPIES = 8
 """Tensors of the size of its logits that a divergence and its gradient hold at once."""
@@ -338,6 +338,21 @@ DIVERGENCE_OPTIONS = OPTIONS | {
         "weight 0 is not computed, and is 0.",
     ),
     "weight_soft_loss": Option("float", 0.5, "Factor of the divergence, >= 0."),
+    "ignore_index": Option(
+        "int",
+        -100,
+        "Tokens with this label take no part, whatever the other arguments hold there; their "
+        "gradient is exactly zero.",
+    ),
+    "reduction": Option(
+        "str", "mean", '``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.'
+    ),
+    "num_items": Option(
+        "int | Tensor | None",
+        None,
+        "Replaces the number of tokens of the mean, e.g. by that of all micro-batches; of 0 items "
+        "the loss is 0.",
+    ),
     "vocab_size": Option(
         "int | None",
         None,
@@ -346,6 +361,40 @@ DIVERGENCE_OPTIONS = OPTIONS | {
     ),
 }
 """The options of distillation, beside those that all losses have."""
+
+
+class Distillation(NamedTuple):
+    """The options of a hard and a soft loss, as users give them."""
+
+    weight_hard_loss: float
+    weight_soft_loss: float
+    add_tail: bool
+    direction: str
+    beta: float
+    skew_alpha: float
+    temperature: float
+    ignore_index: int
+    reduction: str
+    num_items: int | Tensor | None
+    vocab_size: int | None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Distillation:
+        """Those that are given, and defaults.
+
+        Raises:
+            ValueError: A weight is negative, or both are 0.
+            TypeError: There are other options.
+        """
+        found = cls(**with_defaults(options, cls._fields, DIVERGENCE_OPTIONS))
+        check_weights(
+            weight_hard_loss=found.weight_hard_loss, weight_soft_loss=found.weight_soft_loss
+        )
+        return found
+
+    def divergence(self) -> DivergenceOptions:
+        """Which divergence, checked."""
+        return DivergenceOptions.of(self.direction, self.beta, self.skew_alpha, self.temperature)
 
 
 class DistillationLoss(NamedTuple):

@@ -239,10 +239,19 @@ def documented(
     return function
 
 
-def spelled_out(function: F, names: Iterable[str], table: Mapping[str, Option] = OPTIONS) -> F:
-    """The function, whose signature lists options in place of ``**options``."""
+def spelled_out(
+    function: F,
+    names: Iterable[str],
+    table: Mapping[str, Option] = OPTIONS,
+    *,
+    with_others: bool = False,
+) -> F:
+    """The function, whose signature lists options in place of ``**options``.
+
+    ``with_others``: it takes others besides, and ``**options`` stays behind them.
+    """
     signature = inspect.signature(function)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    *parameters, others = signature.parameters.values()
     parameters += [
         inspect.Parameter(
             name,
@@ -252,8 +261,24 @@ def spelled_out(function: F, names: Iterable[str], table: Mapping[str, Option] =
         )
         for name in names
     ]
+    parameters += [others] if with_others else []
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function
+
+
+def with_defaults(
+    options: Mapping[str, Any], names: Iterable[str], table: Mapping[str, Option] = OPTIONS
+) -> dict[str, Any]:
+    """The options of these names, by default where they are not given.
+
+    Raises:
+        TypeError: There are others.
+    """
+    found = {name: table[name].default for name in names}
+    unknown = options.keys() - found.keys()
+    if unknown:
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
+    return found | dict(options)
 
 
 def as_integer(name: str, value: int) -> int:

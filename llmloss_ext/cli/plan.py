@@ -22,7 +22,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="print the cost of a linear loss: chunks, FLOPs and memory",
-        description="Prints the cost of linear_cross_entropy, forward and backward.",
+        description="Prints the cost of linear_cross_entropy, forward and backward, and then of "
+        "each loss from hidden states, with a reference's where it has one.",
     )
     for name, text in (("N", "tokens"), ("D", "features per token"), ("V", "vocabulary size")):
         parser.add_argument(name, type=_integer, help=text)
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import plan
     from ..linear.cost import chip_named, frontier
+    from ..linear.planning import LOSS_WALKS
 
     n, d, v, dtype = args.N, args.D, args.V, _dtype(args.dtype) or torch.float32
     device = "cuda" if args.gpu else args.device
@@ -81,11 +83,9 @@ def run(args: argparse.Namespace) -> int:
         "drop_ignored": args.drop_ignored,
         "logits_dtype": torch.float32 if args.float32_logits else None,
     }
+    chunks = {"chunk_tokens": args.chunk_tokens, "max_chunk_bytes": args.max_chunk_bytes}
     try:
-        planned = plan(
-            n, d, v, dtype, device,
-            chunk_tokens=args.chunk_tokens, max_chunk_bytes=args.max_chunk_bytes, **options,
-        )  # fmt: skip
+        planned = plan(n, d, v, dtype, device, **chunks, **options)
         chip = chip_named(args.gpu)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -100,6 +100,12 @@ def run(args: argparse.Namespace) -> int:
         ("with whole logits", f"{_mebibytes(planned.unfused_bytes)}, {saved:.1f} times as much"),
     ):
         print(f"{name:<18} {value}")
+    print(f"\n{'products':>8}  {'of references':>13}  {'peak beyond inputs':>18}  loss")
+    for loss, recompute, references in LOSS_WALKS:
+        how = options | {"recompute": recompute, "references": references}
+        other = plan(n, d, v, dtype, device, **chunks, **how)
+        peak = _mebibytes(other.peak_bytes)
+        print(f"{other.products:>8}  {references:>13}  {peak:>18}  {loss}")
     if device == "cuda" and planned.dtype.itemsize == 2:  # what the model knows
         _print_predictions([planned, *frontier(n, d, v, dtype, **options)], chip)
     return 0

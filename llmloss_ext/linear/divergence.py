@@ -20,9 +20,9 @@ from ..composite import items_denominator, real_of
 from ..divergence import (
     COPIES,
     DIVERGENCE_OPTIONS,
+    Distillation,
     DistillationLoss,
     DivergenceOptions,
-    check_weights,
     coarse_divergence,
     coarse_divergence_with_gradient,
     common_classes,
@@ -32,8 +32,9 @@ from ..divergence import (
 from ..entry import entry_point
 from ..ops import can_read, in_transform
 from ..ops.namespace import qualified
-from ..ops.rows import Labels, LocalRows, Rows, take
-from ..options import MEAN, LogitOptions, LossOptions, documented
+from ..ops.rows import Labels, LocalRows, Rows, put, take
+from ..options import MEAN, LogitOptions, LossOptions, documented, spelled_out
+from ..statistics import asked
 from .operators import needs_gradients, pack_limit, unpack_limit
 from .planning import chunk_limit, dtype_of_logits
 from .projection import (
@@ -51,18 +52,6 @@ _NOBODY = -1
 """The label of a token that takes no part."""
 
 
-class _How(NamedTuple):
-    """What the loss of a row is made of, as the operator takes it."""
-
-    direction: Any = None
-    """A key of `llmloss_ext.divergence.DIVERGENCES`."""
-    share: Any = None
-    temperature: Any = None
-    add_tail: Any = None
-    weight_hard_loss: Any = None
-    weight_soft_loss: Any = None
-
-
 class _Student(NamedTuple):
     """What may have a gradient, or one thing for each of them."""
 
@@ -72,8 +61,8 @@ class _Student(NamedTuple):
     bias: Any = None
 
 
-class _Others(NamedTuple):
-    """What has none, in the order of the operator."""
+class _Constants(NamedTuple):
+    """Tensors that have none."""
 
     teacher: Any = None
     """(N, E) hidden states; (N, W) or (N, k) log-probabilities; None: no soft loss."""
@@ -86,23 +75,55 @@ class _Others(NamedTuple):
     """(N), `_NOBODY` where a token takes no part; None: no hard loss."""
     valid: Any = None
     """(N) bool; None: all tokens take part."""
-    direction: Any = None
-    share: Any = None
-    temperature: Any = None
-    add_tail: Any = None
-    weight_hard_loss: Any = None
-    weight_soft_loss: Any = None
-    mean: Any = None
     num_items: Any = None
     """Replaces the number of tokens of the mean, 0-d."""
-    vocab_size: Any = None
+
+
+class _How(NamedTuple):
+    """What the loss is made of, and how the walk goes: the numbers of the operator."""
+
+    direction: str
+    """A key of `llmloss_ext.divergence.DIVERGENCES`."""
+    share: float
+    temperature: float
+    add_tail: bool
+    weight_hard_loss: float
+    weight_soft_loss: float
+    reduction: str
+    vocab_size: int
     """The classes that are compared."""
-    limit: Any = None
+    limit: list[int]
     """Of the chunks, packed."""
-    drop_ignored: Any = None
-    has_float32_logits: Any = None
+    drop_ignored: bool
+    has_float32_logits: bool
     """Also those of 16-bit products."""
-    needs: Any = None
+
+
+class Given(NamedTuple):
+    """What the operator takes."""
+
+    student: _Student
+    constants: _Constants
+    how: _How
+
+    @classmethod
+    def unpack(cls, arguments: Sequence[Any]) -> Given:
+        """From the operator's flat arguments."""
+        tensors, others = len(_Student._fields), len(_Constants._fields)
+        student = _Student(*arguments[:tensors])
+        constants = _Constants(*arguments[tensors : tensors + others])
+        return cls(student, constants, _How(*arguments[tensors + others :]))
+
+    def pack(self) -> tuple[Any, ...]:
+        """The operator's flat arguments."""
+        return (*self.student, *self.constants, *self.how)
+
+    def counts(self, upstream: Tensor | None) -> Tensor | None:
+        """(N) bool: the tokens that take part; None: all."""
+        valid: Tensor | None = self.constants.valid
+        if upstream is None:
+            return valid
+        return upstream != 0 if valid is None else valid & (upstream != 0)
 
 
 class _Teacher:
@@ -158,15 +179,18 @@ def _losses_of_chunk(
     valid: Tensor | None,
     teacher: _Teacher,
     how: _How,
-    scale: Tensor,
-    needs_grad: bool,
+    scale: Tensor | None,
 ) -> Tensor:
-    """The sums over rows of hard and soft loss, in float64, without their weights.
+    """The hard and soft losses without their weights: (2) sums in float64, or (2, n) of the rows.
 
-    The gradient of the weighted sum, times ``scale``, overwrites the logits. Only some rows at a
-    time have float32 copies. Rows that are not valid count as 0.
+    The gradient of the weighted sum, times ``scale`` (0-d, or of each row), overwrites the logits;
+    None: there is none. Only some rows at a time have float32 copies. Rows that are not valid count
+    as 0.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=student.device)
+    by_rows, needs_grad = how.reduction == "none", scale is not None
+    shape = (2, len(student)) if by_rows else (2,)
+    dtype = real_of(student) if by_rows else torch.float64
+    losses = torch.zeros(shape, dtype=dtype, device=student.device)
     step = -(-len(student) // COPIES)
     for begin in range(0, len(student), step):
         at = slice(begin, begin + step)
@@ -178,99 +202,113 @@ def _losses_of_chunk(
         gradient: Tensor | None = None
         if parts:
             rows, gradient = teacher.divergence(x, parts, needs_grad)
-            total[1] += (rows if keep is None else torch.where(keep, rows, 0.0)).double().sum()
+            rows = rows if keep is None else torch.where(keep, rows, 0.0)
+            if by_rows:
+                losses[1, at] = rows
+            else:
+                losses[1] += rows.double().sum()
             if gradient is not None:
                 gradient *= how.weight_soft_loss
         if labels is not None:
-            hard, of_hard = _cross_entropy(x, labels[at], needs_grad)
-            total[0] += hard
-            if of_hard is not None:
+            if needs_grad:
+                hard, of_hard = _cross_entropy_with_gradient(x, labels[at])
                 of_hard *= how.weight_hard_loss
                 gradient = of_hard if gradient is None else gradient.add_(of_hard)
-        if gradient is not None:
-            gradient *= scale if keep is None else torch.where(keep, scale, 0.0)[:, None]
+            else:
+                hard = _cross_entropy(x, labels[at], by_rows)
+            if not by_rows:
+                losses[0] += hard
+            elif not needs_grad:  # else they are known already
+                losses[0, at] = hard
+        if gradient is not None and scale is not None:
+            of = scale[at] if scale.dim() else scale.expand(len(x))
+            gradient *= (of if keep is None else torch.where(keep, of, 0.0)).unsqueeze(-1)
             student[at].copy_(gradient)
-    return total
+    return losses
 
 
-def _cross_entropy(
-    logits: Tensor, labels: Tensor, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The sum over rows by the kernels, and its gradient in float32."""
-    options = LogitOptions(1.0, 0.0, _NOBODY, logits.shape[1])
-    kernels = LocalRows(None, None, options)
+def _kernels(
+    logits: Tensor, labels: Tensor
+) -> tuple[LocalRows, tuple[Labels, Tensor, LossOptions]]:
+    kernels = LocalRows(None, None, LogitOptions(1.0, 0.0, _NOBODY, logits.shape[1]))
     one = torch.ones(2, dtype=real_of(logits), device=logits.device)
-    given = (Labels(labels), one, LossOptions(reduction=MEAN))
-    if not needs_grad:
-        return kernels.losses(logits.contiguous(), *given), None
+    return kernels, (Labels(labels), one, LossOptions(reduction=MEAN))
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, by_rows: bool) -> Tensor:
+    """Of each row, or the sum, by the kernels."""
+    kernels, given = _kernels(logits, labels)
+    if by_rows:
+        stats = kernels.statistics(logits.contiguous(), labels, asked(("log_prob", "lse")))
+        return -stats.floats.log_prob
+    return kernels.losses(logits.contiguous(), *given)
+
+
+def _cross_entropy_with_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over rows, and its gradient in float32."""
+    kernels, given = _kernels(logits, labels)
     x = logits.to(real_of(logits), copy=True, memory_format=torch.contiguous_format)
     loss, _ = kernels.losses_and_gradient_(x, *given, False)
     return loss, x
 
 
-@torch.library.custom_op(qualified("linear_divergence"), mutates_args=())
+@torch.library.custom_op(
+    qualified("linear_divergence"), mutates_args=(),
+    schema="(Tensor? upstream, bool[] needs, Tensor student, Tensor student_weight, "
+    "Tensor? student_bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? teacher_ids, Tensor? labels, Tensor? valid, Tensor? num_items, str direction, "
+    "float share, float temperature, bool add_tail, float weight_hard_loss, "
+    "float weight_soft_loss, str reduction, SymInt vocab_size, SymInt[] limit, bool drop_ignored, "
+    "bool has_float32_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
 def linear_divergence(
-    student: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_ids: Tensor | None,
-    labels: Tensor | None,
-    valid: Tensor | None,
-    direction: str,
-    share: float,
-    temperature: float,
-    add_tail: bool,
-    weight_hard_loss: float,
-    weight_soft_loss: float,
-    mean: bool,
-    num_items: Tensor | None,
-    vocab_size: int,
-    limit: Sequence[int],
-    drop_ignored: bool,
-    has_float32_logits: bool,
-    needs: Sequence[bool],
+    upstream: Tensor | None, needs: Sequence[bool], *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Hard and soft loss, the gradients of student, student_weight and student_bias, their factor.
 
-    ``needs`` says which gradients; those not asked for come back without elements.
+    ``needs`` says which gradients; those not asked for come back without elements. Without a
+    reduction the losses are (2, N), and ``upstream`` (N) is what the gradients are of: with them,
+    the losses are not looked at.
     """
-    how = _How(direction, share, temperature, add_tail, weight_hard_loss, weight_soft_loss)
-    projection = Projection(
-        student, student_weight, student_bias, vocab_size, has_float32_logits=has_float32_logits
-    )
+    given = Given.unpack(arguments)
+    (student, weight, bias), constants, how = given
+    vocab_size, is_wide = how.vocab_size, how.has_float32_logits
+    projection = Projection(student, weight, bias, vocab_size, has_float32_logits=is_wide)
     theirs: Projection | None = None
-    if teacher is not None and teacher_weight is not None:
-        theirs = Projection(
-            teacher, teacher_weight, teacher_bias, vocab_size,
-            has_float32_logits=has_float32_logits,
-        )  # fmt: skip
-    says = _Teacher(teacher, theirs, teacher_ids, how, vocab_size)
+    if constants.teacher is not None and constants.teacher_weight is not None:
+        theirs = Projection(*constants[:3], vocab_size, has_float32_logits=is_wide)
+    says = _Teacher(constants.teacher, theirs, constants.teacher_ids, how, vocab_size)
     real = real_of(student)
-    asked = _Student(*needs)
+    asked_for = _Student(*needs)
     gradients = Gradients(
-        projection, asked.hidden, asked.weight, asked.bias, real,
-        gradient_dtype(student, student_weight),
+        projection, asked_for.hidden, asked_for.weight, asked_for.bias, real,
+        gradient_dtype(student, weight),
     )  # fmt: skip
-    count = student.shape[0] if valid is None else valid.sum()
-    divisor = torch.as_tensor(count if mean else 1, device=student.device).to(real)
-    if num_items is not None:
-        divisor, _ = items_denominator(num_items, real)
+    tokens, by_rows, counts = student.shape[0], how.reduction == "none", given.counts(upstream)
+    divisor = torch.ones((), dtype=real, device=student.device)
+    if constants.num_items is not None:
+        divisor, _ = items_denominator(constants.num_items, real)
+    elif how.reduction == "mean":
+        count = tokens if counts is None else counts.sum()
+        divisor = torch.as_tensor(count, device=student.device).to(real)
     factor = gradient_factor(student, divisor)
-    scale = 1 / (divisor * factor)
-    total = torch.zeros(2, dtype=torch.float64, device=student.device)
-    for chunk in projection.chunks(unpack_limit(limit), valid, drop=drop_ignored):
-        student_logits = chunk.logits[:, :vocab_size]
+    scale = 1 / (divisor * factor) if any(needs) and not by_rows else None
+    shape, dtype = ((2, tokens), real) if by_rows else ((2,), torch.float64)
+    total = torch.zeros(shape, dtype=dtype, device=student.device)
+    for chunk in projection.chunks(unpack_limit(how.limit), counts, drop=how.drop_ignored):
         said = says.of(chunk.rows)
-        total += _losses_of_chunk(
-            student_logits, said, None if labels is None else take(labels, chunk.rows),
-            chunk.counts, says, how, scale, any(needs),
+        losses = _losses_of_chunk(
+            chunk.logits[:, :vocab_size], said,
+            None if constants.labels is None else take(constants.labels, chunk.rows),
+            chunk.counts, says, how, scale if upstream is None else take(upstream, chunk.rows),
         )  # fmt: skip
+        if by_rows:
+            put(total.t(), chunk.rows, losses.t())
+        else:
+            total += losses
         if any(needs):
             gradients.add(chunk)
-        del chunk, student_logits, said
+        del chunk, said
     return (
         (total / divisor).to(real),
         or_empty(gradients.hidden, student),
@@ -281,73 +319,84 @@ def linear_divergence(
 
 
 @linear_divergence.register_fake
-def _(  # type: ignore[no-untyped-def]
-    student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, teacher_ids,
-    labels, valid, direction, share, temperature, add_tail, weight_hard_loss, weight_soft_loss,
-    mean, num_items, vocab_size, limit, drop_ignored, has_float32_logits, needs,
-):  # fmt: skip
-    real, asked = real_of(student), _Student(*needs)
+def _(
+    upstream: Tensor | None, needs: Sequence[bool], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (student, weight, bias), _, how = Given.unpack(arguments)
+    real, asked_for = real_of(student), _Student(*needs)
     empty = student.new_empty
-    has_bias = asked.bias and student_bias is not None
-    of_weight = gradient_dtype(student, student_weight)
+    has_bias = asked_for.bias and bias is not None
+    of_weight = gradient_dtype(student, weight)
     return (
-        empty(2, dtype=real),
-        empty(student.shape if asked.hidden else 0),
-        empty(student_weight.shape, dtype=of_weight) if asked.weight else empty(0),
-        empty(student_bias.shape, dtype=real) if has_bias else empty(0),
+        empty((2, student.shape[0]) if how.reduction == "none" else 2, dtype=real),
+        empty(student.shape if asked_for.hidden else 0),
+        empty(weight.shape, dtype=of_weight) if asked_for.weight else empty(0),
+        empty(bias.shape, dtype=real) if has_bias else empty(0),
         empty((), dtype=real),
     )
 
 
 class LinearDivergence(Function):
-    """The gradients are formed in the forward pass, chunk by chunk."""
+    """With a reduction the gradients are formed in the forward pass, chunk by chunk.
+
+    Without, backward computes each chunk's logits again, the teacher's too.
+    """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted loss, hard and soft loss; arguments: a `_Student` and its `_Others`."""
-        count = len(_Student._fields)
-        student, others = _Student(*args[:count]), _Others(*args[count:])
-        losses, *results = linear_divergence(*student, *others)
+        """The weighted loss, hard and soft loss.
+
+        Arguments: a `_Student`, its `_Constants`, a `_How`, and which gradients are needed.
+        """
+        *tensors, how, needs = args
+        given = Given.unpack((*tensors, *how))
+        ctx.how, ctx.needs, by_rows = how, needs, how.reduction == "none"
+        asked_now = [False] * len(needs) if by_rows else needs
+        losses, *results = linear_divergence(None, asked_now, *given.pack())
         hard, soft = losses.unbind()
         hard, soft = hard.clone(), soft.clone()
-        ctx.needs = others.needs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*results)
-        ctx.dtypes = [None if t is None else t.dtype for t in student]
+        ctx.save_for_backward(*(tensors if by_rows else results))
+        ctx.dtypes = [None if t is None else t.dtype for t in given.student]
         ctx.mark_non_differentiable(hard, soft)
         # A term that is not computed is 0, also where its weight is.
-        loss = others.weight_soft_loss * soft
-        if others.labels is not None:
-            hards = others.weight_hard_loss * hard
-            loss = hards if others.teacher is None else loss + hards
+        loss = how.weight_soft_loss * soft
+        if given.constants.labels is not None:
+            hards = how.weight_hard_loss * hard
+            loss = hards if given.constants.teacher is None else loss + hards
         return loss, hard, soft
 
     @staticmethod
     def backward(
         ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Multiplies what the forward pass has left by the gradient of the loss."""
+        """The gradients, of what the forward pass has left or of another walk."""
+        others = (*_Constants(), None, None)
         if grad_loss is None:
-            return (*_Student(), *_Others())
+            return (*_Student(), *others)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "linear_kl_div and linear_distillation_loss have no second-order gradient"
             )
-        *gradients, factor = ctx.saved_tensors
-        factor = factor * grad_loss
+        if ctx.how.reduction == "none":
+            saved = (*ctx.saved_tensors, *ctx.how)
+            _, *gradients, factor = linear_divergence(grad_loss.contiguous(), ctx.needs, *saved)
+        else:
+            *gradients, factor = ctx.saved_tensors
+            factor = factor * grad_loss
         results = (
-            (g * factor).to(dtype) if asked else None
-            for g, dtype, asked in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
+            (g * factor).to(dtype) if asked_for else None
+            for g, dtype, asked_for in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
         )
-        return (*results, *_Others())
+        return (*results, *others)
 
 
 @entry_point("student_hidden", "teacher_hidden", "target")
 @partial(
     documented,
     names=(
-        "direction", "beta", "skew_alpha", "temperature", "num_items", "vocab_size",
-        "chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype",
+        "direction", "beta", "skew_alpha", "temperature", "ignore_index", "reduction", "num_items",
+        "vocab_size", "chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype",
     ),
     table=DIVERGENCE_OPTIONS,
 )  # fmt: skip
@@ -375,7 +424,8 @@ def linear_kl_div(
 ) -> Tensor:
     r"""Distillation: the divergence of two projections' distributions, neither in memory whole.
 
-    Times T^2, in nats. Four products: three for the student, one for the teacher.
+    Times T^2, in nats. Four products: three for the student, one for the teacher. Without a
+    reduction six: backward computes the logits of both again.
 
     Args:
         student_hidden: (..., D).
@@ -385,12 +435,10 @@ def linear_kl_div(
         student_bias: (V).
         teacher_bias: (W).
         target: Labels (...), where given, tell which tokens are ignored; nothing else.
-        ignore_index: Tokens with this label take no part, whatever stands there.
-        reduction: ``"mean"`` over the tokens that take part, or ``"sum"``.
         Options: each is described in `llmloss_ext.options`.
 
     Returns:
-        The loss, 0-d, in nats; the mean of no token is nan.
+        The loss, 0-d, or (...) for ``"none"``, in nats; the mean of no token is nan.
 
     Raises:
         ValueError: Shapes that do not fit, or an option out of range.
@@ -398,24 +446,22 @@ def linear_kl_div(
     """
     call = _Call(
         "linear_kl_div", _Student(student_hidden, student_weight, student_bias),
-        _Said(teacher_hidden, teacher_weight, teacher_bias), target, ignore_index, vocab_size,
-        logits_dtype,
+        _Said(teacher_hidden, teacher_weight, teacher_bias), target, logits_dtype,
     )  # fmt: skip
-    options = DivergenceOptions.of(direction, beta, skew_alpha, temperature)
-    how = _How(*options[:3], True, 0.0, 1.0)
-    return call.run(how, reduction, num_items, chunk_tokens, max_chunk_bytes, drop_ignored).loss
+    given = Distillation(
+        0.0, 1.0, True, direction, beta, skew_alpha, temperature, ignore_index, reduction,
+        num_items, vocab_size,
+    )  # fmt: skip
+    return call.run(given, chunk_tokens, max_chunk_bytes, drop_ignored).loss
+
+
+_OF_WALK = ("chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype")
+_OF_DISTILLATION = (*Distillation._fields, *_OF_WALK)
 
 
 @entry_point("student_hidden", "teacher_hidden", "target", "teacher_log_probs", "teacher_ids")
-@partial(
-    documented,
-    names=(
-        "weight_hard_loss", "weight_soft_loss", "add_tail", "direction", "beta", "skew_alpha",
-        "temperature", "num_items", "vocab_size", "chunk_tokens", "max_chunk_bytes", "drop_ignored",
-        "logits_dtype",
-    ),
-    table=DIVERGENCE_OPTIONS,
-)  # fmt: skip
+@partial(documented, names=_OF_DISTILLATION, table=DIVERGENCE_OPTIONS)
+@partial(spelled_out, names=_OF_DISTILLATION, table=DIVERGENCE_OPTIONS)
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -427,27 +473,14 @@ def linear_distillation_loss(
     teacher_bias: Tensor | None = None,
     teacher_log_probs: Tensor | None = None,
     teacher_ids: Tensor | None = None,
-    weight_hard_loss: float = 0.5,
-    weight_soft_loss: float = 0.5,
-    add_tail: bool = True,
-    direction: str = "forward",
-    beta: float = 0.5,
-    skew_alpha: float = 0.1,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: int | Tensor | None = None,
-    vocab_size: int | None = None,
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
-    logits_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> DistillationLoss:
     """Cross entropy with labels and divergence from a teacher, from one walk over hidden states.
 
     weight_hard_loss times the cross entropy plus weight_soft_loss times T^2 times the divergence,
     both of the same logits of the student, which exist for a chunk of tokens at a time: three
-    products for the student, and one for a teacher's hidden states. Names and order are those of
+    products for the student, and one for a teacher's hidden states; without a reduction, backward
+    computes all logits again. Names and order are those of
     Liger's `LigerFusedLinearDistillationBase`; but tokens without a label are left out of both
     terms, and of what the mean divides by.
 
@@ -467,8 +500,6 @@ def linear_distillation_loss(
         teacher_log_probs: (..., W) or (..., k): log_softmax(teacher_logits / T), or of it what was
             stored.
         teacher_ids: (..., k) int64, different tokens.
-        ignore_index: Tokens with this label take no part, whatever stands there.
-        reduction: ``"mean"`` over the tokens that take part, or ``"sum"``.
         Options: each is described in `llmloss_ext.options`.
 
     Returns:
@@ -480,17 +511,16 @@ def linear_distillation_loss(
             is nan instead).
         RuntimeError: A wrong dtype.
     """
-    check_weights(weight_hard_loss=weight_hard_loss, weight_soft_loss=weight_soft_loss)
-    if target is None and weight_hard_loss:
+    walk = {name: options.pop(name, None) for name in _OF_WALK}
+    given = Distillation.of(options)
+    if target is None and given.weight_hard_loss:
         raise ValueError("a hard loss needs a target; without one, weight_hard_loss must be 0")
     call = _Call(
         "linear_distillation_loss", _Student(student_hidden, student_weight, student_bias),
         _Said(teacher_hidden, teacher_weight, teacher_bias, teacher_log_probs, teacher_ids), target,
-        ignore_index, vocab_size, logits_dtype,
+        walk.pop("logits_dtype"),
     )  # fmt: skip
-    options = DivergenceOptions.of(direction, beta, skew_alpha, temperature)
-    how = _How(*options[:3], add_tail, float(weight_hard_loss), float(weight_soft_loss))
-    return call.run(how, reduction, num_items, chunk_tokens, max_chunk_bytes, drop_ignored)
+    return call.run(given, **walk)
 
 
 class _Said(NamedTuple):
@@ -547,8 +577,6 @@ class _Call:
         student: _Student,
         teacher: _Said,
         target: Tensor | None,
-        ignore_index: int,
-        vocab_size: int | None,
         logits_dtype: torch.dtype | None,
     ) -> None:
         optional = {f"teacher_{key}": t for key, t in teacher._asdict().items()}
@@ -568,75 +596,64 @@ class _Call:
             )
         if in_transform():
             raise RuntimeError(f"{name} does not work under torch.func transforms")
-        self._name, self._student, self._teacher = name, student, teacher
-        self._target, self._ignore_index, self._is_wide = target, ignore_index, is_wide
-        self._vocab_size = common_classes(columns, classes, vocab_size)
+        self._student, self._teacher, self._classes = student, teacher, (columns, classes)
+        self._target, self._is_wide = target, is_wide
 
     def run(
         self,
-        how: _How,
-        reduction: str,
-        num_items: int | Tensor | None,
+        given: Distillation,
         chunk_tokens: int | None,
         max_chunk_bytes: int | None,
         drop_ignored: bool | None,
     ) -> DistillationLoss:
-        """One walk."""
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f'{self._name}: reduction must be "mean" or "sum", got {reduction!r}')
-        given = self._student
-        hidden = as_rows(to_dtype_of_products(given.hidden, given.weight))
+        """One walk; without a reduction, another one in backward."""
+        if given.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'reduction must be "mean", "sum" or "none", got {given.reduction!r}')
+        used = common_classes(*self._classes, given.vocab_size)
+        divergence_options = given.divergence()
+        hidden, weight, bias = self._student
+        tokens, items = hidden.shape[:-1], items_tensor(given.num_items, given.reduction, hidden)
+        hidden = as_rows(to_dtype_of_products(hidden, weight))
         dtype = dtype_of_logits(hidden.dtype, has_float32_logits=self._is_wide)
-        limit = chunk_limit(
-            given.weight.shape[0], dtype, hidden.device.type, chunk_tokens, max_chunk_bytes
-        )
+        kind = hidden.device.type
+        limit = chunk_limit(weight.shape[0], dtype, kind, chunk_tokens, max_chunk_bytes)
         target, valid, labels = self._target, None, None
         if target is not None:
-            valid = (target != self._ignore_index).reshape(-1)
-            if how.weight_hard_loss:
-                labels = self._labels(target, valid)
-        if drop_ignored is None:
-            drop_ignored = hidden.device.type == "cpu"
-        student = _Student(hidden, given.weight, given.bias)
-        teacher = self._teacher if how.weight_soft_loss else _Said(None, None, None)
-        given_teacher, its_weight, its_bias, its_ids = self._rows_of(teacher)
-        others = _Others(
-            teacher=given_teacher,
-            teacher_weight=its_weight,
-            teacher_bias=its_bias,
-            teacher_ids=its_ids,
-            labels=labels,
-            valid=valid,
-            direction=how.direction,
-            share=how.share,
-            temperature=how.temperature,
-            add_tail=how.add_tail,
-            weight_hard_loss=how.weight_hard_loss,
-            weight_soft_loss=how.weight_soft_loss,
-            mean=reduction == "mean",
-            num_items=items_tensor(num_items, reduction, given.hidden),
-            vocab_size=self._vocab_size,
-            limit=pack_limit(limit),
-            drop_ignored=drop_ignored and valid is not None,
-            has_float32_logits=self._is_wide,
-            needs=needs_gradients(student),
+            valid = (target != given.ignore_index).reshape(-1)
+            if given.weight_hard_loss:
+                labels = self._labels(target, valid, given.ignore_index, used)
+        drops = kind == "cpu" if drop_ignored is None else drop_ignored
+        by_rows = given.reduction == "none"
+        how = _How(
+            *divergence_options[:3], given.add_tail, float(given.weight_hard_loss),
+            float(given.weight_soft_loss), given.reduction, used, pack_limit(limit),
+            drops and (by_rows or valid is not None), self._is_wide,
+        )  # fmt: skip
+        student = _Student(hidden, weight, bias)
+        teacher = self._teacher if given.weight_soft_loss else _Said(None, None, None)
+        constants = _Constants(*self._rows_of(teacher), labels, valid, items)
+        results = LinearDivergence.apply(  # type: ignore[no-untyped-call]
+            *student, *constants, how, needs_gradients(student)
         )
-        results = LinearDivergence.apply(*student, *others)  # type: ignore[no-untyped-call]
+        if by_rows:
+            results = (x.reshape(tokens) for x in results)
         return DistillationLoss(*results)
 
-    def _labels(self, target: Tensor, valid: Tensor) -> Tensor:
+    def _labels(self, target: Tensor, valid: Tensor, ignored: int, classes: int) -> Tensor:
         """Of the tokens, `_NOBODY` where they take no part."""
         if target.is_floating_point():
             raise RuntimeError(f"expected labels of int64 or int32, got {target.dtype}")
-        target = check_target(target, self._student.hidden, self._ignore_index)
+        target = check_target(target, self._student.hidden, ignored)
         if can_read(target):
-            check_range(target, self._ignore_index, self._vocab_size)
+            check_range(target, ignored, classes)
         flat = target.reshape(-1).long()
         # What is no class stays so, whichever number stands for nobody.
-        out = torch.where(flat < 0, self._vocab_size, flat)
+        out = torch.where(flat < 0, classes, flat)
         return torch.where(valid, out, _NOBODY)
 
-    def _rows_of(self, teacher: _Said) -> tuple[Tensor | None, ...]:
+    def _rows_of(
+        self, teacher: _Said
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Hidden states or log-probabilities (N, ...), weight, bias and ids."""
         ids = None if teacher.ids is None else as_rows(teacher.ids)
         if teacher.hidden is None or teacher.weight is None:

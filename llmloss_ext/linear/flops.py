@@ -13,8 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..ops import can_read, kernels
 from ..options import unpack
-from . import divergence, operators, row_functions  # noqa: F401  (define the operators)
+from . import divergence, operators  # noqa: F401  (define the operators)
 from .operators import UNSHARDED, unpack_chunks
+from .row_functions import Given
 from .walk import Inputs, Targets, takes_part, with_gradient
 
 
@@ -65,33 +66,28 @@ def _stats_backward(
 
 
 @register_flop_formula(kernels.linear_divergence, get_raw=True)
-def _divergence(
-    student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, teacher_ids,
-    labels, valid, direction, share, temperature, add_tail, weight_hard_loss, weight_soft_loss,
-    mean, num_items, vocab_size, limit, drop_ignored, has_float32_logits, needs, *, out_val=None,
-) -> int:  # fmt: skip
+def _divergence(upstream, needs, *arguments, out_val=None) -> int:
+    given = divergence.Given.unpack(arguments)
+    (student, *_), constants, how = given
+    counts = given.counts(upstream)
     with_hidden, with_weight, _ = needs
     products = 1 + bool(with_hidden) + bool(with_weight)
-    whole = products * _product(student, vocab_size, valid, drop_ignored)
-    if teacher is not None and teacher_weight is not None:
-        whole += _product(teacher, vocab_size, valid, drop_ignored)
+    whole = products * _product(student, how.vocab_size, counts, how.drop_ignored)
+    if constants.teacher is not None and constants.teacher_weight is not None:
+        whole += _product(constants.teacher, how.vocab_size, counts, how.drop_ignored)
     return whole
 
 
 @register_flop_formula(kernels.linear_rows, get_raw=True)
-def _rows(
-    hidden, weight, bias, others, shared, valid, name, numbers, width, vocab_size, limit, drop,
-    *, out_val=None,
-) -> int:  # fmt: skip
-    return _product(hidden, vocab_size, valid, drop)
+def _rows(*arguments, out_val=None) -> int:
+    given = Given(*arguments)
+    return _product(given.hidden, given.vocab_size, given.valid, given.drop)
 
 
 @register_flop_formula(kernels.linear_rows_backward, get_raw=True)
-def _rows_backward(
-    grad_rows, hidden, weight, bias, others, shared, valid, name, numbers, width, vocab_size, limit,
-    drop, needs, *, out_val=None,
-) -> int:  # fmt: skip
+def _rows_backward(grad_rows, needs, *arguments, out_val=None) -> int:
+    given = Given(*arguments)
     has_gradient = (grad_rows != 0).any(-1)
-    counts = has_gradient if valid is None else has_gradient & valid
+    counts = has_gradient if given.valid is None else has_gradient & given.valid
     products = 1 + bool(needs[0]) + bool(needs[1])
-    return products * _product(hidden, vocab_size, counts, drop)
+    return products * _product(given.hidden, given.vocab_size, counts, given.drop)

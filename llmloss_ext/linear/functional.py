@@ -46,7 +46,7 @@ from . import operators
 from .operators import needs_gradients
 from .planning import Sums, chunk_limit, dtype_of_logits
 from .projection import as_rows, check_projection, to_dtype_of_products
-from .walk import Inputs, Objective, Targets
+from .walk import Inputs, Objective, ObjectiveCall, Targets
 
 __all__ = ["linear_cross_entropy", "linear_log_probs", "linear_token_stats"]
 
@@ -480,9 +480,8 @@ class LinearCall:
             stats = self.stats(wanted, chunks)
             return objectives.of_statistics(stats, len(self.targets), objective, wanted)
         targets = Targets(self.targets, self.weight)
-        return self._run(
-            objectives.run, self.inputs, targets, self.options, objective, wanted, chunks
-        )
+        call = ObjectiveCall(targets, self.options, objective, wanted, chunks)
+        return self._run(objectives.run, self.inputs, call)
 
     def stats(
         self, wanted: int, chunks: ChunkOptions, accumulator: Tensor | None = None

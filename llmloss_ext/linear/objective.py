@@ -18,11 +18,10 @@ from ..ops.derivatives import (
     needs_differentiable_backward,
     one_gradient_at_a_time,
 )
-from ..options import ChunkOptions, LogitOptions
 from ..shard import refuse_second_order
 from ..statistics import FloatStats, RowStats
 from . import operators
-from .walk import Inputs, Objective, ObjectiveResults, Targets, objective_by_chunks
+from .walk import Inputs, Objective, ObjectiveCall, ObjectiveResults, objective_by_chunks
 
 __all__ = ["ObjectiveLoss", "run"]
 
@@ -36,27 +35,12 @@ class ObjectiveLoss(NamedTuple):
     """Without the state."""
 
 
-class _Call(NamedTuple):
-    """What the walk takes besides tensors that may have a gradient."""
-
-    targets: Targets
-    logits: LogitOptions
-    objective: Objective
-    wanted: int
-    chunks: ChunkOptions
-    needs: Inputs
-
-    def walk(self, inputs: Inputs) -> ObjectiveResults:
-        """With the gradients."""
-        return objective_by_chunks(inputs, *self)
-
-    def over_statistics(self, inputs: Inputs) -> ObjectiveLoss:
-        """With every derivative, and for compilers."""
-        targets, tokens = self.targets, inputs.input.shape[0]
-        stats = operators.stats(
-            inputs, targets.target, targets.weight, self.logits, self.wanted, self.chunks
-        )
-        return of_statistics(stats, tokens, self.objective, self.wanted)
+def _over_statistics(inputs: Inputs, call: ObjectiveCall) -> ObjectiveLoss:
+    """With every derivative, and for compilers."""
+    stats = operators.stats(
+        inputs, call.targets.target, call.targets.weight, call.logits, call.wanted, call.chunks
+    )
+    return of_statistics(stats, inputs.input.shape[0], call.objective, call.wanted)
 
 
 def of_statistics(stats: RowStats, tokens: int, objective: Objective, wanted: int) -> ObjectiveLoss:
@@ -76,7 +60,7 @@ class LinearObjective(Function):
         inputs = Inputs(*tensors)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        found = call.walk(inputs)
+        found = objective_by_chunks(inputs, call)
         others.append(found)
         ctx.save_for_backward(*inputs)
         ctx.results = found.results._replace(loss=None)
@@ -94,39 +78,27 @@ class LinearObjective(Function):
         if needs_differentiable_backward():
             refuse_second_order(call.chunks.shard)
             used = [x for x, need in zip(inputs, call.needs, strict=True) if need]
-            loss = call.over_statistics(inputs).loss
+            loss = _over_statistics(inputs, call).loss
             found = iter(torch.autograd.grad(loss, used, grad_loss, create_graph=True))
             return (*(next(found) if need else None for need in call.needs), *others)
         if ctx.results is None:  # a second backward
-            ctx.results = call.walk(inputs).results
+            ctx.results = objective_by_chunks(inputs, call).results
         results, ctx.results = ctx.results, None
         return (*operators.scaled(results, inputs, call.needs, grad_loss), *others)
 
 
-def run(
-    inputs: Inputs,
-    targets: Targets,
-    logits: LogitOptions,
-    objective: Objective,
-    wanted: int,
-    chunks: ChunkOptions,
-) -> ObjectiveLoss:
+def run(inputs: Inputs, call: ObjectiveCall) -> ObjectiveLoss:
     """The sum over tokens that an objective is of, its metrics, and the statistics of the tokens.
 
     Args:
         inputs: As in `operators.loss`.
-        targets: Class indices; token weights are the objective's.
-        logits: How the logits are read.
-        objective: What a token adds.
-        wanted: Which statistics it reads, or whoever calls: see `llmloss_ext.statistics.asked`.
-        chunks: How to walk.
+        call: How; which gradients are needed is found here.
     """
-    needs = Inputs(*operators.needs_gradients(inputs))
-    call = _Call(targets, logits, objective, wanted, chunks, needs)
+    call = call._replace(needs=Inputs(*operators.needs_gradients(inputs)))
     if must_be_opaque(inputs.input):
-        return call.over_statistics(inputs)
-    if not any(needs):
-        found = call.walk(inputs)
+        return _over_statistics(inputs, call)
+    if not any(call.needs):
+        found = objective_by_chunks(inputs, call)
         loss = found.results.loss
     else:
         others: list[ObjectiveResults] = []

@@ -94,6 +94,33 @@ def unpack_chunks(
     )
 
 
+def whole_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    counts: Tensor | None,
+    used: int,
+    *,
+    has_float32_logits: bool,
+) -> Tensor:
+    """(N, used), with every derivative; of zeros where ``counts`` (N) says that a token has none.
+
+    Hidden states are in the dtype of the products.
+    """
+    if counts is not None:
+        hidden = composite.only(counts, hidden)
+    if used < weight.shape[0]:
+        weight, bias = weight[:used], None if bias is None else bias[:used]
+    weight = weight.to(hidden.dtype)
+    if has_float32_logits:
+        is_on = is_autocast(hidden)
+        with torch.autocast(hidden.device.type, enabled=False) if is_on else nullcontext():
+            logits = hidden.float() @ weight.float().t()
+    else:
+        logits = hidden @ weight.t()
+    return logits if bias is None else logits + bias.to(logits.dtype)
+
+
 def logits_of(
     inputs: Inputs,
     target: Tensor,
@@ -104,20 +131,10 @@ def logits_of(
     """The whole logits, (N, V), with every derivative; 0 where a token or a class has no part."""
     hidden, weight, bias, _ = inputs
     counts = takes_part(Targets(target, token_weight=token_weight), options.ignore_index)
-    if counts is not None:
-        hidden = composite.only(counts, hidden)
     columns, used = weight.shape[0], options.vocab_size
-    if used < columns:
-        weight, bias = weight[:used], None if bias is None else bias[:used]
-    weight = weight.to(hidden.dtype)
-    if chunks.has_float32_logits:
-        is_on = is_autocast(hidden)
-        with torch.autocast(hidden.device.type, enabled=False) if is_on else nullcontext():
-            logits = hidden.float() @ weight.float().t()
-    else:
-        logits = hidden @ weight.t()
-    if bias is not None:
-        logits = logits + bias.to(logits.dtype)
+    logits = whole_logits(
+        hidden, weight, bias, counts, used, has_float32_logits=chunks.has_float32_logits
+    )
     return F.pad(logits, (0, columns - used)) if used < columns else logits
 
 

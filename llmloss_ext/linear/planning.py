@@ -105,7 +105,7 @@ class Plan:
         logits_dtype: Of the logits.
         chunk_tokens: Tokens of a chunk.
         chunks: Their number.
-        products: N x D x V matrix products, forward and backward.
+        products: N x D x V matrix products, forward and backward, with those of references.
         flops: Of these products.
         chunk_bytes: Of a chunk's logits, the one large buffer.
         needs_grad: Whether the hidden states and the weight get gradients.
@@ -133,6 +133,26 @@ class Plan:
     unfused_bytes: int
 
 
+class LossWalk(NamedTuple):
+    """What a loss asks `plan` for."""
+
+    loss: str
+    recompute: bool = False
+    references: int = 0
+    """Of a reference that is given by its hidden states."""
+
+
+LOSS_WALKS = (
+    LossWalk("linear_cross_entropy, mean or sum"),
+    LossWalk("linear_cross_entropy without a reduction; statistics of tokens", True),
+    LossWalk("linear_policy_loss, ratios of tokens", False, 1),
+    LossWalk("linear_policy_loss, ratios of sequences", True, 1),
+    LossWalk("linear_preference_loss; linear_unpaired_loss without a KL", True, 1),
+    LossWalk("linear_unpaired_loss, with as many mismatched tokens", True, 3),
+)
+"""How the losses walk, for `llmloss plan`."""
+
+
 def row_stride(vocab_size: int, dtype: torch.dtype) -> int:
     """Elements from one row of a chunk's logits to the next."""
     unit = _ALIGNED_BYTES // dtype.itemsize
@@ -154,6 +174,7 @@ def plan(
     recompute: bool = False,
     drop_ignored: bool = False,
     logits_dtype: torch.dtype | None = None,
+    references: int = 0,
 ) -> Plan:
     """Plans a linear loss of N x D hidden states and a V x D weight.
 
@@ -176,6 +197,9 @@ def plan(
             statistics.
         drop_ignored: Whether some tokens are dropped: those of a chunk are then gathered.
         logits_dtype: torch.float32 where products of 16 bits keep their logits in it.
+        references: Walks over as many hidden states (and a weight) of the same sizes without a
+            gradient, one after the other before the loss: 1 for the reference of a policy. Chunks
+            there have no more tokens than here, and are gone: the peak is that of the loss.
 
     Raises:
         ValueError: A size that is not positive, a dtype that the losses do not have, or a budget
@@ -189,6 +213,8 @@ def plan(
     ):
         if asked is not None and asked not in _DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {asked}")
+    if references < 0:
+        raise ValueError(f"references must be >= 0, got {references}")
     if features < 1 or vocab_size < 1 or tokens < 0:
         raise ValueError(f"expected N >= 0, D >= 1 and V >= 1, got {tokens, features, vocab_size}")
     kind = torch.device(device).type
@@ -206,6 +232,7 @@ def plan(
     products = 1 + with_input + with_weight
     if recompute and (with_input or with_weight):
         products += 1
+    products += references
     size = dtype.itemsize
     chunks = -(-tokens // chunk)
     grad_input = with_input * tokens * features * size

@@ -117,7 +117,8 @@ def loss_by_chunks(
     if wanted:
         objective = cross_entropy_objective(inputs, targets, logits, loss, chunks)
         wanted |= asked(loss.statistics())
-        return objective_by_chunks(inputs, targets, logits, objective, wanted, chunks, needs)[0]
+        call = ObjectiveCall(targets, logits, objective, wanted, chunks, needs)
+        return objective_by_chunks(inputs, call).results
     rows = rows_of(inputs, targets, logits, chunks)
     labels = rows.labels(input, targets.target, targets.token_weight)
     projection = _projection(inputs, logits, chunks)
@@ -284,6 +285,20 @@ class Objective(Protocol):
         ...
 
 
+class ObjectiveCall(NamedTuple):
+    """What a walk with an objective takes besides tensors that may have a gradient."""
+
+    targets: Targets
+    """Class indices; token weights are the objective's."""
+    logits: LogitOptions
+    objective: Objective
+    wanted: int
+    """The statistics that it reads, or whoever calls: see `llmloss_ext.statistics.asked`."""
+    chunks: ChunkOptions
+    needs: Inputs = Inputs()
+    """Which gradients."""
+
+
 class ObjectiveResults(NamedTuple):
     """What a walk with an objective returns."""
 
@@ -291,20 +306,13 @@ class ObjectiveResults(NamedTuple):
     metrics: tuple[Tensor | None, ...]
 
 
-def objective_by_chunks(
-    inputs: Inputs,
-    targets: Targets,
-    logits: LogitOptions,
-    objective: Objective,
-    wanted: int,
-    chunks: ChunkOptions,
-    needs: Inputs,
-) -> ObjectiveResults:
-    """The sum that an objective is of, with the gradients that ``needs`` names.
+def objective_by_chunks(inputs: Inputs, call: ObjectiveCall) -> ObjectiveResults:
+    """The sum that an objective is of, with the gradients that are needed.
 
     The gradient of a token's loss is known with its statistics: it overwrites the logits of the
     chunk at once, so that three products are all.
     """
+    targets, logits, objective, wanted, chunks, needs = call
     input = inputs.input
     real = real_of(input)
     rows = rows_of(inputs, targets, logits, chunks)

@@ -44,6 +44,7 @@ from .language_model import (
 )
 from .linear_policy import linear_policy_loss
 from .linear_preference import linear_preference_loss
+from .linear_unpaired import linear_unpaired_loss
 from .masked_lm import mask_tokens, mlm_loss
 from .multi_token import MultiTokenLoss, count_multi_token_items, multi_token_prediction_loss
 from .pairs import PreferenceLoss
@@ -117,6 +118,7 @@ __all__ = [
     "linear_preference_loss",
     "linear_schedule",
     "linear_selected_log_probs",
+    "linear_unpaired_loss",
     "mask_tokens",
     "masked_whiten",
     "min_norm_weights",

@@ -12,14 +12,14 @@ from .. import composite, functional
 from ..checks import check_all_dense, items_tensor
 from ..divergence import (
     DIVERGENCE_OPTIONS,
+    Distillation,
     DistillationLoss,
     DivergenceOptions,
-    check_weights,
     coarse_divergence,
     common_classes,
     divergence,
 )
-from ..options import documented
+from ..options import documented, spelled_out
 from ..rowwise import by_rows
 
 __all__ = [
@@ -29,10 +29,13 @@ __all__ = [
     "top_k_distillation_loss",
 ]
 
+_OF_DIVERGENCE = ("direction", "beta", "skew_alpha", "temperature")
+_OF_REDUCTION = ("ignore_index", "reduction", "num_items")
+
 
 @partial(
     documented,
-    names=("direction", "beta", "skew_alpha", "temperature", "vocab_size"),
+    names=(*_OF_DIVERGENCE, *_OF_REDUCTION, "vocab_size"),
     table=DIVERGENCE_OPTIONS,
 )
 def distillation_loss(
@@ -61,12 +64,7 @@ def distillation_loss(
         teacher_log_probs: (..., W) in their place: log_softmax(teacher_logits / T). They are
             normalised once more, so that 16 bits and a smaller ``vocab_size`` are right.
         Options: each is described in `llmloss_ext.options`.
-        target: (...): tokens whose label is ``ignore_index`` take no part, whatever their logits
-            hold; their gradient is exactly zero.
-        ignore_index: See ``target``.
-        reduction: ``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.
-        num_items: Replaces the number of tokens of the mean, e.g. by that of all micro-batches; of
-            0 items the loss is 0.
+        target: (...): their labels, of which ``ignore_index`` alone is looked at.
 
     Returns:
         0-d, or (...) for ``"none"``; float32 for 16-bit logits. The mean of no token is nan.
@@ -139,7 +137,7 @@ def _reduced(
 
 @partial(
     documented,
-    names=("add_tail", "direction", "beta", "skew_alpha", "temperature"),
+    names=("add_tail", *_OF_DIVERGENCE, *_OF_REDUCTION),
     table=DIVERGENCE_OPTIONS,
 )
 def top_k_distillation_loss(
@@ -173,12 +171,7 @@ def top_k_distillation_loss(
         teacher_log_probs: (..., k), in nats, taken as a constant: of the teacher's distribution at
             ``temperature``, that is of ``log_softmax(teacher_logits / temperature)``.
         Options: each is described in `llmloss_ext.options`.
-        target: (...): tokens whose label is ``ignore_index`` take no part, whatever the other
-            arguments hold there; their gradient is exactly zero.
-        ignore_index: See ``target``.
-        reduction: ``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.
-        num_items: Replaces the number of tokens of the mean, e.g. by that of all micro-batches; of
-            0 items the loss is 0.
+        target: (...): their labels, of which ``ignore_index`` alone is looked at.
         vocab_size: The student's distribution is over the first ``vocab_size`` classes, by default
             over all.
 
@@ -219,14 +212,6 @@ def top_k_distillation_loss(
     return _reduced(rows, valid, reduction, items)
 
 
-@partial(
-    documented,
-    names=(
-        "weight_hard_loss", "weight_soft_loss", "add_tail", "direction", "beta", "skew_alpha",
-        "temperature", "vocab_size",
-    ),
-    table=DIVERGENCE_OPTIONS,
-)  # fmt: skip
 def hard_soft_distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -234,17 +219,7 @@ def hard_soft_distillation_loss(
     *,
     teacher_log_probs: Tensor | None = None,
     teacher_ids: Tensor | None = None,
-    weight_hard_loss: float = 0.5,
-    weight_soft_loss: float = 0.5,
-    add_tail: bool = True,
-    direction: str = "forward",
-    beta: float = 0.5,
-    skew_alpha: float = 0.1,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: int | Tensor | None = None,
-    vocab_size: int | None = None,
+    **options: Any,
 ) -> DistillationLoss:
     """A cross entropy with labels and a divergence from a teacher, weighted.
 
@@ -255,16 +230,11 @@ def hard_soft_distillation_loss(
     Args:
         student_logits: (..., V).
         teacher_logits: (..., W), taken as a constant; None: ``teacher_log_probs``.
-        target: (...) int64 or int32: the labels; tokens of ``ignore_index`` take no part, whatever
-            the other arguments hold there.
+        target: (...) int64 or int32: the labels.
         teacher_log_probs: (..., W) of the whole distribution at T, or with ``teacher_ids`` (..., k)
             of these tokens.
         teacher_ids: (..., k), as in `top_k_distillation_loss`.
         Options: each is described in `llmloss_ext.options`.
-        ignore_index: See ``target``.
-        reduction: ``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.
-        num_items: Replaces the number of tokens of the mean, e.g. by that of all micro-batches; of
-            0 items the loss is 0.
 
     Returns:
         A `DistillationLoss`, 0-d, or (...) for ``"none"``; float32 for 16-bit logits.
@@ -273,17 +243,11 @@ def hard_soft_distillation_loss(
         ValueError: The shapes do not fit, or an option is out of range.
         IndexError: A label outside [0, vocab_size) that is not ``ignore_index``.
     """
-    check_weights(weight_hard_loss=weight_hard_loss, weight_soft_loss=weight_soft_loss)
+    given = Distillation.of(options)
     check_all_dense({"student_logits": student_logits, "target": target}, {})
-    shared: dict[str, Any] = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "num_items": num_items,
-    }
-    of_divergence: dict[str, Any] = {
-        "direction": direction, "beta": beta, "skew_alpha": skew_alpha, "temperature": temperature,
-        "target": target, **shared,
-    }  # fmt: skip
+    shared = {name: getattr(given, name) for name in _OF_REDUCTION}
+    of_divergence = {name: getattr(given, name) for name in _OF_DIVERGENCE}
+    vocab_size = given.vocab_size
     if teacher_ids is None:
         teacher = _teacher(teacher_logits, teacher_log_probs)
         if student_logits.dim() and teacher.dim():
@@ -296,17 +260,21 @@ def hard_soft_distillation_loss(
             raise ValueError("teacher_ids belong to teacher_log_probs")
         soft = partial(
             top_k_distillation_loss, student_logits, teacher_ids, teacher_log_probs,
-            add_tail=add_tail,
+            add_tail=given.add_tail,
         )  # fmt: skip
     soft_loss: Tensor | None = None
     hard_loss: Tensor | None = None
-    if weight_soft_loss:
-        soft_loss = soft(vocab_size=vocab_size, **of_divergence)
-    if weight_hard_loss:
+    if given.weight_soft_loss:
+        soft_loss = soft(target=target, vocab_size=vocab_size, **of_divergence, **shared)
+    if given.weight_hard_loss:
         hard_loss = functional.cross_entropy(
             student_logits, target, class_dim=-1, vocab_size=vocab_size, **shared
         )
-    return weighted_sum(hard_loss, soft_loss, weight_hard_loss, weight_soft_loss)
+    return weighted_sum(hard_loss, soft_loss, given.weight_hard_loss, given.weight_soft_loss)
+
+
+spelled_out(hard_soft_distillation_loss, Distillation._fields, DIVERGENCE_OPTIONS)
+documented(hard_soft_distillation_loss, Distillation._fields, DIVERGENCE_OPTIONS)
 
 
 def weighted_sum(

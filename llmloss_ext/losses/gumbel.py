@@ -8,6 +8,7 @@ how the rows are cut into chunks changes nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..checks import check_all_dense
+from ..checks import check_all_dense, check_dense
 from ..composite import real_of
 from ..divergence import COPIES
 from ..entry import entry_point
@@ -23,7 +24,7 @@ from ..linear.planning import plan
 from ..linear.projection import check_projection
 from ..linear.row_functions import Rows, linear_rows, row_function
 from ..ops import in_transform
-from ..options import LogitOptions, documented
+from ..options import OPTIONS, LogitOptions, Option, documented, spelled_out, with_defaults
 
 __all__ = ["GumbelEmbeddings", "gumbel_softmax", "linear_gumbel_embeddings"]
 
@@ -40,16 +41,74 @@ class GumbelEmbeddings(NamedTuple):
     """(...) int64: the tokens; -1 where masked."""
 
 
-def gumbel_softmax(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    hard: bool = True,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+GUMBEL_OPTIONS = {
+    "temperature": Option("float", 1.0, "> 0."),
+    "hard": Option("bool", True, "See `gumbel_softmax`."),
+    "mask": Option(
+        "Tensor | None",
+        None,
+        "(...): which rows are sampled. Others are 0, with a gradient of exactly zero, whatever "
+        "they hold.",
+    ),
+    "softcap": OPTIONS["softcap"],
+    "vocab_size": Option(
+        "int | None",
+        None,
+        "Classes from here on are padding: never drawn, and without a gradient.",
+    ),
+    "generator": Option(
+        "torch.Generator | None", None, "Of the seed, for repeatability: on the input's device."
+    ),
+}
+"""The options of a sample."""
+
+
+class _Sampling(NamedTuple):
+    """The options of a sample, checked."""
+
+    temperature: float
+    softcap: float
+    """0: none."""
+    hard: bool
+    used: int
+    """The classes from which tokens are drawn."""
+    valid: Tensor | None
+    """(...) bool; None: all."""
+    seed: Tensor
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], rows: Tensor, columns: int) -> _Sampling:
+        """Of rows (..., D) that have so many columns.
+
+        Raises:
+            ValueError: The mask does not fit, or an option is out of range.
+            TypeError: There are other options.
+        """
+        temperature, hard, mask, softcap, vocab_size, generator = with_defaults(
+            options, GUMBEL_OPTIONS, GUMBEL_OPTIONS
+        ).values()
+        check_dense("mask", mask, optional=True)
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+        if mask is not None and mask.shape != rows.shape[:-1]:
+            raise ValueError(
+                f"mask must have one number per token, shape {tuple(rows.shape[:-1])}, got "
+                f"{tuple(mask.shape)}"
+            )
+        checked = LogitOptions.of(softcap, 1.0, vocab_size, -100, columns)
+        valid = None if mask is None else mask.bool()
+        seed = torch.randint(0, 2**62, (), generator=generator, device=rows.device)
+        return cls(temperature, checked.softcap, hard, checked.vocab_size, valid, seed)
+
+    @property
+    def how(self) -> _How:
+        """Without the tensors."""
+        return _How(*self[:4])
+
+
+@partial(documented, names=GUMBEL_OPTIONS, table=GUMBEL_OPTIONS)
+@partial(spelled_out, names=GUMBEL_OPTIONS, table=GUMBEL_OPTIONS)
+def gumbel_softmax(logits: Tensor, **options: Any) -> Tensor:
     """Samples softmax((logits + g) / temperature), with g of the standard Gumbel distribution.
 
     With ``hard`` the sample is a one-hot row, of a token drawn from softmax(logits), and its
@@ -58,13 +117,7 @@ def gumbel_softmax(
 
     Args:
         logits: (..., V). Their rows need not lie beside each other.
-        temperature: > 0.
-        hard: See above.
-        mask: (...): which rows are sampled. Others are 0, with a gradient of exactly zero, whatever
-            they hold.
-        softcap: As in `llmloss_ext.cross_entropy`.
-        vocab_size: Classes from here on are padding: never drawn, and without a gradient.
-        generator: Of the seed, for repeatability: on the device of the logits.
+        Options: each is described in `llmloss_ext.options`.
 
     Returns:
         (..., V), of the logits' dtype. It is the only tensor of that size that is made; backward
@@ -73,38 +126,33 @@ def gumbel_softmax(
     Raises:
         ValueError: The shapes do not fit, or an option is out of range.
     """
-    check_all_dense({"logits": logits}, {"mask": mask})
+    check_dense("logits", logits)
     if not logits.dim() or not logits.is_floating_point():
         raise ValueError(f"expected logits (..., V), got {tuple(logits.shape)} of {logits.dtype}")
-    _check(temperature, mask, logits)
-    options = LogitOptions.of(softcap, 1.0, vocab_size, -100, logits.shape[-1])
-    how = _How(temperature, options.softcap, hard, options.vocab_size)
-    seed = _seed(logits, generator)
-    rows, valid = logits.reshape(-1, logits.shape[-1]), None if mask is None else mask.bool()
-    valid = None if valid is None else valid.reshape(-1)
+    sampling = _Sampling.of(options, logits, logits.shape[-1])
+    how, seed, valid = sampling.how, sampling.seed, sampling.valid
+    rows, valid = logits.reshape(-1, logits.shape[-1]), None if valid is None else valid.reshape(-1)
     if in_transform() or torch.compiler.is_compiling() or not rows.numel():
         return _sample(rows, _numbers(rows), valid, seed, how).reshape(logits.shape)
     sample: Tensor = _GumbelSoftmax.apply(rows, valid, seed, how)  # type: ignore[no-untyped-call]
     return sample.reshape(logits.shape)
 
 
+_OF_WALK = ("chunk_tokens", "max_chunk_bytes", "drop_ignored")
+_TABLE = OPTIONS | GUMBEL_OPTIONS
+_OF_BOTH = (*GUMBEL_OPTIONS, *_OF_WALK)
+
+
 @entry_point("input", "mask")
-@partial(documented, names=("chunk_tokens", "max_chunk_bytes", "drop_ignored"))
+@partial(documented, names=_OF_BOTH, table=_TABLE)
+@partial(spelled_out, names=_OF_BOTH, table=_TABLE)
 def linear_gumbel_embeddings(
     input: Tensor,
     linear_weight: Tensor,
     embedding: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    hard: bool = True,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    generator: torch.Generator | None = None,
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
+    **options: Any,
 ) -> GumbelEmbeddings:
     """``gumbel_softmax(input @ linear_weight.T + linear_bias) @ embedding``, without N x V numbers.
 
@@ -118,13 +166,6 @@ def linear_gumbel_embeddings(
         embedding: (W, E), W >= vocab_size, of any floating point: for several readers at once, such
             as a generator and a discriminator, their tables side by side.
         linear_bias: (V).
-        temperature: > 0; see `gumbel_softmax`.
-        hard: See `gumbel_softmax`.
-        mask: (...): which rows are sampled. Others are 0, with a gradient of exactly zero, whatever
-            they hold.
-        softcap: As in `llmloss_ext.linear_cross_entropy`.
-        vocab_size: The classes from which tokens are drawn, by default all of the weight's.
-        generator: Of the seed, for repeatability: on the device of the hidden states.
         Options: each is described in `llmloss_ext.options`.
 
     Returns:
@@ -136,12 +177,12 @@ def linear_gumbel_embeddings(
     """
     check_all_dense(
         {"input": input, "linear_weight": linear_weight, "embedding": embedding},
-        {"linear_bias": linear_bias, "mask": mask},
+        {"linear_bias": linear_bias},
     )
     check_projection(input, linear_weight, linear_bias)
-    _check(temperature, mask, input)
-    options = LogitOptions.of(softcap, 1.0, vocab_size, -100, linear_weight.shape[0])
-    used = options.vocab_size
+    walk = {name: options.pop(name, None) for name in _OF_WALK}
+    sampling = _Sampling.of(options, input, linear_weight.shape[0])
+    used, valid = sampling.used, sampling.valid
     if embedding.dim() != 2 or len(embedding) < used or not embedding.is_floating_point():
         raise ValueError(
             f"embedding must have the rows of {used} tokens, got {tuple(embedding.shape)} of "
@@ -151,29 +192,18 @@ def linear_gumbel_embeddings(
         raise RuntimeError(f"expected embedding on {input.device}, got {embedding.device}")
     if used > _MOST_CLASSES:
         raise ValueError(f"vocab_size must be at most {_MOST_CLASSES}, got {used}")
-    valid = None if mask is None else mask.bool()
     flat = input.reshape(-1, input.shape[-1])
     numbers = _numbers(flat).reshape(*input.shape[:-1], 1)
     rows = linear_rows(
         gumbel_rows, embedding.shape[1] + 1, input, linear_weight, linear_bias, others=[numbers],
-        shared=[_seed(input, generator), embedding],
-        numbers=[temperature, options.softcap, hard], valid=valid, vocab_size=used,
-        chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes, drop_ignored=drop_ignored,
+        shared=[sampling.seed, embedding],
+        numbers=[sampling.temperature, sampling.softcap, sampling.hard], valid=valid,
+        vocab_size=used, **walk,
     )  # fmt: skip
     ids = rows[..., -1].detach().long()
     if valid is not None:
         ids = torch.where(valid, ids, -1)
     return GumbelEmbeddings(rows[..., :-1].to(embedding.dtype), ids)
-
-
-def _check(temperature: float, mask: Tensor | None, rows: Tensor) -> None:
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-    if mask is not None and mask.shape != rows.shape[:-1]:
-        raise ValueError(
-            f"mask must have one number per token, shape {tuple(rows.shape[:-1])}, got "
-            f"{tuple(mask.shape)}"
-        )
 
 
 class _How(NamedTuple):
@@ -186,11 +216,6 @@ class _How(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------- the noise
-
-
-def _seed(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """0-d: what a call draws from the generator."""
-    return torch.randint(0, 2**62, (), generator=generator, device=like.device)
 
 
 def _numbers(rows: Tensor) -> Tensor:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..checks import items_tensor
-from ..linear import linear_log_probs
-from ..linear.functional import HowChunks, HowLogits, LinearCall
 from ..ops.rows import Rows
-from ..options import OPTIONS, documented, option_names, spelled_out
-from ..sequences import Sequences
-from ..shard import Shard
+from ..options import documented, spelled_out
 from ..statistics import FloatStats, asked
+from .from_hidden import HIDDEN_OPTIONS, LOG_PROB, HiddenOptions, PolicyTokens
 from .policy import PolicyLoss, grpo_loss
 from .policy_options import POLICY_OPTIONS, PolicyOptions
 from .surrogates import PolicyMetrics, Tokens, contribution, prepare
 
 __all__ = ["linear_policy_loss"]
-
-_TABLE = OPTIONS | POLICY_OPTIONS
 
 
 class _Surrogate(NamedTuple):
@@ -44,30 +38,12 @@ def linear_policy_loss(
     *,
     advantages: Tensor,
     old_log_probs: Tensor | None = None,
-    mask: Tensor | None = None,
-    reference_log_probs: Tensor | None = None,
-    reference_input: Tensor | None = None,
-    reference_weight: Tensor | None = None,
-    reference_bias: Tensor | None = None,
     with_entropy: bool = False,
     entropy_mask: Tensor | None = None,
     importance_sampling_ratio: Tensor | None = None,
     sampling_log_probs: Tensor | None = None,
     num_items: int | Tensor | None = None,
     entropy_items: int | Tensor | None = None,
-    linear_bias: Tensor | None = None,
-    ignore_index: int | None = None,
-    softcap: float | None = None,
-    logit_scale: float | Tensor = 1.0,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    shift: int = 0,
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
-    logits_dtype: torch.dtype | None = None,
-    weight_grad_dtype: torch.dtype | None = None,
-    shard: Shard | None = None,
     **options: Any,
 ) -> PolicyLoss:
     """`grpo_loss` of hidden states: GRPO, DAPO, Dr. GRPO, CISPO, SAPO, GSPO, VESPO and PPO.
@@ -84,12 +60,6 @@ def linear_policy_loss(
         target: (..., S) int64 or int32: the tokens that were sampled, ``ignore_index`` elsewhere.
         advantages: (...) or (..., 1), one a sequence, or (..., S).
         old_log_probs: (..., S) of the policy that acted; None: the policy itself.
-        mask: (..., S): which tokens count; None: all whose target is not ignored. Like everything
-            else of a token, with a ``shift`` it stands where `linear_log_probs` has the token.
-        reference_log_probs: (..., S) of the reference policy, or:
-        reference_input: Its hidden states (..., S, E), with its
-        reference_weight: (V, E) and
-        reference_bias: (V). None of them gets a gradient.
         with_entropy: Whether to compute the entropy as a metric; with ``entropy_coef`` it is.
         entropy_mask: As in `grpo_loss`.
         importance_sampling_ratio: As in `grpo_loss`.
@@ -114,63 +84,34 @@ def linear_policy_loss(
         ...     old_log_probs=old, loss_type="dapo", num_items=tokens_of_the_step,
         ... ).loss
     """
+    hidden, options = HiddenOptions.split(options)
     checked = PolicyOptions.of(**options)
-    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
-    walk = HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
-    call = LinearCall(
-        input, linear_weight, target, linear_bias, None, logits, shift, Sequences(), shard
-    )
-    valid = call.leave_out(mask)
-    if reference_input is not None:
-        if reference_weight is None or reference_log_probs is not None:
-            raise ValueError(
-                "a reference is reference_log_probs, or reference_input with reference_weight"
-            )
-        labels = call.targets.reshape(call.shape)
-        with torch.no_grad():
-            reference_log_probs = linear_log_probs(
-                reference_input, reference_weight, labels, linear_bias=reference_bias,
-                ignore_index=call.options.ignore_index, softcap=softcap,
-                logit_scale=logit_scale, temperature=temperature, vocab_size=vocab_size,
-                chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
-                drop_ignored=drop_ignored, logits_dtype=logits_dtype, shard=shard,
-            )  # fmt: skip
-    elif reference_weight is not None or reference_bias is not None:
-        raise ValueError("reference_weight and reference_bias need reference_input")
+    policy = PolicyTokens(input, linear_weight, target, hidden)
     known: dict[str, Any] = {
-        "reference_log_probs": reference_log_probs,
+        "reference_log_probs": policy.reference(),
         "importance_sampling_ratio": importance_sampling_ratio,
         "entropy_mask": entropy_mask,
         "num_items": items_tensor(num_items, "mean", input),
         "entropy_items": items_tensor(entropy_items, "mean", input),
     }
-    names = ["log_prob", "lse"]
-    if with_entropy or checked.entropy_coef:
-        names.append("entropy")
-    wanted, chunks = asked(names), call.chunk_options(walk)
+    has_entropy = with_entropy or checked.entropy_coef
+    names = (*LOG_PROB, "entropy") if has_entropy else LOG_PROB
     if checked.by_sequences:
-        stats = call.stats(wanted, chunks).floats.only(wanted)
-        log_probs, entropy = (
-            None if x is None else x.reshape(call.shape) for x in (stats.log_prob, stats.entropy)
-        )
-        assert log_probs is not None
+        stats = policy.statistics(names)
         return grpo_loss(
-            log_probs, old_log_probs, advantages, valid, entropy=entropy,
+            stats.log_prob, old_log_probs, advantages, policy.valid, entropy=stats.entropy,
             sampling_log_probs=sampling_log_probs, **known, **options,
         )  # fmt: skip
     if sampling_log_probs is not None:
         raise ValueError("sampling_log_probs belongs to off_policy_mask_threshold")
     tokens = prepare(
-        valid, checked, call.real, advantages=advantages, old_log_probs=old_log_probs, **known
-    )
+        policy.valid, checked, policy.call.real, advantages=advantages,
+        old_log_probs=old_log_probs, **known,
+    )  # fmt: skip
     objective = _Surrogate(tokens.flat(), checked)
-    found = call.walk(objective, wanted, chunks)
+    found = policy.call.walk(objective, asked(names), policy.chunks)
     return PolicyLoss(found.loss, PolicyMetrics._make(found.metrics))
 
 
-spelled_out(linear_policy_loss, POLICY_OPTIONS, POLICY_OPTIONS)
-documented(
-    linear_policy_loss,
-    [name for name in option_names(linear_policy_loss, _TABLE) if name != "num_items"],
-    _TABLE,
-)
+_TABLE = HIDDEN_OPTIONS | POLICY_OPTIONS
+documented(spelled_out(linear_policy_loss, _TABLE, _TABLE), _TABLE, _TABLE)

@@ -10,12 +10,8 @@ from torch import Tensor
 
 from .. import composite
 from ..checks import items_tensor
-from ..linear import linear_log_probs
-from ..linear.functional import HowChunks, HowLogits, LinearCall
-from ..options import OPTIONS, documented
-from ..sequences import Sequences
-from ..shard import Shard
-from ..statistics import asked
+from ..options import documented, spelled_out
+from .from_hidden import HIDDEN_OPTIONS, LOG_PROB, HiddenOptions, PolicyTokens, is_of_tokens
 from .pairs import PreferenceLoss
 from .preference import dpo_loss
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
@@ -46,27 +42,9 @@ def linear_preference_loss(
     target: Tensor,
     *,
     loss: str = "dpo",
-    mask: Tensor | None = None,
-    reference_log_probs: Tensor | None = None,
-    reference_input: Tensor | None = None,
-    reference_weight: Tensor | None = None,
-    reference_bias: Tensor | None = None,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
     nll_items: int | Tensor | None = None,
-    linear_bias: Tensor | None = None,
-    ignore_index: int | None = None,
-    softcap: float | None = None,
-    logit_scale: float | Tensor = 1.0,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    shift: int = 0,
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
-    logits_dtype: torch.dtype | None = None,
-    weight_grad_dtype: torch.dtype | None = None,
-    shard: Shard | None = None,
     **options: Any,
 ) -> PreferenceLoss:
     """`dpo_loss`, `cpo_loss`, `simpo_loss` or `orpo_loss` of hidden states.
@@ -82,12 +60,6 @@ def linear_preference_loss(
         linear_weight: The policy's projection (V, D).
         target: (2 B, S) int64 or int32; ``ignore_index`` at prompts and padding.
         loss: ``"dpo"``, ``"cpo"``, ``"simpo"`` or ``"orpo"``.
-        mask: (2 B, S): which tokens count; None: all whose target is not ignored. With a ``shift``
-            it stands where `linear_log_probs` has the token.
-        reference_log_probs: (2 B) of the sequences, or (2 B, S) of their tokens; for dpo, or:
-        reference_input: The reference's hidden states (2 B, S, E), with its
-        reference_weight: (V, E) and
-        reference_bias: (V). None of them gets a gradient.
         ld_alpha: LD-DPO: see `length_desensitized_log_probs`. For dpo, with a reference of tokens.
         use_weighting: WPO: each pair is weighted by its two `wpo_weights`. For dpo.
         nll_items: The chosen sequences' tokens of all micro-batches, by which the cross entropy
@@ -118,47 +90,28 @@ def linear_preference_loss(
     entry, is_dpo = _LOSSES[loss], loss == "dpo"
     if not is_dpo and (ld_alpha is not None or use_weighting):
         raise ValueError(f'ld_alpha and use_weighting belong to loss="dpo", got {loss!r}')
-    logits = HowLogits(ignore_index, softcap, logit_scale, vocab_size, temperature, logits_dtype)
-    walk = HowChunks(chunk_tokens, max_chunk_bytes, drop_ignored, weight_grad_dtype)
-    call = LinearCall(
-        input, linear_weight, target, linear_bias, None, logits, shift, Sequences(), shard
-    )
-    if len(call.shape) != 2 or call.shape[0] % 2:
+    hidden, given = HiddenOptions.split(options)
+    policy = PolicyTokens(input, linear_weight, target, hidden)
+    valid = policy.valid
+    if valid.dim() != 2 or len(valid) % 2:
         raise ValueError(
             "expected hidden states (2 B, S, D), the chosen sequences before the rejected, got "
             f"{tuple(input.shape)}"
         )
-    valid = call.leave_out(mask)
-    reference = reference_log_probs
-    if reference_input is not None:
-        if reference_weight is None or reference_log_probs is not None:
-            raise ValueError(
-                "a reference is reference_log_probs, or reference_input with reference_weight"
-            )
-        with torch.no_grad():
-            reference = linear_log_probs(
-                reference_input, reference_weight, call.targets.reshape(call.shape),
-                linear_bias=reference_bias, ignore_index=call.options.ignore_index,
-                softcap=softcap, logit_scale=logit_scale, temperature=temperature,
-                vocab_size=vocab_size, chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
-                drop_ignored=drop_ignored, logits_dtype=logits_dtype, shard=shard,
-            )  # fmt: skip
-    elif reference_weight is not None or reference_bias is not None:
-        raise ValueError("reference_weight and reference_bias need reference_input")
+    reference = policy.reference()
     if (reference is not None) != is_dpo:
         raise ValueError(f"loss={loss!r} {'needs a' if is_dpo else 'has no'} reference")
-    names = ["log_prob", "lse", *(["log_sum_sq_probs"] if use_weighting else [])]
-    stats = call.stats(asked(names), call.chunk_options(walk)).floats
-    log_probs = stats.log_prob.reshape(call.shape)
+    names = (*LOG_PROB, "log_sum_sq_probs") if use_weighting else LOG_PROB
+    stats = policy.statistics(names)
+    log_probs = stats.log_prob
 
-    given = dict(options)
     kinds = given.get("kind", "sigmoid")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     vectors = [*_scores(log_probs, valid, ld_alpha, bool({*entry.of_means} & {*kinds}))]
     if reference is not None:
         vectors += _reference_scores(reference, valid, ld_alpha)
     if use_weighting:
-        weights = wpo_weights(log_probs, stats.log_sum_sq_probs.reshape(call.shape), valid)
+        weights = wpo_weights(log_probs, stats.log_sum_sq_probs, valid)
         chosen, rejected = weights.chunk(2)
         given["pair_weight"] = chosen * rejected
     if is_dpo and {"ipo", "sigmoid_norm"} & set(kinds):
@@ -170,15 +123,8 @@ def linear_preference_loss(
     return entry.function(*vectors, **given)
 
 
-documented(
-    linear_preference_loss,
-    (
-        "linear_bias", "ignore_index", "softcap", "logit_scale", "temperature", "vocab_size",
-        "shift", "chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype",
-        "weight_grad_dtype", "shard",
-    ),
-    OPTIONS,
-)  # fmt: skip
+spelled_out(linear_preference_loss, HIDDEN_OPTIONS, HIDDEN_OPTIONS, with_others=True)
+documented(linear_preference_loss, HIDDEN_OPTIONS, HIDDEN_OPTIONS)
 
 
 def _scores(
@@ -198,14 +144,8 @@ def _scores(
 def _reference_scores(
     reference: Tensor, valid: Tensor, ld_alpha: float | None
 ) -> tuple[Tensor, Tensor]:
-    if reference.shape == valid.shape:
+    if is_of_tokens(reference, valid, must=ld_alpha is not None):
         return _scores(reference, valid, ld_alpha, False)
-    if reference.shape != valid.shape[:1] or ld_alpha is not None:
-        raise ValueError(
-            f"reference_log_probs must have one number per token, {tuple(valid.shape)}"
-            + ("" if ld_alpha is not None else f", or per sequence, {tuple(valid.shape[:1])}")
-            + f"; got {tuple(reference.shape)}"
-        )
     chosen, rejected = reference.chunk(2)
     return chosen, rejected
 

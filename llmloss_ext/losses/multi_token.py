@@ -11,20 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import composite
-from ..checks import (
-    check_all_dense,
-    check_range,
-    check_scale,
-    check_token_weight,
-    items_tensor,
-)
+from ..checks import check_all_dense, check_range, check_token_weight, items_tensor
 from ..columns import Distribution
 from ..composite import real_of
 from ..functional import cross_entropy
 from ..linear import linear_cross_entropy
-from ..linear.row_functions import Rows, linear_rows, row_function
+from ..linear.row_functions import OF_WALK, RowOptions, Rows, linear_rows, row_function
 from ..ops import can_read
-from ..options import LogitOptions, LossOptions, as_integer, documented
+from ..options import LossOptions, as_integer, documented, spelled_out, with_defaults
 from ..sequences import Sequences, moved
 from ..statistics import FloatStats
 from .objective import check_projection
@@ -43,14 +37,12 @@ class MultiTokenLoss(NamedTuple):
     """(K), detached: the mean of each offset, before its weight."""
 
 
-@partial(
-    documented,
-    names=(
-        "token_weight", "attention_mask", "position_ids", "document_ids", "cu_seqlens",
-        "ignore_index", "label_smoothing", "z_loss", "focal_gamma", "softcap", "logit_scale",
-        "vocab_size", "chunk_tokens", "max_chunk_bytes", "drop_ignored",
-    ),
-)  # fmt: skip
+_OF_LOSS = ("ignore_index", "label_smoothing", "z_loss", "focal_gamma")
+_OPTIONS = ("token_weight", *Sequences._fields, *_OF_LOSS, *RowOptions._fields)
+
+
+@partial(documented, names=_OPTIONS)
+@partial(spelled_out, names=_OPTIONS)
 def multi_token_prediction_loss(
     input: Tensor | Sequence[Tensor],
     labels: Tensor,
@@ -60,21 +52,7 @@ def multi_token_prediction_loss(
     weights: Sequence[float] | None = None,
     linear_bias: Tensor | Sequence[Tensor] | None = None,
     num_items: Items = None,
-    token_weight: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    focal_gamma: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float | Tensor = 1.0,
-    vocab_size: int | None = None,
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
+    **options: Any,
 ) -> MultiTokenLoss:
     """The sum over offsets k of weight_k times the mean cross entropy of the token k ahead.
 
@@ -112,10 +90,12 @@ def multi_token_prediction_loss(
     """
     ahead = _offsets(offsets)
     factors = _factors(weights, len(ahead))
-    check_projection(
-        None if linear_weight is None else labels, linear_bias=linear_bias,
-        chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes, drop_ignored=drop_ignored,
-    )  # fmt: skip
+    given = with_defaults(options, _OPTIONS)
+    how = RowOptions(**{name: given[name] for name in RowOptions._fields})
+    sequences = Sequences(**{name: given[name] for name in Sequences._fields})
+    of_loss = {name: given[name] for name in _OF_LOSS}
+    ignore_index, token_weight = of_loss.pop("ignore_index"), given["token_weight"]
+    check_projection(None if linear_weight is None else labels, linear_bias=linear_bias, **how.walk)
     inputs = _each("input", input, len(ahead))
     heads = _each("linear_weight", linear_weight, len(ahead))
     biases = _each("linear_bias", linear_bias, len(ahead))
@@ -126,7 +106,6 @@ def multi_token_prediction_loss(
                 "expected hidden states (..., S, D) or logits (..., S, V) and labels (..., S), got "
                 f"{tuple(each.shape)} and {tuple(labels.shape)}"
             )
-    sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
     targets = [sequences.targets(labels, k, ignore_index) for k in ahead]
     token_weights: list[Tensor | None] = [None] * len(ahead)
     if token_weight is not None:
@@ -135,25 +114,19 @@ def multi_token_prediction_loss(
         checked = check_token_weight(token_weight, labels.shape, labels)
         token_weights = [moved(checked, k, 0.0) for k in ahead]
     items = _items(num_items, targets, token_weights, ignore_index, inputs[0])
-    options = {
-        "label_smoothing": label_smoothing, "z_loss": z_loss, "focal_gamma": focal_gamma,
-    }  # fmt: skip
-    how = {"softcap": softcap, "logit_scale": logit_scale, "vocab_size": vocab_size}
-    chunks = {
-        "chunk_tokens": chunk_tokens, "max_chunk_bytes": max_chunk_bytes,
-        "drop_ignored": drop_ignored,
-    }  # fmt: skip
     is_one = isinstance(input, Tensor) and isinstance(linear_weight, Tensor)
     if is_one and len(ahead) > 1 and not isinstance(linear_bias, Sequence):
         losses = _one_projection(
             inputs[0], heads[0], biases[0], targets, ahead, token_weights, items, ignore_index,
-            LossOptions.of(**options, reduction="none"), how, chunks,
+            LossOptions.of(**of_loss, reduction="none"), how,
         )  # fmt: skip
     else:
+        of_logits = how._asdict()
+        of_walk = {name: of_logits.pop(name) for name in OF_WALK}
         losses = [
             _one_offset(
                 x, w, b, target, ignore_index=ignore_index, token_weight=t, num_items=n,
-                **options, **how, **(chunks if w is not None else {}),
+                **of_loss, **of_logits, **(of_walk if w is not None else {}),
             )
             if factor != 0
             else torch.zeros((), dtype=real_of(x), device=x.device)
@@ -166,15 +139,14 @@ def multi_token_prediction_loss(
     return MultiTokenLoss(total, torch.stack([loss.detach() for loss in losses]))
 
 
+@partial(documented, names=Sequences._fields)
+@partial(spelled_out, names=Sequences._fields)
 def count_multi_token_items(
     labels: Tensor,
     offsets: int | Sequence[int],
     *,
     ignore_index: int = -100,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """How many labels each offset has, (K) int64: summed over micro-batches, their ``num_items``.
 
@@ -182,15 +154,12 @@ def count_multi_token_items(
         labels: (..., S), as in `multi_token_prediction_loss`, like all else.
         offsets: Those of the K predictions; a number: 1 to K.
         ignore_index: Labels that do not count.
-        attention_mask: (..., S).
-        position_ids: (..., S) or (S).
-        document_ids: (..., S) or (S).
-        cu_seqlens: (documents + 1).
+        Options: each is described in `llmloss_ext.options`.
 
     Raises:
         ValueError: The shapes do not fit, or an offset is out of range.
     """
-    sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
+    sequences = Sequences(**with_defaults(options, Sequences._fields))
     return torch.stack(
         [
             (sequences.targets(labels, k, ignore_index) != ignore_index).sum()
@@ -269,17 +238,10 @@ def _one_projection(
     items: list[Tensor],
     ignore_index: int,
     loss: LossOptions,
-    how: dict[str, Any],
-    chunks: dict[str, Any],
+    how: RowOptions,
 ) -> list[Tensor]:
     """The loss of each offset, from the statistics of rows that are projected once for all."""
-    scale = how["logit_scale"]
-    options = LogitOptions.of(
-        how["softcap"], scale, how["vocab_size"], ignore_index, weight.shape[0]
-    )
-    tensor = check_scale(scale, hidden)
-    one = torch.full((), options.scale, dtype=real_of(hidden), device=hidden.device)
-    shared = one if tensor is None else tensor
+    options, scale = how.checked(ignore_index, weight.shape[0], hidden)
     if token_weights[0] is not None:
         targets = [
             composite.without_weightless(target, w, options, is_learned=False)
@@ -294,8 +256,8 @@ def _one_projection(
     labels = torch.stack([torch.where(c, y, 0) for c, y in zip(classes, targets, strict=True)], -1)
     rows = linear_rows(
         statistics_of_labels, len(targets) + 2, hidden, weight, bias, others=[labels.long()],
-        shared=[shared], numbers=[options.softcap], valid=torch.stack(valid).any(0),
-        vocab_size=options.vocab_size, **chunks,
+        shared=[scale], numbers=[options.softcap], valid=torch.stack(valid).any(0),
+        vocab_size=options.vocab_size, **how.walk,
     )  # fmt: skip
     *log_probs, lse, mean_log_prob = rows.unbind(-1)
     found = []

@@ -148,19 +148,33 @@ def check_number(
         raise ValueError(f"{name} must be a finite number {limit}, got {value}")
 
 
-def check_nll(nll_loss: Tensor | None, like: Tensor) -> None:
-    """Raises a ValueError unless it is one number on the device of the log-probabilities."""
+def check_reduction(reduction: str) -> None:
+    """Raises a ValueError unless it is one of this family's."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+
+
+def check_call(
+    beta: float,
+    reduction: str,
+    nll_loss: Tensor | None = None,
+    **vectors: Tensor | None,
+) -> None:
+    """What all these losses check: one number a pair (or sequence) each, and what they share.
+
+    Raises:
+        ValueError: The shapes differ, ``nll_loss`` is not one number on the device of the others,
+            or an option is out of range.
+    """
+    check_vectors(**vectors)
+    like = next(t for t in vectors.values() if t is not None)
     if nll_loss is not None and (nll_loss.dim() != 0 or nll_loss.device != like.device):
         raise ValueError(
             f"nll_loss must be 0-d and on {like.device}, got shape {tuple(nll_loss.shape)} on "
             f"{nll_loss.device}"
         )
-
-
-def check_reduction(reduction: str) -> None:
-    """Raises a ValueError unless it is one of this family's."""
-    if reduction not in ("mean", "none"):
-        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    check_number("beta", beta, strict=True)
+    check_reduction(reduction)
 
 
 def reduced(

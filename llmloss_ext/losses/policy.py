@@ -7,14 +7,14 @@ work from logits and from hidden states alike. What a token adds to them is in `
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import composite
 from ..checks import items_tensor
-from ..options import documented
+from ..options import documented, spelled_out
 from .bounded import Bounds, check_same_shape, valid_tokens, where_valid
 from .policy_options import POLICY_OPTIONS, PolicyOptions
 from .surrogates import (
@@ -58,26 +58,10 @@ def grpo_loss(
     entropy_mask: Tensor | None = None,
     importance_sampling_ratio: Tensor | None = None,
     sampling_log_probs: Tensor | None = None,
-    loss_type: str = "dapo",
-    importance_sampling_level: str = "token",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
-    kl_estimator: str = "k3",
-    use_bias_correction_kl: bool = True,
-    entropy_coef: float = 0.0,
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
-    vespo_k_pos: float = 2.0,
-    vespo_lambda_pos: float = 3.0,
-    vespo_k_neg: float = 3.0,
-    vespo_lambda_neg: float = 2.0,
-    max_completion_length: int | None = None,
-    off_policy_mask_threshold: float | None = None,
     num_items: int | Tensor | None = None,
     entropy_items: int | Tensor | None = None,
     reduction: str = "mean",
+    **options: Any,
 ) -> PolicyLoss:
     """Group-relative policy optimisation (Shao et al. 2024) and its kin, as TRL's GRPOTrainer.
 
@@ -120,35 +104,17 @@ def grpo_loss(
         ValueError: The shapes do not fit, an option is out of range or not of this loss, or what
             it needs is not there.
     """
-    options = PolicyOptions.of(
-        loss_type=loss_type,
-        importance_sampling_level=importance_sampling_level,
-        epsilon=epsilon,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        beta=beta,
-        kl_estimator=kl_estimator,
-        use_bias_correction_kl=use_bias_correction_kl,
-        entropy_coef=entropy_coef,
-        sapo_temperature_pos=sapo_temperature_pos,
-        sapo_temperature_neg=sapo_temperature_neg,
-        vespo_k_pos=vespo_k_pos,
-        vespo_lambda_pos=vespo_lambda_pos,
-        vespo_k_neg=vespo_k_neg,
-        vespo_lambda_neg=vespo_lambda_neg,
-        max_completion_length=max_completion_length,
-        off_policy_mask_threshold=off_policy_mask_threshold,
-    )
+    checked = PolicyOptions.of(**options)
     check_same_shape(log_probs, mask=mask, entropy=entropy, sampling_log_probs=sampling_log_probs)
-    if entropy_coef and entropy is None:
+    if checked.entropy_coef and entropy is None:
         raise ValueError("entropy_coef needs the entropy")
-    if sampling_log_probs is not None and off_policy_mask_threshold is None:
+    if sampling_log_probs is not None and checked.off_policy_mask_threshold is None:
         raise ValueError("sampling_log_probs belongs to off_policy_mask_threshold")
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
     tokens = prepare(
         mask,
-        options,
+        checked,
         log_probs.dtype,
         advantages=advantages,
         old_log_probs=old_log_probs,
@@ -158,16 +124,16 @@ def grpo_loss(
         num_items=items_tensor(num_items, reduction, mask),
         entropy_items=items_tensor(entropy_items, reduction, mask),
     )
-    if options.by_sequences:
-        tokens = with_sequences(log_probs, tokens, options, sampling_log_probs)
-    terms = surrogate(log_probs, tokens, options)
-    whole = added_up(terms, entropy, tokens, options)
+    if checked.by_sequences:
+        tokens = with_sequences(log_probs, tokens, checked, sampling_log_probs)
+    terms = surrogate(log_probs, tokens, checked)
+    whole = added_up(terms, entropy, tokens, checked)
     if reduction == "none":
-        return PolicyLoss(token_losses(terms, entropy, tokens, options), whole.metrics)
+        return PolicyLoss(token_losses(terms, entropy, tokens, checked), whole.metrics)
     return PolicyLoss(*whole)
 
 
-documented(grpo_loss, table=POLICY_OPTIONS)
+documented(spelled_out(grpo_loss, POLICY_OPTIONS, POLICY_OPTIONS), table=POLICY_OPTIONS)
 
 
 def ppo_clip_loss(

@@ -20,10 +20,8 @@ from .bounded import bounded_exponent, finite, finite_gradient
 from .pairs import (
     PREFERENCE_OPTIONS,
     PreferenceLoss,
-    check_nll,
+    check_call,
     check_number,
-    check_reduction,
-    check_vectors,
     constant,
     reduced,
     result,
@@ -297,7 +295,8 @@ def dpo_loss(
     """
     kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     weights = (1.0,) * len(kinds) if loss_weights is None else tuple(loss_weights)
-    check_vectors(
+    check_call(
+        beta, reduction, nll_loss,
         policy_chosen=policy_chosen, policy_rejected=policy_rejected,
         reference_chosen=reference_chosen, reference_rejected=reference_rejected,
         chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, pair_weight=pair_weight,
@@ -314,9 +313,7 @@ def dpo_loss(
     }
     _check_kinds(kinds, weights)
     _check_taken(kinds, options)
-    _check_values(kinds, beta, options)
-    check_nll(nll_loss, policy_chosen)
-    check_reduction(reduction)
+    _check_values(kinds, options)
 
     pairs = _pairs_of(
         working(policy_chosen), working(policy_rejected),
@@ -405,8 +402,7 @@ def _check_taken(kinds: tuple[str, ...], options: dict[str, Any]) -> None:
             )
 
 
-def _check_values(kinds: tuple[str, ...], beta: float, options: dict[str, Any]) -> None:
-    check_number("beta", beta, strict=True)
+def _check_values(kinds: tuple[str, ...], options: dict[str, Any]) -> None:
     check_number("label_smoothing", options["label_smoothing"], below=0.5)
     check_number("discopop_tau", options["discopop_tau"], strict=True)
     divergence, alpha = options["f_divergence_type"], options["f_alpha_divergence_coef"]

@@ -11,10 +11,8 @@ from .bounded import bounded_exponent, finite, finite_gradient
 from .pairs import (
     PREFERENCE_OPTIONS,
     PreferenceLoss,
-    check_nll,
+    check_call,
     check_number,
-    check_reduction,
-    check_vectors,
     reduced,
     result,
     smoothed,
@@ -70,9 +68,9 @@ def cpo_loss(
     """
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}; got {kind!r}")
-    check_vectors(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    check_nll(nll_loss, policy_chosen)
-    check_number("beta", beta, strict=True)
+    check_call(
+        beta, reduction, nll_loss, policy_chosen=policy_chosen, policy_rejected=policy_rejected
+    )
     check_number("label_smoothing", label_smoothing, below=0.5)
     check_number("cpo_alpha", cpo_alpha)
     check_number("alpha", abs(alpha))
@@ -85,7 +83,6 @@ def cpo_loss(
     check_number("simpo_gamma", simpo_gamma)
     if nll_loss is None and cpo_alpha != 0:
         raise ValueError("nll_loss is needed, unless cpo_alpha is 0")
-    check_reduction(reduction)
 
     log_probs = working(policy_chosen), working(policy_rejected)
     chosen, rejected = (_score(x, alpha) for x in log_probs)
@@ -192,10 +189,9 @@ def orpo_loss(
     Raises:
         ValueError: The shapes differ, or an option is out of range.
     """
-    check_vectors(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    check_nll(nll_loss, policy_chosen)
-    check_number("beta", beta, strict=True)
-    check_reduction(reduction)
+    check_call(
+        beta, reduction, nll_loss, policy_chosen=policy_chosen, policy_rejected=policy_rejected
+    )
     chosen, rejected = working(policy_chosen), working(policy_rejected)
     log_odds = finite(
         finite(chosen - rejected) - (_log_of_the_rest(chosen) - _log_of_the_rest(rejected))

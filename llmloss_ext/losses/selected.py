@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import functional
 from ..checks import check_all_dense, check_range, check_scale
-from ..columns import Distribution
+from ..columns import Distribution, columns_of
 from ..composite import real_of
-from ..linear.row_functions import Rows, linear_rows, row_function
+from ..linear.row_functions import RowOptions, Rows, linear_rows, row_function
 from ..ops import can_read
-from ..options import LogitOptions, documented, tempered
+from ..options import LogitOptions, documented, spelled_out, tempered
 
 __all__ = ["linear_selected_log_probs", "selected_log_probs"]
 
@@ -42,8 +43,7 @@ def selected_log_probs(
 
     Args:
         input: Logits (..., V); float32, bfloat16, float16 or float64.
-        index: (..., K) int64 or int32: the tokens of each position. One that is named twice is
-            right, but on CUDA its gradients are then added in no fixed order.
+        index: (..., K) int64 or int32: the tokens of each position. One may be named twice.
         ignore_index: At such places the result is 0, without a gradient; a position of nothing else
             may hold anything.
         Options: each is described in `llmloss_ext.options`.
@@ -60,14 +60,15 @@ def selected_log_probs(
     """
     check_all_dense({"input": input, "index": index}, {})
     columns = input.shape[-1] if input.dim() else 0
-    options, scale = _options(
-        input, index, columns, softcap, logit_scale, temperature, vocab_size, ignore_index
-    )
+    _check_index(index, input)
+    options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns, temperature)
+    scale = tempered(check_scale(logit_scale, input), temperature)
+    scale = None if scale is None else scale.reshape(())
     valid, known, safe = _tokens(index, options)
     if not index.shape[-1] or not columns:
         return input.new_zeros(index.shape, dtype=real_of(input))
     # Zeros before the arithmetic: a padding's nan gets into no product.
-    raw = torch.where(known, input.gather(-1, safe).to(real_of(input)), 0.0)
+    raw = torch.where(known, columns_of(input, safe).to(real_of(input)), 0.0)
     impossible = raw == -math.inf
     factor = options.scale if scale is None else scale.to(raw.dtype)
     x = torch.where(impossible, 0.0, raw) * factor
@@ -85,12 +86,8 @@ def selected_log_probs(
     return _placed(torch.where(impossible, -math.inf, found), valid, known)
 
 
-@partial(
-    documented,
-    names=(
-        *_OF_LOGITS, "linear_bias", "chunk_tokens", "max_chunk_bytes", "drop_ignored",
-    ),
-)  # fmt: skip
+@partial(documented, names=("linear_bias", *RowOptions._fields))
+@partial(spelled_out, names=RowOptions._fields)
 def linear_selected_log_probs(
     input: Tensor,
     linear_weight: Tensor,
@@ -98,13 +95,7 @@ def linear_selected_log_probs(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
-    softcap: float | None = None,
-    logit_scale: float | Tensor = 1.0,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
+    **options: Any,
 ) -> Tensor:
     """`selected_log_probs` of ``input @ linear_weight.T + linear_bias``, a chunk at a time.
 
@@ -133,17 +124,14 @@ def linear_selected_log_probs(
         {"linear_bias": linear_bias},
     )
     columns = linear_weight.shape[0] if linear_weight.dim() else 0
-    options, scale = _options(
-        input, index, columns, softcap, logit_scale, temperature, vocab_size, ignore_index
-    )
-    valid, known, safe = _tokens(index, options)
-    if scale is None:
-        scale = torch.full((), options.scale, dtype=real_of(input), device=input.device)
+    _check_index(index, input)
+    how = RowOptions.of(options)
+    checked, scale = how.checked(ignore_index, columns, input)
+    valid, known, safe = _tokens(index, checked)
     rows = linear_rows(
         selected_rows, index.shape[-1], input, linear_weight, linear_bias, others=[safe],
-        shared=[scale], numbers=[options.softcap], valid=known.any(-1),
-        vocab_size=options.vocab_size, chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes,
-        drop_ignored=drop_ignored,
+        shared=[scale], numbers=[checked.softcap], valid=known.any(-1),
+        vocab_size=checked.vocab_size, **how.walk,
     )  # fmt: skip
     return _placed(rows, valid, known)
 
@@ -156,17 +144,7 @@ def selected_rows(rows: Rows) -> Tensor:
     return torch.where(rows.logits.gather(-1, index) == -math.inf, -math.inf, found)
 
 
-def _options(
-    input: Tensor,
-    index: Tensor,
-    columns: int,
-    softcap: float | None,
-    logit_scale: float | Tensor,
-    temperature: float,
-    vocab_size: int | None,
-    ignore_index: int,
-) -> tuple[LogitOptions, Tensor | None]:
-    """The checked options, temperature among them, and a tensor logit_scale."""
+def _check_index(index: Tensor, input: Tensor) -> None:
     if index.is_floating_point() or index.dtype == torch.bool:
         raise RuntimeError(f"expected an index of int64 or int32, got {index.dtype}")
     if index.device != input.device:
@@ -178,9 +156,6 @@ def _options(
             "index must have K tokens for each position, shape "
             f"{(*input.shape[:-1], 'K')}, got {tuple(index.shape)}"
         )
-    options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns, temperature)
-    scale = tempered(check_scale(logit_scale, input), temperature)
-    return options, None if scale is None else scale.reshape(())
 
 
 def _tokens(index: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,17 +6,18 @@ Welleck et al. 2020. All are terms beside the likelihood: `combined_loss` adds t
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import composite
-from ..checks import check_all_dense, check_scale, items_tensor
+from ..checks import check_all_dense, items_tensor
 from ..columns import Distribution
 from ..composite import real_of
-from ..linear.row_functions import Rows, linear_rows, row_function
-from ..options import LogitOptions, as_integer, documented
+from ..linear.row_functions import RowOptions, Rows, linear_rows, row_function
+from ..options import as_integer, documented, spelled_out, with_defaults
 from ..rowwise import by_rows
 from ..sequences import Sequences
 from .bounded import check_same_shape, finite, valid_tokens, where_valid
@@ -25,13 +26,11 @@ from .objective import check_projection
 __all__ = ["repeated_ngrams", "sequence_unlikelihood_loss", "unlikelihood_loss"]
 
 
-@partial(
-    documented,
-    names=(
-        "attention_mask", "position_ids", "document_ids", "cu_seqlens", "softcap", "logit_scale",
-        "vocab_size", "chunk_tokens", "max_chunk_bytes", "drop_ignored",
-    ),
-)  # fmt: skip
+_OPTIONS = (*Sequences._fields, *RowOptions._fields)
+
+
+@partial(documented, names=_OPTIONS)
+@partial(spelled_out, names=_OPTIONS)
 def unlikelihood_loss(
     input: Tensor,
     input_ids: Tensor,
@@ -43,16 +42,7 @@ def unlikelihood_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float | Tensor = 1.0,
-    vocab_size: int | None = None,
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
+    **options: Any,
 ) -> Tensor:
     """Token-level unlikelihood: what stands in the context is not to be said again.
 
@@ -87,10 +77,10 @@ def unlikelihood_loss(
         {"input": input, "input_ids": input_ids},
         {"linear_weight": linear_weight, "linear_bias": linear_bias, "labels": labels},
     )
-    check_projection(
-        linear_weight, linear_bias=linear_bias, chunk_tokens=chunk_tokens,
-        max_chunk_bytes=max_chunk_bytes, drop_ignored=drop_ignored,
-    )  # fmt: skip
+    given = with_defaults(options, _OPTIONS)
+    how = RowOptions(**{name: given[name] for name in RowOptions._fields})
+    sequences = Sequences(**{name: given[name] for name in Sequences._fields})
+    check_projection(linear_weight, linear_bias=linear_bias, **how.walk)
     if not input_ids.dim() or input_ids.shape != input.shape[:-1]:
         raise ValueError(
             f"input_ids must have one token per row, shape {tuple(input.shape[:-1])}, got "
@@ -106,34 +96,33 @@ def unlikelihood_loss(
         raise ValueError(f"context must be >= 1, got {context}")
     items = items_tensor(num_items, reduction, input)
     columns = input.shape[-1] if linear_weight is None else linear_weight.shape[0]
-    options = LogitOptions.of(softcap, logit_scale, vocab_size, ignore_index, columns)
-    used = options.vocab_size
-    sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
+    checked, scale = how.checked(ignore_index, columns, input)
+    used = checked.vocab_size
     targets = sequences.targets(labels, 1, ignore_index)
     valid = targets != ignore_index
     may_be = (input_ids >= 0) & (input_ids < used) & (input_ids != ignore_index)
-    if attention_mask is not None:
-        may_be = may_be & attention_mask.bool()
+    if sequences.attention_mask is not None:
+        may_be = may_be & sequences.attention_mask.bool()
     texts = [t.reshape(-1, length) for t in (input_ids, may_be)]
     texts += [d.expand(input_ids.shape).reshape(-1, length) for d in sequences.documents(input_ids)]
     places = torch.arange(input_ids.numel(), device=input.device).reshape(input_ids.shape)
     others = [targets.unsqueeze(-1), places.unsqueeze(-1)]
-    one = torch.full((), options.scale, dtype=real_of(input), device=input.device)
+    numbers = [checked.softcap, width]
     if linear_weight is not None:
-        learned = check_scale(logit_scale, input)
-        scale = one if learned is None else learned
         rows = linear_rows(
             unlikelihood_rows, 1, input, linear_weight, linear_bias, others=others,
-            shared=[scale, *texts], numbers=[options.softcap, width], valid=valid, vocab_size=used,
-            chunk_tokens=chunk_tokens, max_chunk_bytes=max_chunk_bytes, drop_ignored=drop_ignored,
+            shared=[scale, *texts], numbers=numbers, valid=valid, vocab_size=used, **how.walk,
         ).squeeze(-1)  # fmt: skip
     else:
-        logits = input * logit_scale if isinstance(logit_scale, Tensor) else input
+        # What is differentiated is an argument of `by_rows`.
+        logits, one = input, scale
+        if isinstance(how.logit_scale, Tensor):
+            logits, one = input * scale, torch.ones_like(scale.detach())
 
         def of_logits(x: Tensor, target: Tensor, place: Tensor) -> Tensor:
             flat = [t.reshape(-1, t.shape[-1]) for t in (x, target, place)]
-            given = Rows(flat[0], flat[1:], [one, *texts], [options.softcap, width])
-            return unlikelihood_rows(given).reshape(x.shape[:-1])
+            found = unlikelihood_rows(Rows(flat[0], flat[1:], [one, *texts], numbers))
+            return found.reshape(x.shape[:-1])
 
         rows = by_rows(of_logits, logits[..., :used], tuple(others), valid)
     if reduction == "none":

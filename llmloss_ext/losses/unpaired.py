@@ -13,8 +13,8 @@ from ..options import documented
 from .bounded import finite
 from .pairs import (
     PREFERENCE_OPTIONS,
+    check_call,
     check_number,
-    check_reduction,
     check_vectors,
     constant,
     reduced,
@@ -105,12 +105,10 @@ def kto_loss(
     if (kl is None) == (kind == "kto"):
         given = "none" if kl is None else "one"
         raise ValueError(f'kl belongs to kind="kto", which needs it; got {given} and {kind!r}')
-    check_vectors(policy=policy, reference=reference, desirable=desirable)
+    check_call(beta, reduction, policy=policy, reference=reference, desirable=desirable)
     _check_0d("kl", kl)
-    check_number("beta", beta, strict=True)
     check_number("desirable_weight", desirable_weight)
     check_number("undesirable_weight", undesirable_weight)
-    check_reduction(reduction)
     log_probs, good = working(policy), desirable.bool()
     log_ratio = finite(log_probs - constant(reference))
     shift = log_ratio.new_zeros(()) if kl is None else constant(kl).to(log_ratio.dtype)
@@ -202,9 +200,9 @@ def bco_loss(
     Raises:
         ValueError: The shapes differ, or an option is out of range.
     """
-    check_vectors(policy=policy, reference=reference, desirable=desirable, weight=weight)
-    check_number("beta", beta, strict=True)
-    check_reduction(reduction)
+    check_call(
+        beta, reduction, policy=policy, reference=reference, desirable=desirable, weight=weight
+    )
     log_probs, good = working(policy), desirable.bool()
     rewards = finite(beta * finite(log_probs - constant(reference)))
     if isinstance(shift, RunningMean):

@@ -83,6 +83,79 @@ def test_against_whole_logits(device, kind, direction, weights):
         assert (grads[0][::4] == 0).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (0.0, 2.0), (1.5, 0.0)])
+def test_without_a_reduction(device, kind, weights):
+    """One loss a token; upstream gradients of all sizes, of which one is 0."""
+    problem = Problem(device)
+    upstream = torch.randn(N, dtype=torch.double, device=device)
+    upstream[5] = 0
+    wanted = problem.whole(kind, weights, "jsd", reduction="none")
+    wants = torch.autograd.grad(wanted.loss, problem.student, upstream)
+    for chunk, drop in ((None, True), (5, False), (4, True)):
+        options = {"chunk_tokens": chunk, "drop_ignored": drop, "reduction": "none"}
+        found = problem.ours(kind, weights, "jsd", **options)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.shape == (N,)
+            assert_close(one, other, 1e-11)
+        assert not found.hard_loss.requires_grad
+        grads = torch.autograd.grad(found.loss, problem.student, upstream)
+        for one, other in zip(grads, wants, strict=True):
+            assert_close(one, other, 1e-11)
+        assert (grads[0][::4] == 0).all()
+        assert (grads[0][5] == 0).all()
+    # Its mean is the mean's, and so is the gradient of that.
+    count = (problem.target != -100).sum()
+    mean = problem.ours(kind, weights, "jsd")
+    assert_close(found.loss.sum() / count, mean.loss, 1e-11)
+    again = problem.ours(kind, weights, "jsd", reduction="none").loss.sum() / count
+    for one, other in zip(
+        torch.autograd.grad(again, problem.student),
+        torch.autograd.grad(mean.loss, problem.student), strict=True,
+    ):  # fmt: skip
+        assert_close(one, other, 1e-11)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_without_a_reduction_masked_tokens_may_hold_anything(device, drop):
+    problem, spoilt = Problem(device), Problem(device)
+    left_out = problem.target == -100
+    with torch.no_grad():
+        spoilt.student[0][left_out] = math.nan
+        spoilt.teacher[0][left_out] = math.inf
+    results = []
+    for each in (problem, spoilt):
+        found = each.ours("hidden", (0.4, 0.6), "forward", reduction="none", drop_ignored=drop)
+        results.append([found.loss, *torch.autograd.grad(found.loss.sum(), each.student)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_a_reduction_of_every_shape_and_compiled(device):
+    problem = Problem(device)
+    h, w, b = problem.student
+    hidden, weight, bias = problem.teacher
+    given = {"student_bias": b, "teacher_bias": bias, "reduction": "none", **SHARED}
+
+    def rows(h, hidden, target):
+        return linear_kl_div(h, w, hidden, weight, target=target, **given)
+
+    one = rows(h, hidden, problem.target)
+    other = rows(h.reshape(1, N, D), hidden.reshape(1, N, E), problem.target.reshape(1, N))
+    assert other.shape == (1, N)
+    assert torch.equal(one, other[0])
+    compiled = torch.compile(rows, fullgraph=True)(h, hidden, problem.target)
+    assert_close(compiled.detach(), one.detach(), 1e-12)
+    for x, y in zip(
+        torch.autograd.grad(compiled.square().sum(), problem.student),
+        torch.autograd.grad(one.square().sum(), problem.student),
+        strict=True,
+    ):
+        assert_close(x, y, 1e-11)
+    with pytest.raises(RuntimeError, match="no second-order gradient"):
+        torch.autograd.grad(one.sum(), h, create_graph=True)
+
+
 def test_numbers_of_items_sums_and_padding(device):
     problem = Problem(device)
     for options in ({"reduction": "sum"}, {"num_items": 7}, {"vocab_size": V}):
@@ -197,20 +270,23 @@ def test_products():
     problem = Problem()
     product = 2 * V * int((problem.target != -100).sum())
 
-    def counted(kind, weights):
+    def counted(kind, weights, **options):
         h, w, b = problem.student
         given = problem.given(kind)
         with FlopCounterMode(display=False) as counter:
             linear_distillation_loss(
                 h, w, student_bias=b, target=problem.target, **given, weight_hard_loss=weights[0],
-                weight_soft_loss=weights[1],
-            ).loss.backward()  # fmt: skip
+                weight_soft_loss=weights[1], **options,
+            ).loss.sum().backward()  # fmt: skip
         return counter.get_total_flops()
 
     assert counted("hidden", (0.5, 0.5)) == product * (3 * D + E)
     assert counted("hidden", (0.5, 0.0)) == product * 3 * D
     for kind in KINDS[1:]:
         assert counted(kind, (0.5, 0.5)) == product * 3 * D
+    # Without a reduction, backward computes the logits of both again.
+    assert counted("hidden", (0.5, 0.5), reduction="none") == product * (4 * D + 2 * E)
+    assert counted("top k", (0.5, 0.5), reduction="none") == product * 4 * D
 
 
 def test_what_does_not_fit():
@@ -236,7 +312,8 @@ def test_what_does_not_fit():
         ("must be > 0", {"weight_hard_loss": 0.0, "weight_soft_loss": 0.0}),
         ("weight_hard_loss must be", {"weight_hard_loss": -1.0}),
         ("weight_soft_loss must be", {"weight_soft_loss": math.nan}),
-        ('must be "mean" or "sum"', {"reduction": "none"}),
+        ('must be "mean", "sum" or "none"', {"reduction": "avg"}),
+        ("num_items replaces", {"reduction": "none", "num_items": 3}),
         ("direction must be", {"direction": "both"}),
     ):  # fmt: skip
         given = {"teacher_hidden": hidden, "teacher_weight": weight, "target": problem.target}

@@ -201,7 +201,7 @@ def test_no_token(device):
         ({"temperature": 0.0}, "temperature must be"),
         ({"temperature": float("nan")}, "temperature must be"),
         ({"beta": 1.1}, "beta must be"),
-        ({"reduction": "none"}, 'must be "mean" or "sum"'),
+        ({"reduction": "avg"}, 'must be "mean", "sum" or "none"'),
         ({"teacher_hidden": torch.randn(N + 1, E)}, "the same tokens"),
         ({"vocab_size": V + 1}, "vocab_size must be in"),
         ({"num_items": 3, "reduction": "sum"}, "num_items replaces"),

@@ -68,6 +68,7 @@ def test_the_chunk_does_not_grow_with_the_tokens():
         ({"dtype": torch.int32}, "^dtype must be float32, bfloat16, float16 or float64"),
         ({"weight_grad_dtype": torch.int8}, "weight_grad_dtype must be float32"),
         ({"weight_dtype": torch.bool}, "weight_dtype must be float32"),
+        ({"references": -1}, "references must be >= 0"),
         ({"logits_dtype": torch.float64}, "logits_dtype must be torch.float32 for products of"),
     ],
 )
@@ -118,13 +119,32 @@ linux_only = pytest.mark.skipif(
      "2048 1024 3000 float32 mean dropped 1024",
      "32 64 100000 bfloat16 mean float32 16", "32 64 100000 bfloat16 none float32 16",
      "32 64 100000 float16 mean float32 32", "128 1024 4000 bfloat16 mean float32 64",
-     "512 2048 3000 float16 mean float32 512", "2048 1024 3000 bfloat16 mean float32 dropped 1024"],
+     "512 2048 3000 float16 mean float32 512", "2048 1024 3000 bfloat16 mean float32 dropped 1024",
+     "400 64 50257 float32 policy", "32 64 100000 bfloat16 policy 16",
+     "400 64 50257 float32 sequences", "32 64 100000 bfloat16 preference 16",
+     "400 64 50257 float32 preference", "32 64 100000 bfloat16 preference float32 16",
+     "400 64 50257 float32 unpaired", "32 64 100000 bfloat16 unpaired 16"],
 )  # fmt: skip
 def test_the_peak_is_what_the_plan_says(peak, case):
     """Few tokens are soon computed, and each buffer is a good part of the little that they take."""
     # Huge pages may round a measured peak up; a plan that is wrong is wrong each time.
     attempts = [peak(case) for _ in range(3)]
     assert any(0.9 * planned <= measured <= 1.1 * planned for measured, planned in attempts)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 300, 5000, 70_000])
+def test_a_reference_takes_products_and_no_more_memory(tokens, dtype, device):
+    for how in ({}, {"chunk_tokens": 100}, {"weight_dtype": torch.float32}, {"recompute": True}):
+        size = (tokens, 512, 50_257, dtype, device)
+        plain, beside = plan(*size, **how), plan(*size, **how, references=2)
+        assert beside.products == plain.products + 2
+        assert beside.flops == plain.flops + 2 * 2 * tokens * 512 * 50_257
+        assert beside.peak_bytes == plain.peak_bytes
+        for needs_grad in ((True, True), (True, False), (False, True)):
+            loss = plan(*size, **how, needs_grad=needs_grad)
+            assert plan(*size, **how, needs_grad=(False, False)).peak_bytes <= loss.peak_bytes
 
 
 def test_16_bit_gradients_take_the_memory_of_their_sums_and_64_mib():
