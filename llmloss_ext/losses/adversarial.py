@@ -104,7 +104,9 @@ def discriminator_loss(
         ValueError: A shape does not fit, or there is no such kind.
     """
     _check_kind(kind)
-    for_real, for_fake = num_items if isinstance(num_items, tuple) else (num_items, num_items)
+    for_real, for_fake = (
+        num_items if isinstance(num_items, (tuple, list)) else (num_items, num_items)
+    )
     real, is_real = _scores(real_scores, real_mask)
     fake, is_fake = _scores(fake_scores, fake_mask)
     on_real, on_fake = _of_discriminator(kind, real, fake)
@@ -147,7 +149,7 @@ def generator_loss(
     _check_kind(kind)
     fake, counts = _scores(fake_scores, mask)
     if kind == "logistic":
-        each = F.softplus(-fake)
+        each = -F.logsigmoid(fake)
     elif kind == "least_squares":
         each = _half_square(fake - 1)
     else:
@@ -162,7 +164,7 @@ def _check_kind(kind: str) -> None:
 
 def _of_discriminator(kind: str, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     if kind == "logistic":
-        return F.softplus(-real), F.softplus(fake)
+        return -F.logsigmoid(real), -F.logsigmoid(-fake)
     if kind == "hinge":
         return torch.relu(1 - real), torch.relu(1 + fake)
     if kind == "least_squares":

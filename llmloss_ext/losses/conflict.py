@@ -101,7 +101,8 @@ def _gram(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
             continue
         zero, real = torch.zeros_like(given), real_of(given)
         rows = torch.stack([(zero if g is None else g).flatten().to(real) for g in of_parameter])
-        products = (rows @ rows.t()).double()
+        # No matrix product: autocast or TF32 would make it of fewer bits.
+        products = torch.stack([(rows * row).sum(-1, dtype=torch.float64) for row in rows])
         total = products if total is None else total + products.to(total.device)
     if total is None:
         raise ValueError("no term depends on any of the parameters")

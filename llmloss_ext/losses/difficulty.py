@@ -99,7 +99,8 @@ def select_difficult_tokens(
     if reference_losses is not None:
         scores = scores - reference_losses.detach().to(scores.dtype)
     counts = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.bool()
-    rows = (-1, losses.shape[-1]) if by_sequence and losses.dim() else (1, -1)
+    length = losses.shape[-1] if by_sequence and losses.dim() else losses.numel()
+    rows = (losses.numel() // max(length, 1), length)
     ranked, among = scores.reshape(rows), counts.reshape(rows)
     # Stable, so that equal scores keep their order: first by score, then those that count first.
     by_score = ranked.argsort(dim=-1, descending=True, stable=True)

@@ -128,6 +128,8 @@ def linear_selected_log_probs(
     how = RowOptions.of(options)
     checked, scale = how.checked(ignore_index, columns, input)
     valid, known, safe = _tokens(index, checked)
+    if not index.shape[-1]:
+        return input.new_zeros(index.shape, dtype=real_of(input))
     rows = linear_rows(
         selected_rows, index.shape[-1], input, linear_weight, linear_bias, others=[safe],
         shared=[scale], numbers=[checked.softcap], valid=known.any(-1),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .bounded import bounded_exponent, check_same_shape, valid_tokens, where_valid
+from .pairs import constant, working
 
 __all__ = ["length_desensitized_log_probs", "sequence_log_probs", "wpo_weights"]
 
@@ -25,7 +26,8 @@ def sequence_log_probs(
         average: Whether to divide by the number of tokens, which then needs the mask.
 
     Returns:
-        (...), in nats; nan for the mean of no token. What masked tokens hold does not matter.
+        (...), in nats, float32 for 16-bit tokens, whose digits a long sum would lose; nan for the
+        mean of no token. What masked tokens hold does not matter.
 
     Raises:
         ValueError: The shapes do not fit, or ``average`` has no mask.
@@ -33,18 +35,9 @@ def sequence_log_probs(
     if mask is None:
         if average:
             raise ValueError("the mean over a sequence needs the mask of its tokens")
-        return _sum(log_probs)
-    total = _sum(torch.where(valid_tokens(mask, log_probs), log_probs, 0.0))
+        return working(log_probs).sum(-1)
+    total = where_valid(valid_tokens(mask, log_probs), working(log_probs)).sum(-1)
     return total / mask.bool().sum(-1) if average else total
-
-
-def _sum(log_probs: Tensor) -> Tensor:
-    """Over the last dimension; of finite numbers it is finite, in float16 too."""
-    total = log_probs.sum(-1)
-    if log_probs.dtype != torch.float16:
-        return total
-    overflows = total.isinf() & log_probs.isfinite().all(-1)
-    return torch.where(overflows, torch.finfo(total.dtype).min, total)
 
 
 def length_desensitized_log_probs(
@@ -68,7 +61,8 @@ def length_desensitized_log_probs(
         ld_alpha: In [0, 1]; 1: DPO.
 
     Returns:
-        Of the chosen and of the rejected, (...) each. What masked tokens hold does not matter.
+        Of the chosen and of the rejected, (...) each, float32 for 16-bit tokens. What masked tokens
+        hold does not matter.
 
     Raises:
         ValueError: The shapes do not fit, or ``ld_alpha`` is out of range.
@@ -87,12 +81,11 @@ def length_desensitized_log_probs(
     shared = torch.minimum(*(mask.sum(-1) for mask in masks)).unsqueeze(-1)
 
     def score(log_probs: Tensor, valid: Tensor) -> Tensor:
-        in_both = valid.cumsum(-1) <= shared
-        both = _sum(where_valid(valid & in_both, log_probs))
+        in_both, x = valid.cumsum(-1) <= shared, working(log_probs)
+        both = where_valid(valid & in_both, x).sum(-1)
         if ld_alpha == 0:  # not 0 times what may be -inf
             return both
-        rest = _sum(where_valid(valid & ~in_both, log_probs))
-        return _sum(torch.stack([both, ld_alpha * rest], -1))
+        return both + ld_alpha * where_valid(valid & ~in_both, x).sum(-1)
 
     return score(chosen_log_probs, masks[0]), score(rejected_log_probs, masks[1])
 
@@ -110,13 +103,15 @@ def wpo_weights(log_probs: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Te
         mask: (..., S): which tokens count.
 
     Returns:
-        (...), without a gradient; 1 for a sequence of no token, as in TRL. What masked tokens hold
-        does not matter.
+        (...), without a gradient, float32 for 16-bit tokens; 1 for a sequence of no token, as in
+        TRL. What masked tokens hold does not matter.
 
     Raises:
         ValueError: The shapes do not fit.
     """
     valid = valid_tokens(mask, log_probs)
     check_same_shape(log_probs, log_sum_sq_probs=log_sum_sq_probs)
-    aligned = where_valid(valid, log_probs.detach()) - where_valid(valid, log_sum_sq_probs.detach())
-    return torch.exp(bounded_exponent(_sum(aligned) / valid.sum(-1).clamp_min(1)))
+    of_tokens, of_models = (
+        where_valid(valid, constant(x)).sum(-1) for x in (log_probs, log_sum_sq_probs)
+    )
+    return torch.exp(bounded_exponent((of_tokens - of_models) / valid.sum(-1).clamp_min(1)))

@@ -22,6 +22,7 @@ from ..rowwise import by_rows
 from ..sequences import Sequences
 from .bounded import check_same_shape, finite, valid_tokens, where_valid
 from .objective import check_projection
+from .pairs import working
 
 __all__ = ["repeated_ngrams", "sequence_unlikelihood_loss", "unlikelihood_loss"]
 
@@ -103,8 +104,9 @@ def unlikelihood_loss(
     may_be = (input_ids >= 0) & (input_ids < used) & (input_ids != ignore_index)
     if sequences.attention_mask is not None:
         may_be = may_be & sequences.attention_mask.bool()
-    texts = [t.reshape(-1, length) for t in (input_ids, may_be)]
-    texts += [d.expand(input_ids.shape).reshape(-1, length) for d in sequences.documents(input_ids)]
+    documents = [d.expand(input_ids.shape) for d in sequences.documents(input_ids)]
+    count = input_ids.numel() // max(length, 1)
+    texts = [t.reshape(count, length) for t in (input_ids, may_be, *documents)]
     places = torch.arange(input_ids.numel(), device=input.device).reshape(input_ids.shape)
     others = [targets.unsqueeze(-1), places.unsqueeze(-1)]
     numbers = [checked.softcap, width]
@@ -114,17 +116,13 @@ def unlikelihood_loss(
             shared=[scale, *texts], numbers=numbers, valid=valid, vocab_size=used, **how.walk,
         ).squeeze(-1)  # fmt: skip
     else:
-        # What is differentiated is an argument of `by_rows`.
-        logits, one = input, scale
-        if isinstance(how.logit_scale, Tensor):
-            logits, one = input * scale, torch.ones_like(scale.detach())
 
-        def of_logits(x: Tensor, target: Tensor, place: Tensor) -> Tensor:
+        def of_logits(x: Tensor, target: Tensor, place: Tensor, scale: Tensor) -> Tensor:
             flat = [t.reshape(-1, t.shape[-1]) for t in (x, target, place)]
-            found = unlikelihood_rows(Rows(flat[0], flat[1:], [one, *texts], numbers))
+            found = unlikelihood_rows(Rows(flat[0], flat[1:], [scale, *texts], numbers))
             return found.reshape(x.shape[:-1])
 
-        rows = by_rows(of_logits, logits[..., :used], tuple(others), valid)
+        rows = by_rows(of_logits, input[..., :used], tuple(others), valid, (scale,))
     if reduction == "none":
         return rows
     if reduction == "sum":
@@ -187,7 +185,7 @@ def sequence_unlikelihood_loss(
     wrong = counts & penalised.bool()
     real = real_of(log_probs)
     # Elsewhere log(1 / 2): no log 0, and the gradient is cut off.
-    log_p = torch.where(wrong, log_probs.to(real), -1.0).clamp_max(-torch.finfo(real).tiny)
+    log_p = torch.where(wrong, working(log_probs), -1.0).clamp_max(-torch.finfo(real).tiny)
     losses = where_valid(wrong, -torch.log(-torch.expm1(log_p)))
     items = items_tensor(num_items, "mean", log_probs)
     return finite(composite.mean(losses, counts.sum(), items))

@@ -98,6 +98,16 @@ def test_masked_scores_and_micro_batches(kind, dtype, value):
     assert losses.generator_loss(f, kind=kind, mask=masks[1] & False).loss.isnan()
 
 
+def test_confident_scores_keep_their_digits():
+    score = torch.tensor([25.0], dtype=torch.double, requires_grad=True)
+    loss = losses.generator_loss(score).loss
+    assert loss.item() == pytest.approx(math.exp(-25), rel=1e-9)
+    (grad,) = torch.autograd.grad(loss, score)
+    assert grad.item() == pytest.approx(-math.exp(-25), rel=1e-9)
+    both = losses.discriminator_loss(score.detach(), -score.detach()).loss
+    assert both.item() == pytest.approx(2 * math.exp(-25), rel=1e-9)
+
+
 def test_large_scores_stay_finite():
     huge = torch.full((2,), 3e38, requires_grad=True)
     for kind in KINDS:

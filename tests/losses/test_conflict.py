@@ -317,3 +317,14 @@ def test_gradnorm_trains_balances_and_is_saved():
     fresh = losses.GradNorm(["a"]).eval()
     fresh({"a": shared.square().sum() + 1}, [shared])
     assert fresh.initial.isnan().all()
+
+
+def test_autocast_does_not_round_the_products():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(300))
+    one = torch.randn(300)
+    other = 0.02 * torch.randn(300) - one  # opposed, nearly
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses.gradient_gram([(weight * g).sum() for g in (one, other)], [weight])
+    rows = torch.stack([one, other]).double()
+    assert_close(found, rows @ rows.t(), 1e-6)

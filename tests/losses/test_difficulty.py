@@ -102,6 +102,13 @@ def test_in_a_cross_entropy(shift):
         assert_close(same, found, 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+@pytest.mark.parametrize("by_sequence", [True, False])
+def test_of_no_token(shape, by_sequence):
+    found = losses.select_difficult_tokens(torch.zeros(shape), by_sequence=by_sequence)
+    assert found.shape == shape
+
+
 def test_they_have_no_gradient():
     each = torch.rand(4, requires_grad=True)
     assert not losses.difficulty_weights(each).requires_grad

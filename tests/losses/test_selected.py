@@ -257,6 +257,7 @@ def test_empty_and_wrong():
     assert selected_log_probs(logits, index[:, :0]).shape == (3, 0)
     weight = torch.randn(V, V)
     assert linear_selected_log_probs(logits[:0], weight, index[:0]).shape == (0, 2)
+    assert linear_selected_log_probs(logits, weight, index[:, :0]).shape == (3, 0)
     bad = index.clone()
     bad[1, 1] = V
     for call in (

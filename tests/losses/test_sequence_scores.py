@@ -23,6 +23,28 @@ def test_sequence_log_probs():
         losses.sequence_log_probs(log_probs, mask[:, :2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_long_sequences_of_16_bits_keep_their_digits(device, dtype):
+    """A sum of 16 bits would have steps of 1 (float16) or 8 nats (bfloat16) here."""
+    torch.manual_seed(0)
+    one, two = (-torch.rand(1, 2000, device=device).mul(2).to(dtype) for _ in range(2))
+    every = torch.ones(1, 2000, device=device)
+    found = losses.sequence_log_probs(one, every)
+    assert found.dtype == torch.float32
+    assert_close(found, one.double().sum(-1), 1e-6)
+    both = losses.length_desensitized_log_probs(one, two, every, every, ld_alpha=0.5)
+    assert_close(torch.stack(both), torch.stack([one, two]).double().sum(-1), 1e-6)
+    weights = losses.wpo_weights(one, two, every)
+    assert weights.dtype == torch.float32
+    assert_close(weights, torch.exp((one.double() - two.double()).mean(-1)), 1e-6)
+
+
+def test_a_gradient_beyond_float16():
+    x = torch.zeros(1, 3, dtype=torch.float16, requires_grad=True)
+    (losses.sequence_log_probs(x) * 1e6).sum().backward()
+    assert x.grad.tolist() == [[65504.0] * 3]
+
+
 def masks(device="cpu"):
     """With a prompt, a gap and padding on either side; of one pair, no token of one."""
     chosen = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 1, 1, 0], [0, 0, 1, 0, 0], [1, 1, 0, 0, 0]])
@@ -57,7 +79,8 @@ def test_length_desensitized_in_half_precision():
     ones, few = torch.ones(1, 9), torch.ones(1, 9)
     few[0, 5:] = 0
     both = losses.length_desensitized_log_probs(x, x, ones, few, ld_alpha=0.9)
-    assert both[0].tolist() == [-65504.0]
+    assert both[0].dtype == torch.float32
+    assert both[0].tolist() == pytest.approx([-5e4 - 0.9 * 4e4])
     x[0, 8] = -math.inf  # beyond the shorter one
     assert losses.length_desensitized_log_probs(x, x, ones, few, ld_alpha=0.5)[0] == -math.inf
     assert losses.length_desensitized_log_probs(x, x, ones, few, ld_alpha=0.0)[0].isfinite()

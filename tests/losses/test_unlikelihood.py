@@ -127,16 +127,17 @@ def test_what_takes_no_part_spoils_nothing(way, value):
             with torch.no_grad():
                 batch.hidden[gone], batch.weight[USED:], batch.bias[USED:] = value, value, value
         leaves = [logits.requires_grad_()] if way == "dense" else batch.leaves
+        scale = torch.tensor(1.3, requires_grad=True)
+        options = {"attention_mask": batch.mask, "logit_scale": scale}
         if way == "dense":
-            loss = losses.unlikelihood_loss(
-                logits, batch.ids, vocab_size=USED, attention_mask=batch.mask
-            )
+            loss = losses.unlikelihood_loss(logits, batch.ids, vocab_size=USED, **options)
         else:
-            loss = batch.ours(way, attention_mask=batch.mask)
-        results.append([loss, *torch.autograd.grad(loss, leaves)])
+            loss = batch.ours(way, **options)
+        results.append([loss, *torch.autograd.grad(loss, [*leaves, scale])])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
     assert (results[1][1][gone] == 0).all()
+    assert results[1][-1] != 0
 
 
 @pytest.mark.parametrize("way", ["dense", "dropped"])
@@ -172,14 +173,45 @@ def test_a_repeated_token_that_is_nearly_certain(lead):
 
 def test_derivatives():
     batch = Batch(0)
+    scale = torch.tensor(1.3, dtype=torch.double, requires_grad=True)
     for way in ("dense", "dropped"):
 
-        def call(h, w, b, way=way):
+        def call(h, w, b, s, way=way):
             batch.hidden, batch.weight, batch.bias = h, w, b
-            return batch.ours(way)
+            return batch.ours(way, logit_scale=s)
 
-        assert torch.autograd.gradcheck(call, batch.leaves)
-        assert torch.autograd.gradgradcheck(call, batch.leaves)
+        assert torch.autograd.gradcheck(call, [*batch.leaves, scale])
+        assert torch.autograd.gradgradcheck(call, [*batch.leaves, scale])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_scale_of_16_bit_logits_is_not_rounded_into_them(way):
+    batch = Batch(2, torch.bfloat16)
+    scales = torch.tensor(1.234, requires_grad=True), 1.234
+    one, other = (batch.ours(way, logit_scale=scale) for scale in scales)
+    assert_close(one, other, 1e-6)
+
+
+def test_a_scale_alone_is_learned():
+    """Of logits without a gradient, twice over too."""
+    batch = Batch(0)
+    scale = torch.tensor(0.7, dtype=torch.double, requires_grad=True)
+    logits = (batch.hidden @ batch.weight.t()).detach()
+
+    def call(s):
+        return losses.unlikelihood_loss(logits, batch.ids, logit_scale=s)
+
+    assert torch.autograd.gradcheck(call, [scale])
+    assert torch.autograd.gradgradcheck(call, [scale])
+
+
+def test_texts_of_no_token():
+    ids = torch.zeros(2, 0, dtype=torch.int64)
+    logits = torch.zeros(2, 0, 5, requires_grad=True)
+    assert losses.unlikelihood_loss(logits, ids, reduction="sum") == 0
+    assert losses.unlikelihood_loss(logits, ids, reduction="none").shape == (2, 0)
+    hidden, weight = torch.zeros(2, 0, 4), torch.zeros(5, 4)
+    assert losses.unlikelihood_loss(hidden, ids, weight, num_items=3) == 0
 
 
 def ngrams_by_hand(row, n, mask):
@@ -225,6 +257,14 @@ def test_of_a_generated_sequence(dtype):
     wanted = torch.where((wrong * mask).bool(), p / (1 - p) / 5, 0.0)
     assert_close(grad / 200, wanted / 200, 1e-2 if dtype.itemsize == 2 else 1e-6)
     assert (grad[~(wrong * mask).bool()] == 0).all()
+
+
+def test_a_gradient_beyond_float16():
+    log_probs = torch.tensor([-6e-8, -1.0]).half().requires_grad_()
+    loss = losses.sequence_unlikelihood_loss(log_probs, torch.ones(2))
+    (grad,) = torch.autograd.grad(loss, log_probs)
+    assert grad[0] == -65504 or grad[0] == 65504
+    assert grad.isfinite().all()
 
 
 def test_of_a_certain_token():
