@@ -200,8 +200,8 @@ def test_where_the_surrogate_is_flat_its_gradient_is_0():
     torch.testing.assert_close(grad.double(), torch.where(r <= 1.2, -r / 3, 0.0))
 
 
-def test_a_sum_of_float16_stays_in_its_range_and_an_impossible_sequence_impossible():
+def test_a_sum_of_float16_may_be_beyond_its_range_and_an_impossible_sequence_stays_impossible():
     many = torch.full((2, 9), -1e4, dtype=torch.float16)
-    assert losses.sequence_log_probs(many).tolist() == [-65504.0] * 2
+    assert losses.sequence_log_probs(many).tolist() == [-9e4] * 2
     many[0, 0] = -torch.inf
-    assert losses.sequence_log_probs(many).tolist() == [-torch.inf, -65504.0]
+    assert losses.sequence_log_probs(many).tolist() == [-torch.inf, -9e4]
