@@ -33,7 +33,7 @@ from ..entry import entry_point
 from ..ops import can_read, in_transform
 from ..ops.namespace import qualified
 from ..ops.rows import Labels, LocalRows, Rows, put, take
-from ..options import MEAN, LogitOptions, LossOptions, documented, spelled_out
+from ..options import MEAN, LogitOptions, LossOptions, documented, spelled_out, with_defaults
 from ..statistics import asked
 from .operators import needs_gradients, pack_limit, unpack_limit
 from .planning import chunk_limit, dtype_of_logits
@@ -391,15 +391,16 @@ class LinearDivergence(Function):
         return (*results, *others)
 
 
+_OF_WALK = ("chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype")
+_OF_DISTILLATION = (*Distillation._fields, *_OF_WALK)
+_ALONE = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "add_tail": True}
+"""Those of a divergence without labels."""
+_OF_KL = tuple(name for name in _OF_DISTILLATION if name not in _ALONE)
+
+
 @entry_point("student_hidden", "teacher_hidden", "target")
-@partial(
-    documented,
-    names=(
-        "direction", "beta", "skew_alpha", "temperature", "ignore_index", "reduction", "num_items",
-        "vocab_size", "chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype",
-    ),
-    table=DIVERGENCE_OPTIONS,
-)  # fmt: skip
+@partial(documented, names=_OF_KL, table=DIVERGENCE_OPTIONS)
+@partial(spelled_out, names=_OF_KL, table=DIVERGENCE_OPTIONS)
 def linear_kl_div(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -408,19 +409,8 @@ def linear_kl_div(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    direction: str = "forward",
-    beta: float = 0.5,
-    skew_alpha: float = 0.1,
-    temperature: float = 1.0,
     target: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: int | Tensor | None = None,
-    vocab_size: int | None = None,
-    chunk_tokens: int | None = None,
-    max_chunk_bytes: int | None = None,
-    drop_ignored: bool | None = None,
-    logits_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Tensor:
     r"""Distillation: the divergence of two projections' distributions, neither in memory whole.
 
@@ -444,19 +434,10 @@ def linear_kl_div(
         ValueError: Shapes that do not fit, or an option out of range.
         RuntimeError: A wrong dtype.
     """
-    call = _Call(
-        "linear_kl_div", _Student(student_hidden, student_weight, student_bias),
-        _Said(teacher_hidden, teacher_weight, teacher_bias), target, logits_dtype,
-    )  # fmt: skip
-    given = Distillation(
-        0.0, 1.0, True, direction, beta, skew_alpha, temperature, ignore_index, reduction,
-        num_items, vocab_size,
-    )  # fmt: skip
-    return call.run(given, chunk_tokens, max_chunk_bytes, drop_ignored).loss
-
-
-_OF_WALK = ("chunk_tokens", "max_chunk_bytes", "drop_ignored", "logits_dtype")
-_OF_DISTILLATION = (*Distillation._fields, *_OF_WALK)
+    given = with_defaults(options, _OF_KL, DIVERGENCE_OPTIONS)
+    teacher = _Said(teacher_hidden, teacher_weight, teacher_bias)
+    student = _Student(student_hidden, student_weight, student_bias)
+    return _run("linear_kl_div", student, teacher, target, **_ALONE, **given).loss
 
 
 @entry_point("student_hidden", "teacher_hidden", "target", "teacher_log_probs", "teacher_ids")
@@ -479,10 +460,10 @@ def linear_distillation_loss(
 
     weight_hard_loss times the cross entropy plus weight_soft_loss times T^2 times the divergence,
     both of the same logits of the student, which exist for a chunk of tokens at a time: three
-    products for the student, and one for a teacher's hidden states; without a reduction, backward
-    computes all logits again. Names and order are those of
-    Liger's `LigerFusedLinearDistillationBase`; but tokens without a label are left out of both
-    terms, and of what the mean divides by.
+    products for the student, and one for a teacher's hidden states. Without a reduction, backward
+    computes all logits again. Names and order are those of Liger's
+    `LigerFusedLinearDistillationBase`; but tokens without a label are left out of both terms, and
+    of what the mean divides by.
 
     A teacher is one of: ``teacher_hidden`` and ``teacher_weight``; ``teacher_log_probs`` of all
     classes; ``teacher_log_probs`` of the k tokens ``teacher_ids``, as in
@@ -503,7 +484,7 @@ def linear_distillation_loss(
         Options: each is described in `llmloss_ext.options`.
 
     Returns:
-        A `DistillationLoss`, 0-d, in nats; the mean of no token is nan.
+        A `DistillationLoss`, 0-d, or (...) for ``"none"``, in nats; the mean of no token is nan.
 
     Raises:
         ValueError: Shapes that do not fit, an option out of range, or no teacher.
@@ -511,16 +492,19 @@ def linear_distillation_loss(
             is nan instead).
         RuntimeError: A wrong dtype.
     """
-    walk = {name: options.pop(name, None) for name in _OF_WALK}
+    teacher = _Said(teacher_hidden, teacher_weight, teacher_bias, teacher_log_probs, teacher_ids)
+    student = _Student(student_hidden, student_weight, student_bias)
+    return _run("linear_distillation_loss", student, teacher, target, **options)
+
+
+def _run(
+    name: str, student: _Student, teacher: _Said, target: Tensor | None, **options: Any
+) -> DistillationLoss:
+    walk = {option: options.pop(option, None) for option in _OF_WALK}
     given = Distillation.of(options)
     if target is None and given.weight_hard_loss:
         raise ValueError("a hard loss needs a target; without one, weight_hard_loss must be 0")
-    call = _Call(
-        "linear_distillation_loss", _Student(student_hidden, student_weight, student_bias),
-        _Said(teacher_hidden, teacher_weight, teacher_bias, teacher_log_probs, teacher_ids), target,
-        walk.pop("logits_dtype"),
-    )  # fmt: skip
-    return call.run(given, **walk)
+    return _Call(name, student, teacher, target, walk.pop("logits_dtype")).run(given, **walk)
 
 
 class _Said(NamedTuple):

@@ -22,7 +22,7 @@ from ..divergence import COPIES
 from ..entry import entry_point
 from ..linear.planning import plan
 from ..linear.projection import check_projection
-from ..linear.row_functions import Rows, linear_rows, row_function
+from ..linear.row_functions import OF_WALK, Rows, linear_rows, row_function
 from ..ops import in_transform
 from ..options import OPTIONS, LogitOptions, Option, documented, spelled_out, with_defaults
 
@@ -138,9 +138,8 @@ def gumbel_softmax(logits: Tensor, **options: Any) -> Tensor:
     return sample.reshape(logits.shape)
 
 
-_OF_WALK = ("chunk_tokens", "max_chunk_bytes", "drop_ignored")
 _TABLE = OPTIONS | GUMBEL_OPTIONS
-_OF_BOTH = (*GUMBEL_OPTIONS, *_OF_WALK)
+_OF_BOTH = (*GUMBEL_OPTIONS, *OF_WALK)
 
 
 @entry_point("input", "mask")
@@ -179,8 +178,8 @@ def linear_gumbel_embeddings(
         {"input": input, "linear_weight": linear_weight, "embedding": embedding},
         {"linear_bias": linear_bias},
     )
-    check_projection(input, linear_weight, linear_bias)
-    walk = {name: options.pop(name, None) for name in _OF_WALK}
+    walk = {name: options.pop(name, None) for name in OF_WALK}
+    check_projection(input, linear_weight, linear_bias, walk["logits_dtype"])
     sampling = _Sampling.of(options, input, linear_weight.shape[0])
     used, valid = sampling.used, sampling.valid
     if embedding.dim() != 2 or len(embedding) < used or not embedding.is_floating_point():

@@ -64,7 +64,8 @@ def ours(batch, way, *, dense=False, **given):
 
 
 def by_definition(batch, way, *, mask=None, documents=None, token_weight=None, items=None,
-                  smoothing=0.0, z_loss=0.0, gamma=0.0, scale=1.0, softcap=None):  # fmt: skip
+                  smoothing=0.0, z_loss=0.0, gamma=0.0, scale=1.0, softcap=None,
+                  temperature=1.0):  # fmt: skip
     many_hidden, many_heads = WAYS[way]
     found = []
     for place in range(K):
@@ -73,7 +74,7 @@ def by_definition(batch, way, *, mask=None, documents=None, token_weight=None, i
             (batch.hidden, place if many_hidden else 0), (batch.heads, head), (batch.biases, head)
         ))  # fmt: skip
         z = (h @ w.t() + b)[..., :USED] * scale
-        z = softcap * torch.tanh(z / softcap) if softcap else z
+        z = (softcap * torch.tanh(z / softcap) if softcap else z) / temperature
         total, count = 0.0, 0.0
         for n in range(B):
             for i in range(S - k):
@@ -103,9 +104,12 @@ GIVEN = {
     "options": lambda b: (
         {
             "label_smoothing": 0.1, "z_loss": 0.01, "focal_gamma": 1.5, "logit_scale": 0.7,
-            "softcap": 3.0,
+            "softcap": 3.0, "temperature": 1.3,
         },
-        {"smoothing": 0.1, "z_loss": 0.01, "gamma": 1.5, "scale": 0.7, "softcap": 3.0},
+        {
+            "smoothing": 0.1, "z_loss": 0.01, "gamma": 1.5, "scale": 0.7, "softcap": 3.0,
+            "temperature": 1.3,
+        },
     ),
     "items": lambda b: ({"num_items": [5, 6, 7]}, {"items": [5, 6, 7]}),
     "a tensor of items": lambda b: ({"num_items": torch.tensor([5, 6, 7])}, {"items": [5, 6, 7]}),
@@ -143,8 +147,8 @@ def test_a_learned_scale():
     grads = [
         torch.autograd.grad(loss, scale)[0]
         for loss in (
-            ours(batch, "one of both", logit_scale=scale).loss,
-            by_definition(batch, "one of both", scale=scale)[0],
+            ours(batch, "one of both", logit_scale=scale, temperature=1.3).loss,
+            by_definition(batch, "one of both", scale=scale, temperature=1.3)[0],
         )
     ]
     assert_close(*grads, 1e-9)
@@ -193,6 +197,8 @@ def test_types(way, dtype):
     assert found.dtype == torch.float32
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     assert_close(found, wanted, tolerance)
+    if dtype != torch.float32:
+        assert_close(ours(batch, way, logits_dtype=torch.float32).loss, wanted, 1e-4)
     leaves = [batch.hidden[0], batch.heads[0]]
     for one, other in zip(
         torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves), strict=True
@@ -277,6 +283,7 @@ def test_what_does_not_fit():
         ((h, b.ids[0], w), {"offsets": 2}, "labels"),
         ((h, b.ids, w), {"offsets": 2, "num_items": [1, 2, 3]}, "num_items"),
         ((h, b.ids), {"offsets": 2, "chunk_tokens": 3}, "belongs to hidden states"),
+        ((h, b.ids), {"offsets": 2, "logits_dtype": h.dtype}, "logits_dtype belongs to"),
         ((h, b.ids, w), {"offsets": 1, "token_weight": torch.rand(B, S).requires_grad_()},
          "token_weight must not require"),
     ):  # fmt: skip

@@ -93,6 +93,68 @@ def test_types(device, dtype):
         assert (one.double() - other).norm() < 2 * small * other.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_logits(device, dtype):
+    """Of 16-bit operands: as good as float64 of the same, which rounded logits are not."""
+    hidden, weight, bias, index = tensors(dtype, device)
+    hidden, weight = (x.detach().repeat(1, 8).requires_grad_() for x in (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    wanted = by_definition(exact[0] @ exact[1].t() + exact[2], index)
+    upstream = torch.randn_like(wanted)
+    wants = torch.autograd.grad(wanted, exact, upstream)
+    errors = []
+    for logits_dtype in (torch.float32, None):
+        found = linear_selected_log_probs(
+            hidden, weight, index, linear_bias=bias, logits_dtype=logits_dtype, chunk_tokens=5
+        )
+        errors.append(float((found - wanted).detach().abs().max()))
+        if logits_dtype is None:
+            continue
+        for one, other in zip(
+            torch.autograd.grad(found, (hidden, weight, bias), upstream.float()), wants, strict=True
+        ):
+            assert one.dtype == dtype
+            assert (one.double() - other).norm() < 2e-2 * other.norm()
+    assert errors[0] < 1e-4
+    assert errors[1] > 3e-3 if dtype == torch.bfloat16 else errors[1] > errors[0]
+    with pytest.raises(ValueError, match="logits_dtype must be"):
+        linear_selected_log_probs(hidden, weight, index, logits_dtype=torch.float64)
+    # Mixed operands, too, and derivatives of derivatives.
+    mixed = linear_selected_log_probs(
+        hidden.float(), weight, index, linear_bias=bias, logits_dtype=torch.float32
+    )
+    assert float((mixed - wanted).detach().abs().max()) < 1e-4
+    seconds = []
+    again = by_definition(exact[0] @ exact[1].t() + exact[2], index)
+    for loss, (_, w, b) in ((mixed, (hidden, weight, bias)), (again, exact)):
+        (first,) = torch.autograd.grad(loss.sum(), b, create_graph=True)
+        seconds.append(torch.autograd.grad(first.double().square().sum(), w)[0].double())
+    assert (seconds[0] - seconds[1]).norm() < 5e-2 * seconds[1].norm()
+
+
+def test_a_token_named_often_has_one_gradient(device):
+    """The sum over its places, in the same order each time."""
+    torch.manual_seed(0)
+    hidden = torch.randn(500, D, device=device).requires_grad_()
+    weight = torch.randn(V, D, device=device).requires_grad_()
+    index = torch.randint(0, 2, (500, 40), device=device)
+    upstream = torch.randn(500, 40, device=device) * 10.0 ** torch.randint(
+        -4, 5, (500, 40), device=device
+    )
+    for function in (
+        lambda: selected_log_probs(hidden @ weight.t(), index),
+        lambda: linear_selected_log_probs(hidden, weight, index),
+    ):
+        grads = [torch.autograd.grad(function(), (hidden, weight), upstream) for _ in range(3)]
+        for other in grads[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+        exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+        wanted = by_definition(exact[0] @ exact[1].t(), index)
+        wants = torch.autograd.grad(wanted, exact, upstream.double())
+        for one, other in zip(grads[0], wants, strict=True):
+            assert (one.double() - other).norm() < 1e-5 * other.norm()
+
+
 def test_derivatives(device):
     hidden, weight, bias, index = tensors(device=device)
     scale = torch.tensor(0.8, dtype=torch.double, device=device, requires_grad=True)

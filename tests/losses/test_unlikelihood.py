@@ -41,11 +41,12 @@ class Batch:
         )  # fmt: skip
 
 
-def by_definition(b, labels=None, mask=None, documents=None, context=None, scale=1.0, softcap=None):
+def by_definition(b, labels=None, mask=None, documents=None, context=None, scale=1.0, softcap=None,
+                  temperature=1.0):  # fmt: skip
     """Each position's sum over the different tokens of its context, and which positions count."""
     labels = b.ids if labels is None else labels
     z = (b.hidden.double() @ b.weight.double().t() + b.bias.double())[..., :USED] * scale
-    p = (softcap * torch.tanh(z / softcap) if softcap else z).softmax(-1)
+    p = ((softcap * torch.tanh(z / softcap) if softcap else z) / temperature).softmax(-1)
     rows, counts = torch.zeros(B, S).double(), torch.zeros(B, S, dtype=torch.bool)
     for n in range(B):
 
@@ -77,6 +78,10 @@ GIVEN = {
     "scale": lambda b: (
         {"logit_scale": 0.7, "softcap": 2.0}, {"scale": 0.7, "softcap": 2.0}
     ),
+    "temperature": lambda b: (
+        {"temperature": 1.7, "logit_scale": 0.7, "softcap": 2.0},
+        {"temperature": 1.7, "scale": 0.7, "softcap": 2.0},
+    ),
 }  # fmt: skip
 
 
@@ -106,8 +111,8 @@ def test_against_the_definition(way, name, seed):
 def test_a_learned_scale(way):
     batch = Batch(0)
     scale = torch.tensor(0.7, dtype=torch.double, requires_grad=True)
-    rows, counts = by_definition(batch, scale=scale)
-    found = batch.ours(way, logit_scale=scale)
+    rows, counts = by_definition(batch, scale=scale, softcap=2.0, temperature=1.7)
+    found = batch.ours(way, logit_scale=scale, softcap=2.0, temperature=1.7)
     (one,) = torch.autograd.grad(found, scale)
     (other,) = torch.autograd.grad(rows.sum() / counts.sum(), scale)
     assert_close(one, other, 1e-9)
@@ -150,6 +155,8 @@ def test_types(way, dtype):
     wanted = rows.sum() / counts.sum()
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     assert_close(found, wanted, tolerance)
+    if way != "dense" and dtype != torch.float32:
+        assert_close(batch.ours(way, logits_dtype=torch.float32), wanted, 1e-4)
     for one, other in zip(
         torch.autograd.grad(found, batch.leaves), torch.autograd.grad(wanted, batch.leaves),
         strict=True,
@@ -308,6 +315,7 @@ def test_what_does_not_fit():
         (lambda: losses.unlikelihood_loss(z, b.ids, reduction="max"), "reduction must be"),
         (lambda: losses.unlikelihood_loss(z, b.ids, context=0), "context must be"),
         (lambda: losses.unlikelihood_loss(z, b.ids, chunk_tokens=3), "belongs to hidden states"),
+        (lambda: losses.unlikelihood_loss(z, b.ids, logits_dtype=z.dtype), "logits_dtype belongs"),
         (lambda: losses.unlikelihood_loss(z, b.ids, vocab_size=V + 1), "vocab_size must be"),
         (lambda: losses.repeated_ngrams(b.ids, 0), "n >= 1"),
         (lambda: losses.sequence_unlikelihood_loss(z, b.ids), "penalised must have"),
