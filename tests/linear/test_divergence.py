@@ -118,11 +118,15 @@ def test_the_operator_is_what_it_says(device):
     tensors = make(device)
     valid = torch.arange(N, device=device) % 4 != 0
     bias = torch.randn(V, device=device)
-    for needs in ([True, True, True], [False, True, False]):
-        labels = torch.where(valid, torch.arange(N, device=device), -1)
-        arguments = (tensors[0], tensors[1], bias, tensors[2], tensors[3], None, None, labels,
-                     valid, "jsd", 0.3, 2.0, True, 0.5, 0.5, True, None, V, [7, 0, 0], False,
-                     False, needs)  # fmt: skip
+    labels = torch.where(valid, torch.arange(N, device=device), -1)
+    upstream = torch.randn(N, device=device)
+    for reduction, upstream_of_rows, needs in (
+        ("mean", None, [True, True, True]), ("sum", None, [False, True, False]),
+        ("none", None, [False, False, False]), ("none", upstream, [True, True, False]),
+    ):  # fmt: skip
+        arguments = (upstream_of_rows, needs, tensors[0], tensors[1], bias, tensors[2], tensors[3],
+                     None, None, labels, valid, None, "jsd", 0.3, 2.0, True, 0.5, 0.5, reduction, V,
+                     [7, 0, 0], False, False)  # fmt: skip
         torch.library.opcheck(
             linear_divergence, arguments, test_utils=("test_schema", "test_faketensor")
         )

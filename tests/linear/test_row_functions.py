@@ -90,6 +90,38 @@ def test_types(device, dtype):
         assert (a.double() - b).norm() < 3 * tolerance * b.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_logits(device, dtype):
+    """Of 16-bit operands: only the gradient of the logits is rounded."""
+    leaves, ids, valid = inputs(dtype, device)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    other = whole(*exact, ids, valid)
+    wants = torch.autograd.grad(other.square().sum(), exact)
+    for how in WAYS:
+        one = ours(*leaves, ids, valid, logits_dtype=torch.float32, **how)
+        assert_close(one, other, 1e-5)
+        for a, b in zip(torch.autograd.grad(one.square().sum(), leaves), wants, strict=True):
+            assert a.dtype == dtype
+            assert (a.double() - b).norm() < 2e-2 * b.norm()
+    assert (ours(*leaves, ids, valid) - other).detach().abs().max() > 1e-4
+
+
+def test_the_operators_are_what_they_say(device):
+    leaves, ids, valid = inputs(torch.float32, device)
+    h, w, b, s = (x.detach() for x in leaves)
+    function = chosen_and_scaled.__name__
+    given = row_functions.Given(
+        h, w, b, [ids], [s], valid, function, [0.5], 3, USED, [7, 0, 0], False, False
+    )
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(row_functions._rows, tuple(given), test_utils=tests)
+    upstream = torch.randn(N, 3, device=device)
+    for needs in ([True] * 4, [False, True, False, False]):
+        torch.library.opcheck(
+            row_functions._rows_backward, (upstream, needs, *given), test_utils=tests
+        )
+
+
 @pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_takes_no_part_spoils_nothing(drop, value):

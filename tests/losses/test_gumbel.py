@@ -203,6 +203,18 @@ def test_types(dtype):
         assert (one.double() - other).norm() <= 2 * tolerance * other.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_logits(dtype):
+    leaves = [x.detach().to(dtype) for x in projection()]
+    wanted = linear(*(x.double() for x in leaves), False).embeddings
+    errors = [
+        float((linear(*leaves[:3], leaves[3].float(), False, logits_dtype=logits_dtype).embeddings
+               - wanted).abs().max())
+        for logits_dtype in (torch.float32, None)
+    ]  # fmt: skip
+    assert errors[0] < 1e-5 < 1e-4 < errors[1]
+
+
 def test_other_ways_of_calling():
     leaves = projection()
     wanted = linear(*leaves, True).embeddings
