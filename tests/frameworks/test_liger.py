@@ -308,7 +308,8 @@ def same_policy(problem, loss_type, mask, level="token", **changes):
         )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     old, reference = (now + 0.3 * torch.randn(now.shape, generator=generator) for _ in range(2))
-    ratio = 0.5 + torch.rand(now.shape, generator=generator)
+    # 1 at padding: Liger's VESPO multiplies in what stands there.
+    ratio = torch.where(mask, 0.5 + torch.rand(now.shape, generator=generator), 1.0)
     has_kl = how["beta"] != 0
     module = liger.LigerFusedLinearGRPOLoss(
         loss_type=loss_type, importance_sampling_level=level, epsilon_low=0.2,
