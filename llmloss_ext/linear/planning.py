@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..options import as_integer
+from .cpu_products import is_upcast
 
 __all__ = ["Plan", "plan", "row_stride"]
 
@@ -24,6 +25,8 @@ _ALIGNED_BYTES = 128
 """Rows of a chunk's logits begin at multiples of this: oneDNN's products are a third faster so."""
 _BLOCK_BYTES = 2 << 20
 _UPCAST_BYTES = 1 << 20
+UPCAST_TOKENS = 1024
+"""Whose 16-bit hidden states a CPU has in float32 at a time."""
 _ROUNDED_BYTES = 8 << 20
 
 
@@ -257,13 +260,14 @@ def plan(
             rounded = min(rounded_rows(vocab_size), chunk) * vocab_size * size
             # The only chunk's are rounded before there is a gradient of the weight.
             beside = max(beside, rounded - (chunks <= 1) * held)
-        if kind == "cpu":
-            held_16_bits = with_weight and held_dtype.itemsize == 2
-            upcast = _upcast_bytes(chunk, features, vocab_size, held_16_bits=held_16_bits)
+    if kind == "cpu" and size == 2:
+        is_narrow = is_upcast(dtype, kind)
+        if is_wide or is_narrow or (with_weight and dtype == torch.float16):
+            upcast = _upcast_bytes(chunk, features, vocab_size, has_float32_logits=is_wide)
             beside = max(beside, with_input * gathered + upcast)
-    elif with_weight and kind == "cpu" and size == 2:
-        sizes = (chunk, features, vocab_size)
-        beside = max(beside, _block_bytes(dtype, held_dtype, *sizes, is_added=chunks > 1))
+        if with_weight and not is_narrow and dtype != torch.float16:
+            sums = _block_bytes(dtype, held_dtype, features, vocab_size, is_added=chunks > 1)
+            beside = max(beside, sums)
     working += gathered + beside
     return Plan(
         tokens=tokens,
@@ -289,31 +293,21 @@ def plan(
     )
 
 
-def _upcast_bytes(chunk: int, features: int, vocab_size: int, *, held_16_bits: bool) -> int:
-    """Of what a CPU has in float32 to multiply 16 bits: hidden states, and rows of the weight.
+def _upcast_bytes(chunk: int, features: int, vocab_size: int, *, has_float32_logits: bool) -> int:
+    """Of what a CPU has in float32 to multiply 16 bits: rows of the hidden states and the weight.
 
-    Or of the rows of the weight's gradient, with that of the logits, that are rounded to 16 bits.
+    And of the logits, or their gradient, where these have 16 bits. One of the three is the product.
     """
-    rows = min(upcast_rows(features), vocab_size)
-    if held_16_bits:
-        of_gradient = min(block_rows(features), vocab_size)
-        rows = max(rows, of_gradient * (features + chunk) // features)
-    return (rows + chunk) * features * torch.float32.itemsize
+    tokens, rows = min(UPCAST_TOKENS, chunk), min(upcast_rows(features), vocab_size)
+    logits = 0 if has_float32_logits else tokens * rows
+    return ((tokens + rows) * features + logits) * torch.float32.itemsize
 
 
 def _block_bytes(
-    dtype: torch.dtype,
-    accumulated: torch.dtype,
-    chunk: int,
-    features: int,
-    vocab_size: int,
-    *,
-    is_added: bool,
+    dtype: torch.dtype, accumulated: torch.dtype, features: int, vocab_size: int, *, is_added: bool
 ) -> int:
-    """Of what a CPU adds to the weight's gradient at a time, and of float16's float32 copies."""
+    """Of what a CPU with products of 16 bits adds to the weight's gradient at a time."""
     rows = min(block_rows(features), first_part_rows(vocab_size, accumulated, dtype))
-    if dtype == torch.float16:
-        return (rows * features + chunk * (rows + features)) * torch.float32.itemsize
     # To add 16 bits to 32, torch copies them to 32.
     copied = is_added and accumulated != dtype
     return rows * features * (dtype.itemsize + copied * accumulated.itemsize)

@@ -15,7 +15,9 @@ from ..checks import FLOATS, is_autocast
 from ..composite import only, real_of
 from ..ops.library import kernels
 from ..ops.rows import Rows, count_of, put, take
+from .cpu_products import is_upcast
 from .planning import (
+    UPCAST_TOKENS,
     ChunkLimit,
     block_rows,
     check_logits_dtype,
@@ -140,8 +142,8 @@ class Projection:
     The first ``used`` rows of the weight are read; the others are padding, whatever they hold.
 
     Float32 logits of 16-bit operands: cuBLAS keeps what it has summed. A CPU has no such product,
-    so it multiplies the operands in float32, of which it holds a few rows of the weight at a time;
-    16 bits multiplied are exact in 24.
+    so it multiplies the operands in float32, of which it holds a few rows of each at a time; 16
+    bits multiplied are exact in 24. So it does for logits of 16 bits if it has no products of them.
     """
 
     def __init__(
@@ -182,61 +184,77 @@ class Projection:
     def project(self, hidden: Tensor, logits: Tensor) -> None:
         """Writes the logits of hidden states; those of padding stay."""
         logits = logits[:, : self.used]
+        is_wide = self.logits_dtype != hidden.dtype
+        if not logits.is_cuda and (is_wide or is_upcast(hidden.dtype, logits.device.type)):
+            self._project_upcast(hidden, logits)
+            return
         # Products into `out`, here and below, are not autocast's to round.
-        if self.logits_dtype != hidden.dtype:
-            self._project_into_float32(hidden, logits)
+        if is_wide:
+            torch.mm(hidden, self.weight.t(), out_dtype=self.logits_dtype, out=logits)  # type: ignore[call-overload]
+            if self.bias is not None:
+                logits += self.bias
         elif self.bias is None:
             torch.mm(hidden, self.weight.t(), out=logits)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
 
-    def _project_into_float32(self, hidden: Tensor, logits: Tensor) -> None:
-        dtype = self.logits_dtype
-        if not logits.is_cuda:
-            hidden = hidden.to(dtype)
-            for rows, weight in self.upcast_weight():
-                torch.mm(hidden, weight.t(), out=logits[:, rows])
-        else:
-            torch.mm(hidden, self.weight.t(), out_dtype=dtype, out=logits)  # type: ignore[call-overload]
-        if self.bias is not None:
-            logits += self.bias
+    def _project_upcast(self, hidden: Tensor, logits: Tensor) -> None:
+        for tokens in _slices(hidden.shape[0], UPCAST_TOKENS):
+            left = hidden[tokens].to(torch.float32)
+            for rows, weight in self._upcast_weight():
+                place = logits[tokens, rows]
+                product = place if place.dtype == torch.float32 else left.new_empty(place.shape)
+                if self.bias is None:
+                    torch.mm(left, weight.t(), out=product)
+                else:
+                    torch.addmm(self.bias[rows].to(torch.float32), left, weight.t(), out=product)
+                if product is not place:
+                    place.copy_(product)
 
-    def upcast_weight(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the dtype of the logits, some rows at a time: in one buffer."""
+    def back_project(self, gradient: Tensor, result: Tensor) -> None:
+        """Writes ``gradient @ weight``, (n, D), of a gradient of logits without their padding.
+
+        The gradient of 16-bit operands may be float32 (see `rounded`); the result has their dtype.
+        """
+        is_wide = gradient.dtype != result.dtype
+        if result.is_cuda or not (is_wide or is_upcast(result.dtype, result.device.type)):
+            torch.mm(gradient, self.weight, out=result)
+            return
+        for tokens in _slices(result.shape[0], UPCAST_TOKENS):
+            place = result[tokens]
+            total = torch.zeros_like(place, dtype=torch.float32)
+            for rows, weight in self._upcast_weight():
+                torch.addmm(total, gradient[tokens, rows].to(torch.float32), weight, out=total)
+            place.copy_(total)
+
+    def _upcast_weight(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in float32, some rows at a time: in one buffer."""
         rows, columns = self.weight.shape
         height = min(upcast_rows(columns), rows)
-        buffer = self.weight.new_empty(height, columns, dtype=self.logits_dtype)
-        for begin in range(0, rows, height):
-            block = slice(begin, min(begin + height, rows))
-            yield block, buffer[: block.stop - begin].copy_(self.weight[block])
+        buffer = self.weight.new_empty(height, columns, dtype=torch.float32)
+        for block in _slices(rows, height):
+            yield block, buffer[: block.stop - block.start].copy_(self.weight[block])
+
+
+def _slices(count: int, height: int) -> Iterator[slice]:
+    """Of so many rows, ``height`` at a time."""
+    for begin in range(0, count, height):
+        yield slice(begin, min(begin + height, count))
 
 
 def rounded(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """A float32 gradient of logits, rounded to 16 bits within its own memory, which is overwritten.
 
-    A CPU without products of 16 bits (where they take ten times as long) gets the rounded numbers
-    in float32.
+    A CPU without products of 16 bits gets the rounded numbers in float32.
     """
     narrow = gradient.view(dtype)[:, : gradient.shape[1]]
-    if not gradient.is_cuda and not has_products_of(dtype):
+    if is_upcast(dtype, gradient.device.type):
         narrow = gradient
     # A row's 16 bits lie over the first half of its own 32: some rows at a time are copied.
     height = rounded_rows(gradient.shape[1])
-    for begin in range(0, gradient.shape[0], height):
-        rows = slice(begin, begin + height)
+    for rows in _slices(gradient.shape[0], height):
         narrow[rows] = gradient[rows].to(dtype)
     return narrow
-
-
-def has_products_of(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies 16 bits faster than float32."""
-    names = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return bool(getattr(torch.ops.mkldnn, names[dtype])())
 
 
 class WeightGradient:
@@ -273,16 +291,22 @@ class WeightGradient:
         ]
 
     def add(self, gradient: Tensor, hidden: Tensor, *, is_only: bool = False) -> None:
-        """Adds ``gradient.T @ hidden``, of (n, V) and (n, D). is_only: nothing else is added."""
+        """Adds ``gradient.T @ hidden``, of (n, V) and (n, D). is_only: nothing else is added.
+
+        The gradient of 16-bit hidden states may be float32 (see `rounded`).
+        """
         self._parts = self._parts or self._new_parts(is_only=is_only)
+        # float16's sums are never made in float16 on a CPU, whatever it has.
+        is_wide = gradient.dtype != hidden.dtype or gradient.dtype == torch.float16
         begin = 0
         for part in self._parts:
             columns = gradient[:, begin : begin + part.shape[0]]
             is_same = part.dtype == gradient.dtype
+            is_on_cpu = not part.is_cuda
+            if is_on_cpu and (is_wide or is_upcast(gradient.dtype, part.device.type)):
+                self._add_upcast(part, columns, hidden)
             # A CPU writes 16 bits a third faster block by block.
-            if not part.is_cuda and (
-                not is_same or (self._is_empty and gradient.dtype.itemsize == 2)
-            ):
+            elif is_on_cpu and (not is_same or (self._is_empty and gradient.dtype.itemsize == 2)):
                 self._add_blocks(part, columns, hidden)
             elif is_same:
                 self._add_in_one_dtype(part, columns, hidden)
@@ -306,19 +330,29 @@ class WeightGradient:
 
     def _add_blocks(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
         """Products whose results have 16 bits, as a CPU's have, stay in its cache until added."""
-        # float16 has no fast products there: float32 costs no more, and rounds nothing.
-        if gradient.dtype == torch.float16:
-            hidden = hidden.to(torch.float32)
         height = min(block_rows(hidden.shape[1]), total.shape[0])
         block = hidden.new_empty(height, hidden.shape[1])
-        for begin in range(0, total.shape[0], height):
-            rows = slice(begin, min(begin + height, total.shape[0]))
-            left = gradient[:, rows].to(hidden.dtype).t()
+        for rows in _slices(total.shape[0], height):
+            left = gradient[:, rows].t()
             product = torch.mm(left, hidden, out=block[: rows.stop - rows.start])
-            if self._is_empty:
-                total[rows] = product
-            else:
-                total[rows] += product
+            self._put(total[rows], product)
+
+    def _add_upcast(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        """Products of 16 bits in float32, of which some rows and tokens are there at a time."""
+        height = min(upcast_rows(hidden.shape[1]), total.shape[0])
+        block = hidden.new_empty(height, hidden.shape[1], dtype=torch.float32)
+        for rows in _slices(total.shape[0], height):
+            product = block[: rows.stop - rows.start].zero_()
+            for tokens in _slices(hidden.shape[0], UPCAST_TOKENS):
+                left = gradient[tokens, rows].to(torch.float32).t()
+                torch.addmm(product, left, hidden[tokens].to(torch.float32), out=product)
+            self._put(total[rows], product)
+
+    def _put(self, total: Tensor, product: Tensor) -> None:
+        if self._is_empty:
+            total.copy_(product)
+        else:
+            total += product
 
     def result(self) -> Tensor:
         """The rounded gradient. Call it when the chunks are gone, and once."""
@@ -380,24 +414,15 @@ class Gradients:
         if gradient.dtype != chunk.hidden.dtype:
             gradient = rounded(gradient, chunk.hidden.dtype)
         if self.hidden is not None:
-            self._add_to_hidden(self.hidden, chunk, gradient[:, : self._projection.used])
+            is_slice = isinstance(chunk.rows, slice)
+            place = self.hidden[chunk.rows] if is_slice else torch.empty_like(chunk.hidden)
+            self._projection.back_project(gradient[:, : self._projection.used], place)
+            if not is_slice:
+                put(self.hidden, chunk.rows, place)
         if self._weight is not None:
             # Gradients of 0 would make nan of the nan that stands at a token without a part.
             hidden = chunk.hidden if chunk.counts is None else only(chunk.counts, chunk.hidden)
-            self._weight.add(gradient, hidden.to(gradient.dtype), is_only=chunk.is_only)
-
-    def _add_to_hidden(self, total: Tensor, chunk: Chunk, gradient: Tensor) -> None:
-        """Puts ``gradient @ weight`` where the chunk's hidden states stand."""
-        if gradient.dtype != chunk.hidden.dtype:  # rounded, but not stored so
-            part = torch.zeros_like(chunk.hidden, dtype=gradient.dtype)
-            for rows, weight in self._projection.upcast_weight():
-                torch.addmm(part, gradient[:, rows], weight, out=part)
-            put(total, chunk.rows, part.to(total.dtype))
-        elif isinstance(chunk.rows, slice):
-            torch.mm(gradient, self._projection.weight, out=total[chunk.rows])
-        else:
-            part = torch.empty_like(chunk.hidden)
-            put(total, chunk.rows, torch.mm(gradient, self._projection.weight, out=part))
+            self._weight.add(gradient, hidden, is_only=chunk.is_only)
 
     def weight_result(self) -> Tensor | None:
         """The weight's gradient, rounded. Call it when the chunks are gone, and once."""

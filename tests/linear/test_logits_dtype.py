@@ -14,7 +14,7 @@ from llmloss_ext import (
     linear_token_stats,
     nn,
 )
-from llmloss_ext.linear import projection
+from llmloss_ext.linear import cpu_products
 
 from .problem import D, N, Problem, V, error, linear, reference
 
@@ -40,7 +40,7 @@ OPTIONS = {
 @pytest.fixture(params=[False, True], ids=["upcast", "16-bit products"])
 def products(request, monkeypatch):
     """As on a CPU with and without products of 16 bits."""
-    monkeypatch.setattr(projection, "has_products_of", lambda dtype: request.param)
+    monkeypatch.setattr(cpu_products, "has_products_of", lambda dtype: request.param)
 
 
 def wide_problem(device, dtype, features=256, classes=2000, tokens=64):
