@@ -12,6 +12,7 @@ def is_upcast(dtype: torch.dtype, device: str) -> bool:
     sum is rounded once: as far from the exact product as torch's own at most, and far sooner there.
 
     Args:
+        dtype: Of the operands.
         device: A type of device, such as ``"cpu"``.
     """
     return device == "cpu" and dtype.itemsize == 2 and not has_products_of(dtype)

@@ -255,11 +255,10 @@ def plan(
     if kind != "cpu" and not drop_ignored:
         # A copy of the hidden states, with zeros at tokens that may be ignored.
         beside = max(beside, with_weight * chunk * features * size)
-    if is_wide:
-        if with_input or with_weight:
-            rounded = min(rounded_rows(vocab_size), chunk) * vocab_size * size
-            # The only chunk's are rounded before there is a gradient of the weight.
-            beside = max(beside, rounded - (chunks <= 1) * held)
+    if is_wide and (with_input or with_weight):
+        rounded = min(rounded_rows(vocab_size), chunk) * vocab_size * size
+        # The only chunk's are rounded before there is a gradient of the weight.
+        beside = max(beside, rounded - (chunks <= 1) * held)
     if kind == "cpu" and size == 2:
         is_narrow = is_upcast(dtype, kind)
         if is_wide or is_narrow or (with_weight and dtype == torch.float16):
