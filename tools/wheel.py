@@ -78,7 +78,7 @@ def main() -> None:
         sdist_check.report(sdist)
         out.mkdir(parents=True, exist_ok=True)
         for path in (wheel, sdist):
-            shutil.copy(path, out)
+            print(shutil.copy(path, out))
 
 
 if __name__ == "__main__":

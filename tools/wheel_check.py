@@ -133,7 +133,7 @@ def report(wheel: Path, with_cuda: bool = True) -> None:
     found = faults(wheel, with_cuda)
     if found:
         sys.exit(f"{wheel.name}:\n" + "\n".join(f"  {fault}" for fault in found))
-    print(f"{wheel}  {wheel.stat().st_size / 1e6:.1f} MB, checked")
+    print(f"{wheel.name}  {wheel.stat().st_size / 1e6:.1f} MB, checked")
 
 
 def main() -> None:
