@@ -28,8 +28,8 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ImportError as error:
     sys.exit(
-        f"llmloss_ext builds against the torch you use ({error}): install it first (pip install "
-        "torch==2.13.0), then pip install --no-build-isolation ."
+        f"llmloss_ext is built with torch ({error}): install it first (pip install torch==2.13.0), "
+        "then pip install --no-build-isolation ."
     )
 
 

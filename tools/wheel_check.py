@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from elftools.elf.dynamic import DynamicSection
+from elftools.elf.dynamic import DynamicSection, DynamicTag
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection
 from elftools.elf.sections import SymbolTableSection
@@ -94,6 +94,11 @@ def _of_the_contents(wheel: Path, with_cuda: bool) -> Iterator[str]:
             yield from (f"no CUDA kernels for sm_{arch}" for arch in sorted(lacking))
 
 
+def _text(tag: DynamicTag) -> str:
+    """A dynamic tag's, which is an attribute of its name: DT_NEEDED's is `needed`."""
+    return str(getattr(tag, tag.entry.d_tag.removeprefix("DT_").lower()))
+
+
 def may_need(name: str) -> bool:
     """Whether a library of this name is there wherever torch is loaded."""
     return any(fnmatch(name, pattern) for pattern in OF_TORCH + OF_THE_SYSTEM)
@@ -107,10 +112,9 @@ def library_faults(content: bytes) -> Iterator[str]:
             for tag in section.iter_tags():
                 kind = tag.entry.d_tag
                 if kind in ("DT_RPATH", "DT_RUNPATH"):
-                    path = tag.rpath if kind == "DT_RPATH" else tag.runpath
-                    yield f"{LIBRARY} looks for libraries in {path}"
-                elif kind == "DT_NEEDED" and not may_need(tag.needed):
-                    yield f"{LIBRARY} needs {tag.needed}"
+                    yield f"{LIBRARY} looks for libraries in {_text(tag)}"
+                elif kind == "DT_NEEDED" and not may_need(_text(tag)):
+                    yield f"{LIBRARY} needs {_text(tag)}"
         elif isinstance(section, GNUVerNeedSection):
             for _, versions in section.iter_versions():
                 for version in versions:
