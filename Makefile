@@ -47,7 +47,7 @@ needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: sk
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
 .PHONY: help setup build quick debug demo demo-distributed test test-frameworks test-torch-211 \
-  kernel-repo check format lint types style cpp-test sanitize mutants bench bench-readme clean
+  kernel-repo wheel wheel-test check format lint types style cpp-test sanitize mutants bench bench-readme clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -143,6 +143,15 @@ $(KERNEL_REPO): $(EXTENSION) tools/kernel_repo.py $(shell find llmloss_ext -name
 	@touch $@
 
 kernel-repo: build $(KERNEL_REPO)  ## Lays out build/kernel-repo, for Hugging Face's kernel hub
+
+# These, too, only link what was built.
+wheel: build  ## Builds and checks build/dist: a wheel and a source distribution
+	@$(PY) -c "import auditwheel" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no auditwheel"; exit 1; }
+	@$(PY) -m tools.wheel --out build/dist
+
+# WHEEL_PYTHONS="python3.12 python3.13": others to try it with, each of which has a torch.
+wheel-test: wheel  ## Installs the wheel where there is no compiler, and runs what a user runs first
+	@$(PY) -m tools.wheel_try $(addprefix --python ,$(WHEEL_PYTHONS))
 
 # The tests that catch most for their time: definitions, values and gradients of every function.
 QUICK := tests/test_definitions.py tests/test_cross_entropy.py tests/test_token_stats.py tests/test_inplace.py \

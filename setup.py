@@ -25,12 +25,11 @@ CUDA_OBJECTS = ROOT / ("build/debug/cuda" if DEBUG else "build/cuda")
 NAMESPACE = os.environ.get("LLMLOSS_NAMESPACE")
 
 try:
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ImportError as error:
     sys.exit(
-        f"llmloss_ext builds against the torch you use ({error}): install it first (pip install "
-        "torch==2.13.0), then pip install --no-build-isolation ."
+        f"llmloss_ext is built with torch ({error}): install it first (pip install torch==2.13.0), "
+        "then pip install --no-build-isolation ."
     )
 
 
@@ -88,23 +87,23 @@ def left_by_build(source: Path) -> str:
 def extension() -> CppExtension:
     """The one extension module; it has no Python in it, so one build serves every version."""
     sources = [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/ops").glob("*.cpp")]
-    _, minor = load(Path("csrc/ops/abi.py")).stable_abi(torch.__version__)
     flags = ["-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    # Errors name csrc/... and torch/..., wherever these were.
+    flags += [f"-fmacro-prefix-map={path}/=" for path in (ROOT.resolve(), *include_paths())]
     # Python's own flags, which come first, have -DNDEBUG.
     flags += ["-O0", "-g", "-UNDEBUG", "-D_GLIBCXX_ASSERTIONS"] if DEBUG else ["-O3", "-g0"]
-    flags += ["-DPy_LIMITED_API=0x030A0000", f"-DTORCH_TARGET_VERSION=0x02{minor:02x}000000000000"]
+    flags += ["-DPy_LIMITED_API=0x030A0000", load(Path("csrc/ops/abi.py")).TORCH_TARGET]
     objects, libraries = [], []
     cuda = load_cuda_build()
     if cuda is None:
+        if not NAMESPACE:  # which leaves the library in place as it is
+            Path("llmloss_ext/cuda_kernels.json").unlink(missing_ok=True)
         sources = [path for path in sources if not path.name.startswith("cuda_")]
     else:
         flags += ["-DLLMLOSS_CUDA=1", "-DUSE_CUDA", *cuda.include_flags()]
         objects = [str(path) for path in cuda.compile_cuda(CUDA_OBJECTS)]
         shutil.copy(CUDA_OBJECTS / cuda.REPORT, ROOT / "llmloss_ext")
         libraries = cuda.link_flags()
-        if minor < 13 and torch.version.cuda:
-            # For the current stream alone, which is not enough for the linker to keep it.
-            libraries += ["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"]
     if NAMESPACE:
         flags.append(f"-DLLMLOSS_NAMESPACE={NAMESPACE}")
         named = Path("csrc/ops/library.cpp")  # the only source that reads it

@@ -154,3 +154,13 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("LLMLOSS_CPU_ISA", "avx-512")
     with pytest.raises(ValueError, match="LLMLOSS_CPU_ISA must be .* got avx-512"):
         cross_entropy(INPUT, TARGET)
+
+
+def test_torch_says_why_it_could_not():
+    """Its message crosses its C interface since 2.13; before, torch prints it itself."""
+    rows = 2**50  # which are one
+    x, target = torch.zeros(1, 1).expand(rows, 1), TARGET[:1].expand(rows)
+    with pytest.raises(RuntimeError, match=r"API call failed at torch/csrc/stable") as error:
+        torch.ops.llmloss.token_stats(x, target, None, None, [1.0, 0.0], [-100, 0, 0], 1)
+    if torch.__version__ >= "2.13":  # a version, not its letters
+        assert "can't allocate memory" in str(error.value)

@@ -15,12 +15,7 @@ import torch
 from simt import build
 from simt.operators import Emulated
 
-from csrc.ops.abi import stable_abi
-
-pytestmark = [
-    pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler"),
-    pytest.mark.skipif(stable_abi(torch.__version__) < (2, 13), reason="the ABI is that of 2.13"),
-]
+pytestmark = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler")
 
 # For these torch copies something to the host, and waits, where the tensors are on a device. (An
 # index by a mask calls nonzero, and a condition on a tensor _local_scalar_dense.)

@@ -4,7 +4,7 @@
 
 It has a folder for each of the build's backends (CPU; CUDA where nvcc was found):
 
-    build/torch-stable-abi213-cpu-x86_64-linux/
+    build/torch-stable-abi211-cpu-x86_64-linux/
         __init__.py, functional.py, ...   the package without its command line
         ops/namespace.py                  says that the operators are torch.ops.<id>
         _C.abi3.so                        linked once more, so that they are
@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 
 from csrc.cuda.build import REPORT, toolkit_version
-from csrc.ops.abi import stable_abi
+from csrc.ops.abi import STABLE_ABI
 from llmloss_ext.ops import has_cuda
 from llmloss_ext.ops.namespace import NAMESPACE
 
@@ -84,8 +84,8 @@ def built_backends() -> list[Backend]:
 
 
 def variant_name(backend: Backend) -> str:
-    """The folder in which `kernels` looks for a backend, on this platform and with this torch."""
-    major, minor = stable_abi(torch.__version__)
+    """The folder in which `kernels` looks for a backend, on this platform."""
+    major, minor = STABLE_ABI
     system = f"{platform.machine()}-{platform.system().lower()}"
     return f"torch-stable-abi{major}{minor}-{backend.tag}-{system}"
 

@@ -1,10 +1,7 @@
 """Which stable ABI of torch the operators are compiled for."""
 
+STABLE_ABI = (2, 11)
+"""The oldest torch that loads them; newer ones do, too."""
 
-def stable_abi(installed: str) -> tuple[int, int]:
-    """The oldest torch that loads them: 2.13 if the version installed has its ABI, else 2.11.
-
-    Args:
-        installed: `torch.__version__`.
-    """
-    return (2, 13) if tuple(map(int, installed.split(".")[:2])) >= (2, 13) else (2, 11)
+TORCH_TARGET = f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
+"""What says so to torch's headers."""

@@ -3,6 +3,8 @@
 // the checks here keep a direct call of an operator from reading or writing out of bounds.
 #pragma once
 
+#include "torch_compat.h"  // before torch's
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -17,7 +19,6 @@
 
 #include "../core/loss_rows.h"
 #include "../core/params.h"
-#include "torch_compat.h"
 
 namespace llmloss::ops {
 
@@ -87,9 +88,9 @@ inline Tensor new_tensor(const Tensor& like, std::span<const int64_t> sizes, Sca
     stride *= std::max<int64_t>(sizes[i], 1);
   }
   int32_t device_type;
-  LLMLOSS_TORCH_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  LLMLOSS_TORCH_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
       like.get_device_index(), &handle));

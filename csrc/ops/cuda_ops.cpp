@@ -1,4 +1,6 @@
 // The operators on CUDA devices. Nothing here waits for the device, unless LLMLOSS_CHECK_TARGETS=1.
+#include "torch_compat.h"  // before torch's
+
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdlib>

@@ -2,6 +2,8 @@
 // another name takes the compilation of one small file.
 #pragma once
 
+#include "torch_compat.h"  // before torch's
+
 #include <torch/csrc/stable/library.h>
 
 namespace llmloss::ops {

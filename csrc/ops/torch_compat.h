@@ -1,46 +1,40 @@
-// Where the stable ABI of torch 2.11 and that of 2.13 differ: the only place that knows.
+// What is asked of torch by name while running, since the stable ABI that the operators are
+// compiled for (abi.py) lacks it, or not every torch has it: the only place that knows. It comes
+// before torch's own headers, whose inline functions shall use its macro.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/version.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
-// A number, since 2.11 has no name for it.
-#define LLMLOSS_TORCH_2_13 (TORCH_FEATURE_VERSION >= 0x020d000000000000ULL)
-
-// 2.13 passes the message on.
-#if defined(STABLE_TORCH_ERROR_CODE_CHECK)
-#define LLMLOSS_TORCH_CHECK(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
-#else
-#define LLMLOSS_TORCH_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
-
-#if LLMLOSS_CUDA && !LLMLOSS_TORCH_2_13
-// In libtorch_cuda.so. Weak, so that the library also loads where torch has no CUDA.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-#endif
+// The message of the last exception, of libtorch_cpu.so since 2.13. Weak, so that the library also
+// loads where torch lacks it.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace llmloss::ops {
 
-#if LLMLOSS_CUDA
-// The current stream of a device, as a cudaStream_t.
-inline void* current_cuda_stream(int32_t device) {
-#if LLMLOSS_TORCH_2_13
-  return torch::stable::accelerator::getCurrentStream(device).nativeHandle();
-#else
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "llmloss: built against a torch without CUDA; build it again with this torch");
-  void* stream = nullptr;
-  LLMLOSS_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-#endif
+// Says which call of torch's C interface failed, and why, where torch tells it.
+[[noreturn]] inline void throw_torch_error(const char* call, const char* file, int line) {
+  std::string message;
+  if (torch_exception_get_what_without_backtrace != nullptr) {
+    message = std::string(torch_exception_get_what_without_backtrace()) + " (originally from ";
+  }
+  message += std::string(call) + " API call failed at " + file + ", line " + std::to_string(line);
+  if (torch_exception_get_what_without_backtrace != nullptr) message += ")";
+  throw std::runtime_error(message);
 }
-#endif
+
+// The current stream of a device, as a cudaStream_t (cuda_stream.cpp).
+void* current_cuda_stream(int32_t device);
 
 }  // namespace llmloss::ops
+
+// Braces, since torch uses it without a semicolon, too.
+#undef TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call)                              \
+  if ((call) != TORCH_SUCCESS) {                                  \
+    ::llmloss::ops::throw_torch_error(#call, __FILE__, __LINE__); \
+  }

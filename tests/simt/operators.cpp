@@ -1,5 +1,7 @@
 // The operators of csrc/ops/cuda_ops.cpp for CPU tensors: what they launch runs in the emulator,
 // and is told by name. For tests/test_launches.py.
+#include "ops/torch_compat.h"  // before torch's
+
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -42,15 +44,6 @@ AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard)
   return 0;
 }
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
-AOTITorchError aoti_torch_get_current_stream(int32_t, StreamHandle* stream) {
-  *stream = nullptr;
-  return 0;
-}
-AOTITorchError aoti_torch_delete_stream(StreamHandle) { return 0; }
-AOTITorchError torch_stream_native_handle(StreamHandle, void** native) {
-  *native = nullptr;
-  return 0;
-}
 }
 
 namespace llmloss::cuda {
@@ -74,5 +67,6 @@ namespace llmloss::ops {
 
 void register_cpu(Library& m) { register_cuda(m); }
 void register_cpu_isa(Library&) {}
+void* current_cuda_stream(int32_t) { return nullptr; }
 
 }  // namespace llmloss::ops

@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 
+from csrc.ops.abi import TORCH_TARGET
 from simt import build
 
 NAMESPACE = "llmloss_emulated"
@@ -31,7 +32,7 @@ SOURCES = {
 # Not optimised, which compiles in a third of the time. Names are visible, for dladdr.
 FLAGS = (
     *("-std=c++20", "-fPIC", "-fno-gnu-unique", "-O0", "-w", "-DLLMLOSS_SIMT"),
-    "-DTORCH_TARGET_VERSION=0x020d000000000000",
+    TORCH_TARGET,
 )
 
 
