@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from bench import contenders as table
-from bench.cases import Case
-from bench.results import Results
-from bench.run import Runner
+from llmloss_bench import contenders as table
+from llmloss_bench.cases import Case
+from llmloss_bench.results import Results
+from llmloss_bench.run import Runner
 
 DENSE = Case("cross_entropy", "forward+backward", 48, 2000, "float32")
 LINEAR = Case("linear_cross_entropy", "forward+backward", 40, 700, "float32", features=24)

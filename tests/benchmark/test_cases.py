@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cases import Case
+from llmloss_bench.cases import Case
 
 from .runs import DENSE
 

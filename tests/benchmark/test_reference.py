@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import peers
-from bench.cases import FROM_HIDDEN, OPTIONS
-from bench.contenders import Step, UnsupportedError, contenders, eager, make_inputs
-from bench.reference import errors, reference
+from llmloss_bench import peers
+from llmloss_bench.cases import FROM_HIDDEN, OPTIONS
+from llmloss_bench.contenders import Step, UnsupportedError, contenders, eager, make_inputs
+from llmloss_bench.reference import errors, reference
 
 from .runs import DENSE, LINEAR
 

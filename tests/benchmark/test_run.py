@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import contenders as table
-from bench.cases import Case
-from bench.report.tables import missing, tables
-from bench.results import FILE, Results
-from bench.run import Runner
+from llmloss_bench import contenders as table
+from llmloss_bench.cases import Case
+from llmloss_bench.report.tables import missing, tables
+from llmloss_bench.results import FILE, Results
+from llmloss_bench.run import Runner
 from llmloss_ext.cli.errors import UserError
 
 from .runs import DENSE, LINEAR, measured, replaced, scaled

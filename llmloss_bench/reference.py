@@ -7,9 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.cases import FROM_HIDDEN, Case
-from bench.contenders import Step, eager
-from bench.inputs import IGNORE_INDEX, LinearInputs, LogitsInputs
 from llmloss_ext.tolerances import (
     GRADIENT_NORM,
     MEAN_LOSS,
@@ -17,6 +14,10 @@ from llmloss_ext.tolerances import (
     OTHERS_GRADIENT,
     OTHERS_LOSS,
 )
+
+from .cases import FROM_HIDDEN, Case
+from .contenders import Step, eager
+from .inputs import IGNORE_INDEX, LinearInputs, LogitsInputs
 
 _SAMPLES = 64
 _BLOCK = 1 << 23

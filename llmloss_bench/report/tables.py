@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from bench.contenders import NAMES
-from bench.peers import is_missing
-from bench.results import Measurement, Results, Row
+from ..contenders import NAMES
+from ..peers import is_missing
+from ..results import Measurement, Results, Row
 
 MIB = 2**20
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from bench import memory, peers
-from bench.cases import Case
-from bench.contenders import NAMES, Step, UnsupportedError, contenders, make_inputs
-from bench.inputs import LinearInputs, LogitsInputs
-from bench.machine import machine
-from bench.reference import Errors, errors, reference
-from bench.results import FILE, Ceiling, Measurement, Results, Row
-from bench.timing import Timed, measure
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import UserError
+
+from . import memory, peers
+from .cases import Case
+from .contenders import NAMES, Step, UnsupportedError, contenders, make_inputs
+from .inputs import LinearInputs, LogitsInputs
+from .machine import machine
+from .reference import Errors, errors, reference
+from .results import FILE, Ceiling, Measurement, Results, Row
+from .timing import Timed, measure
 
 Progress = Callable[[str, float], None]
 """Takes a line that says what is running, and the fraction of the case done since the last call."""

@@ -15,8 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.contenders import NAMES
-from bench.results import Results, Row
+from ..contenders import NAMES
+from ..results import Results, Row
 
 _COLOURS = {
     "llmloss": "#1d4ed8", "llmloss inplace": "#60a5fa", "torch": "#9ca3af", "compile": "#f59e0b",

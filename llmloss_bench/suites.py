@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from bench.cases import FROM_HIDDEN, OPTIONS, PASSES, Case
+from .cases import FROM_HIDDEN, OPTIONS, PASSES, Case
 
-SUITES = ("quick", "cpu", "gpu", "full")
+SUITES = ("smoke", "quick", "cpu", "gpu", "full")
 
 _HALVES = ("float32", "bfloat16")
 _CURVE_V = (1024, 4096, 16384, 65536, 262144)
@@ -21,13 +21,16 @@ def suite(name: str, has_gpu: bool) -> list[Case]:
     """The cases of a suite.
 
     Args:
-        name: ``quick`` (under two minutes on two cores), ``cpu`` (what the README quotes), ``gpu``,
-            or ``full``: a denser grid on the GPU if there is one, else on the CPU.
+        name: ``smoke`` (whether it works, within half a minute), ``quick`` (under two minutes on
+            two cores), ``cpu`` (what the README quotes), ``gpu``, or ``full``: a denser
+            grid on the GPU if there is one, else on the CPU.
         has_gpu: Whether there is a CUDA device.
 
     Raises:
         ValueError: The name is unknown, or it is ``gpu`` and there is no CUDA device.
     """
+    if name == "smoke":
+        return list(_smoke("cuda" if has_gpu else "cpu"))
     if name == "quick":
         return list(_quick("cuda" if has_gpu else "cpu"))
     if name == "cpu":
@@ -39,6 +42,13 @@ def suite(name: str, has_gpu: bool) -> list[Case]:
     if name == "gpu":
         raise ValueError("the suite gpu needs a CUDA device, and torch sees none")
     raise ValueError(f"unknown suite {name}: {', '.join(SUITES)}")
+
+
+def _smoke(device: str) -> Iterator[Case]:
+    yield from _both_passes(64, 32000, "bfloat16", device)
+    yield _linear(64, 128, 32000, "float32", device)
+    yield _ignored(64, 32000, "bfloat16", 0.5, device)
+    yield from _small(device)
 
 
 def _quick(device: str) -> Iterator[Case]:

@@ -10,10 +10,11 @@ from typing import BinaryIO
 
 import jinja2
 
-from bench.report.plots import plots
-from bench.report.tables import missing, percent, tables
-from bench.results import FILE, Results
 from llmloss_train.files import replace_file, writing
+
+from ..results import FILE, Results
+from .plots import plots
+from .tables import missing, percent, tables
 
 HTML, MARKDOWN = "report.html", "report.md"
 

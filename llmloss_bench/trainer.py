@@ -1,4 +1,4 @@
-"""``python -m bench trainer``: a step of `transformers.Trainer`, stock and with this library.
+"""``llmloss bench trainer``: a step of `transformers.Trainer`, stock and with this library.
 
 Each contender trains the same random Llama, whose output layer dominates, in a process of its own:
 so the peak of one's memory is not another's.
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from bench.machine import machine
-from bench.report.tables import Table
-from bench.run import Progress
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import UserError
 from llmloss_train.memory import PeakMeter
+
+from .machine import machine
+from .report.tables import Table
+from .run import Progress
 
 CONTENDERS = ("transformers", "causal_lm_loss", "use_linear_cross_entropy")
 
@@ -60,7 +61,9 @@ def compare(sizes: Sizes, rounds: int, out: Path, say: Progress) -> Table:
         import accelerate  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"bench trainer needs {error.name}: pip install {error.name}") from error
+        raise UserError(
+            f"llmloss bench trainer needs {error.name}: pip install {error.name}"
+        ) from error
     runs: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name, measured in runs.items():

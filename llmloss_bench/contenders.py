@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmloss_ext
-from bench import peers
-from bench.cases import Case
-from bench.inputs import LinearInputs, LogitsInputs
+
+from . import peers
+from .cases import Case
+from .inputs import LinearInputs, LogitsInputs
 
 Loss = Callable[..., Tensor]
 """Takes (logits, target) or (hidden, weight, target); returns the mean over the valid tokens."""
