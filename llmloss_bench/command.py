@@ -11,7 +11,7 @@ from llmloss_ext.cli import INTERRUPTED, UserError
 
 from . import missing_packages
 
-ROUNDS = {"smoke": 3, "quick": 5, "cpu": 9, "gpu": 7, "full": 5}
+ROUNDS = {"smoke": 3, "quick": 5, "cpu": 9, "steps": 7, "gpu": 7, "full": 5}
 
 
 def add_parser(subparsers: Any) -> None:

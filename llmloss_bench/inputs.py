@@ -45,6 +45,11 @@ class LogitsInputs:
         self._turn = 0
         self._spoilt: Tensor | None = None
 
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """What a contender takes after the logits."""
+        return (self.target,)
+
     def next(self) -> Tensor:
         """The next copy of the logits, which needs no gradient."""
         if self._spoilt is not None:
@@ -94,6 +99,11 @@ class LinearInputs:
         self.target = torch.randint(0, case.columns, (case.rows,), **like)
         _ignore(self.target, case, generator)
 
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """What a contender takes after hidden states and weight."""
+        return (self.target,)
+
     def fresh(self) -> tuple[Tensor, Tensor]:
         """Hidden states and weight, with their gradients cleared."""
         self.hidden.grad = self.weight.grad = None
@@ -123,6 +133,27 @@ class LinearInputs:
         unit = _ALIGNED_BYTES // hidden.element_size()
         logits = hidden.new_zeros(max(self.product_chunks()), -(-columns // unit) * unit)
         return logits[:, :columns], torch.zeros_like(hidden), torch.zeros_like(weight)
+
+
+class PreferenceInputs(LinearInputs):
+    """A policy's hidden states and weight, and those of a reference that is close to it."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        generator = torch.Generator(case.device).manual_seed(1)
+        hidden, weight = (
+            t.detach() + scale * torch.randn(t.shape, generator=generator, device=case.device)
+            for t, scale in ((self.hidden, 0.05), (self.weight, 0.001))
+        )
+        self.reference_hidden = hidden.to(case.torch_dtype)
+        self.reference_weight = weight.to(case.torch_dtype)
+        self._shape = (case.sequences, case.rows // case.sequences)
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """The targets of the sequences, and the reference's hidden states and weight."""
+        hidden = self.reference_hidden.view(*self._shape, -1)
+        return self.target.view(self._shape), hidden, self.reference_weight
 
 
 class _Passed(torch.autograd.Function):

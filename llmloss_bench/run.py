@@ -11,8 +11,8 @@ import torch
 from llmloss_ext.cli import UserError
 
 from . import memory, peers
-from .cases import Case
-from .contenders import NAMES, Step, UnsupportedError, contenders, make_inputs
+from .cases import Case, UnsupportedError
+from .contenders import NAMES, Inputs, Step, contenders, make_inputs
 from .inputs import LinearInputs, LogitsInputs
 from .machine import machine
 from .reference import Errors, errors, reference
@@ -83,10 +83,16 @@ class Runner:
         if on_gpu:
             torch.cuda.empty_cache()
         progress(f"{case.label}: float64", 0.0)
-        inputs = make_inputs(case)
-        truth = reference(case, inputs)
         row, timed = Row(case), {}
         competing = contenders(case, self._wanted, self._absent)
+        try:
+            inputs = make_inputs(case)
+        except UnsupportedError as error:
+            for contender in competing:
+                row.contenders[contender.name] = Measurement("unsupported", str(error))
+            progress(case.label, 1.0)
+            return row
+        truth = reference(case, inputs)
         share = 1 / (2 * len(competing) + 1)
         for contender in competing:
             progress(f"{case.label}: {contender.name}, checked", share)
@@ -121,7 +127,7 @@ class Runner:
             row.ceilings[name] = ceiling
         del inputs, everyone, timed, ceilings
         gc.collect()
-        if self._with_memory and case.figure in ("peers", "V", "N", "D"):
+        if self._with_memory and case.figure in ("peers", "steps", "V", "N", "D"):
             for name, measurement in row.contenders.items():
                 if measurement.status == "ok":
                     progress(f"{case.label}: {name}, memory", 0.0)
@@ -143,7 +149,7 @@ def _check(measurement: Measurement, found: Errors) -> None:
     measurement.reason = "error of the " + ", of the ".join(parts)
 
 
-def _ceilings(case: Case, inputs: LogitsInputs | LinearInputs) -> dict[str, tuple[Timed, Ceiling]]:
+def _ceilings(case: Case, inputs: Inputs) -> dict[str, tuple[Timed, Ceiling]]:
     """The machine's limits at the shapes of the case."""
     if isinstance(inputs, LinearInputs):
         products = 3 if case.has_backward else 1
@@ -155,7 +161,7 @@ def _ceilings(case: Case, inputs: LogitsInputs | LinearInputs) -> dict[str, tupl
             )
             for chunk in inputs.product_chunks()
         }
-    if case.figure == "small":
+    if case.figure == "small" or not isinstance(inputs, LogitsInputs):
         return {}
     size = case.logits_bytes
     return {

@@ -14,9 +14,13 @@ def test_a_suite_has_each_case_once(name):
     assert len(set(cases)) == len(cases) > (5 if name == "smoke" else 10)
     assert {case.device for case in cases} == {"cuda" if name == "gpu" else "cpu"}
     # The committed results of the CPU, which a test holds to its suite, are older than these.
-    unmeasured = set(FROM_HIDDEN) if name in ("cpu", "full") else set()
-    options = {"plain"} if name == "smoke" else set(OPTIONS) - unmeasured
+    unmeasured = set(FROM_HIDDEN) if name == "cpu" else set()
+    options = set(OPTIONS) - unmeasured
+    if name in ("smoke", "steps"):
+        options = {"plain", *(FROM_HIDDEN if name == "steps" else [])}
     assert {case.option for case in cases} == options
+    has_steps = {case.operation for case in cases if case.is_step}
+    assert has_steps == (set() if name in ("smoke", "cpu") else {"preference", "training_step"})
     for case in cases:
         assert Case(**case.to_json()) == case
 

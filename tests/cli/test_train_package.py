@@ -43,6 +43,8 @@ def is_public(name: str) -> bool:
                 return False
         elif part.startswith("_"):
             return False
+        if isinstance(found, ModuleType) and not hasattr(found, part):
+            importlib.import_module(f"{found.__name__}.{part}")  # not imported by its package
         found = getattr(found, part)
     return True
 
