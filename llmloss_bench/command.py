@@ -1,15 +1,22 @@
-"""``llmloss bench``: the losses beside torch, other libraries and the machine's limits."""
+"""``llmloss bench``: the losses beside torch, other libraries and the machine's limits.
+
+``llmloss bench --vocab V --tokens N --hidden D`` measures a shape; ``run`` measures a suite.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmloss_ext.cli import INTERRUPTED, UserError
+from llmloss_ext.cli import INTERRUPTED, UserError, open_device
 
 from . import missing_packages
+
+if TYPE_CHECKING:
+    from .results import Results
 
 ROUNDS = {"smoke": 3, "quick": 5, "cpu": 9, "steps": 7, "gpu": 7, "full": 5}
 
@@ -21,9 +28,10 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="time the losses beside torch, others and the machine's limits",
-        description="Times the losses beside torch, other libraries and the machine's limits.",
+        description="Times the losses beside torch, other libraries and the machine's limits: for "
+        "a shape of your own, or by one of the commands.",
     )
-    parser.set_defaults(work=_nothing)
+    _add_shape(parser)
     commands = parser.add_subparsers(title="commands", dest="action", metavar="COMMAND")
 
     run = commands.add_parser("run", help="measure a suite, and write results and a report")
@@ -84,17 +92,72 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; 1 after a wrong result of this library, or a regression; 130 after Ctrl-C.
     """
+    given = [name for name, value in vars(args).items() if name in _OF_SHAPE and value is not None]
+    if args.action and given:
+        option = given[0].removeprefix("shape_").replace("_", "-")
+        raise UserError(f"--{option} before {args.action}: a shape needs no command")
     return int(args.work(args))
 
 
-def _nothing(args: argparse.Namespace) -> int:
-    raise UserError("llmloss bench needs a command: run, report, compare or trainer")
+_OF_SHAPE = tuple(
+    f"shape_{name}"
+    for name in ("vocab", "tokens", "hidden", "dtype", "device", "peers", "rounds", "no_memory")
+)
+"""Where the options of a shape are, which must not be those of a command of the same name."""
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    from .shape import DTYPES
+
+    shape = parser.add_argument_group("a shape of your own, forward and backward")
+    add = functools.partial(shape.add_argument, default=None)
+    for name, what in (("vocab", "classes, V"), ("tokens", "tokens, N"),
+                       ("hidden", "features, D (default: from logits alone)")):  # fmt: skip
+        least = 2 if name == "vocab" else 1
+        add(f"--{name}", type=_at_least(least), dest=f"shape_{name}", help=what)
+    add("--dtype", choices=DTYPES, dest="shape_dtype", help="default: bfloat16")
+    add("--device", dest="shape_device", help="cpu or cuda (default: cuda where there is one)")
+    add("--peers", metavar="A,B", dest="shape_peers",
+        help='contenders besides llmloss (default: all); "none" for none')  # fmt: skip
+    add("--rounds", type=_at_least(1), dest="shape_rounds",
+        help="measurements of each (default: 7)")  # fmt: skip
+    add("--no-memory", action="store_const", const=True, dest="shape_no_memory",
+        help="do not measure peak memory")  # fmt: skip
+    parser.set_defaults(work=_shape)
+
+
+def _shape(args: argparse.Namespace) -> int:
+    if args.shape_vocab is None or args.shape_tokens is None:
+        raise UserError(
+            "llmloss bench needs a command (run, report, compare, trainer), or a shape: --vocab "
+            "and --tokens, and --hidden for a loss from hidden states"
+        )
+    import torch
+
+    from .report.tables import missing
+    from .run import Runner
+    from .shape import cases_of, table
+    from .terminal import progress, show
+
+    name = args.shape_device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = open_device(name).type
+    cases = cases_of(args.shape_vocab, args.shape_tokens, args.shape_hidden,
+                     args.shape_dtype or "bfloat16", device)  # fmt: skip
+    wanted = _names(args.shape_peers)
+    runner = Runner("shape", args.shape_rounds or 7, None, wanted, not args.shape_no_memory)
+    with progress(len(cases)) as say:
+        results = runner.run(cases, say)
+    show([table(results)])
+    for line in missing(results):
+        print(line)
+    return _status(results)
 
 
 def _run(args: argparse.Namespace) -> int:
     import torch
 
     from .report.tables import missing, tables
+    from .results import FILE
     from .run import Runner
     from .suites import suite
     from .terminal import progress, show
@@ -110,8 +173,7 @@ def _run(args: argparse.Namespace) -> int:
         for case in cases:
             print(f"{case.figure:<8} {case.label}")
         return 0
-    peers = "torch" if args.peers is None and args.suite == "smoke" else args.peers
-    wanted = None if peers is None else set(peers.split(",")) - {"", "none"}
+    wanted = _names("torch" if args.peers is None and args.suite == "smoke" else args.peers)
     rounds = args.rounds or ROUNDS[args.suite]
     runner = Runner(args.suite, rounds, args.out, wanted, not args.no_memory, args.overwrite)
     try:
@@ -122,13 +184,22 @@ def _run(args: argparse.Namespace) -> int:
         return INTERRUPTED
     finally:
         # Also after an interruption: the finished cases count.
-        report = _try_report(runner.path)
+        report = _try_report(args.out / FILE)
     results = runner.results
     made = tables(results)
     show([made[0], made[-1]])
     for line in missing(results):
         print(line)
-    print(f"results  {runner.path}\nreport   {report}")
+    print(f"results  {args.out / FILE}\nreport   {report}")
+    return _status(results)
+
+
+def _names(peers: str | None) -> set[str] | None:
+    return None if peers is None else set(peers.split(",")) - {"", "none"}
+
+
+def _status(results: Results) -> int:
+    """1, and a line for each, if a loss of this library is wrong or failed."""
     bad = [f"{row.case.label}, {name}: {m.reason}" for row in results.rows
            for name, m in row.contenders.items()
            if name.startswith("llmloss") and m.status in ("wrong", "failed")]  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llmloss_ext.cli import UserError
+from llmloss_ext.cli import UserError, first_line
 
 from . import memory, peers
 from .cases import Case, UnsupportedError
@@ -30,7 +30,7 @@ class Runner:
         self,
         suite: str,
         rounds: int,
-        folder: Path,
+        folder: Path | None,
         wanted: set[str] | None = None,
         with_memory: bool = True,
         overwrite: bool = False,
@@ -40,7 +40,7 @@ class Runner:
         Args:
             suite: The name of the suite, for the results.
             rounds: The number of measurements of each contender.
-            folder: The folder for the results.
+            folder: The folder for the results; None to keep them in memory alone.
             wanted: The contenders besides this library; None for all that suit the cases.
             with_memory: Whether to measure peak memory; on a CPU this takes a process each.
             overwrite: Whether to replace earlier results in the folder.
@@ -54,15 +54,19 @@ class Runner:
             raise UserError(
                 f"unknown contenders: {', '.join(sorted(unknown))}; choose from {names}"
             )
-        self.path = folder / FILE
-        if self.path.exists() and not overwrite:
-            raise UserError(f"{self.path} exists: choose another --out, or give --overwrite")
+        self._path = folder and folder / FILE
+        if self._path and self._path.exists() and not overwrite:
+            raise UserError(f"{self._path} exists: choose another --out, or give --overwrite")
         self._rounds, self._wanted, self._with_memory = rounds, wanted, with_memory
         settings = {"suite": suite, "rounds": rounds, "memory": with_memory}
         self.results = Results(machine(), settings, peers.status())
         states = self.results.peers.items()
         self._absent = {name for name, state in states if peers.is_missing(state)}
-        self.results.save(self.path)
+        self._save()
+
+    def _save(self) -> None:
+        if self._path:
+            self.results.save(self._path)
 
     def run(self, cases: list[Case], progress: Progress = lambda line, share: None) -> Results:
         """Measures every case."""
@@ -73,9 +77,9 @@ class Runner:
                 self.results.rows.append(self._measure(case, progress))
             finally:
                 torch.set_num_threads(threads)
-            self.results.save(self.path)
+            self._save()
         self.results.complete = True
-        self.results.save(self.path)
+        self._save()
         return self.results
 
     def _measure(self, case: Case, progress: Progress) -> Row:
@@ -87,9 +91,9 @@ class Runner:
         competing = contenders(case, self._wanted, self._absent)
         try:
             inputs = make_inputs(case)
-        except UnsupportedError as error:
+        except (UnsupportedError, torch.OutOfMemoryError) as error:
             for contender in competing:
-                row.contenders[contender.name] = Measurement("unsupported", str(error))
+                row.contenders[contender.name] = Measurement("unsupported", first_line(error))
             progress(case.label, 1.0)
             return row
         truth = reference(case, inputs)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-from llmloss_bench import terminal
+from llmloss_bench import peers, terminal
 from llmloss_bench.results import FILE, Measurement, Results, Row
 from llmloss_bench.run import Runner
 from llmloss_ext.cli.main import main
@@ -65,12 +66,55 @@ def test_the_whole_command(tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err
 
 
+SHAPE = ["bench", "--vocab", "500", "--tokens", "32", "--dtype", "float32", "--device", "cpu"]
+
+
+def test_a_shape_of_ones_own(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(peers, "PACKAGES", {"liger": ("liger-kernel", "no_such_module")})
+    options = ["--hidden", "16", "--rounds", "2", "--peers", "torch,torch chunked"]
+    assert main([*SHAPE, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "Forward and backward, N 32, D 16, V 500, float32" in printed
+    for name in ("llmloss, from hidden states", "torch chunked, from hidden states",
+                 "llmloss inplace, from logits", "torch, from logits"):  # fmt: skip
+        (line,) = (line for line in printed.splitlines() if name in line)
+        if "unsupported" not in line:  # torch chunked, by an older torch
+            assert re.search(r" [\d.,]+ ms .* [\d.]+ MiB .* \d+% .* \de-\d\d", line), line
+    assert "liger: not measured" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shape_without_hidden_states(capsys):
+    assert main([*SHAPE, "--rounds", "1", "--peers", "none", "--no-memory"]) == 0
+    printed = capsys.readouterr().out
+    assert "N 32, V 500" in printed
+    assert "llmloss, from logits" in printed
+    assert "hidden states" not in printed
+    assert "torch" not in printed
+    assert "MiB" not in printed
+
+
+def test_a_shape_in_which_this_library_is_wrong(capsys, monkeypatch):
+    replaced(monkeypatch, "llmloss", scaled(1.01, 1.0))
+    assert main([*SHAPE, "--rounds", "1", "--peers", "none", "--no-memory"]) == 1
+    captured = capsys.readouterr()
+    assert "wrong" in captured.out
+    assert captured.err.startswith("llmloss: error: llmloss is wrong or failed: forward+backward")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--vocab", "8"], "or a shape: --vocab and --tokens"),
+        (["--vocab", "8", "run", "--list"], "--vocab before run"),
+        (["--no-memory", "report", "nowhere"], "--no-memory before report"),
+        (["--vocab", "8", "--tokens", "8", "--peers", "megatron"], "unknown contenders: megatron"),
+        (["--vocab", "8", "--tokens", "8", "--device", "meta"], "--device must be cpu or cuda"),
+        (["--vocab", "999999", "--tokens", "999999", "--device", "cpu"], "GiB: lower --tokens"),
         (["run", "--only", "no such case"], "no case of the suite"),
         (["run", "--peers", "megatron"], "unknown contenders"),
-        ([], "needs a command: run, report"),
+        ([], "needs a command (run, report, compare, trainer), or a shape"),
         (["report", "nowhere"], "cannot read"),
         (["compare", "nowhere", "nowhere"], "cannot read"),
     ],
