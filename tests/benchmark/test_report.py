@@ -20,7 +20,7 @@ from llmloss_bench.results import FILE, Ceiling, Measurement, Results, Row
 from llmloss_bench.suites import suite
 
 COMMITTED = readme.CPU_RESULTS
-PLOTS = ("peers", "roofline", "memory", "options", "scaling-v", "scaling-n", "scaling-d",
+PLOTS = ("peers", "limit", "memory", "options", "scaling-v", "scaling-n", "scaling-d",
          "scaling-threads")  # fmt: skip
 
 
