@@ -201,11 +201,11 @@ mutants: build  ## Makes mutants of the sources, lists those that no test notice
 	@PYTHONPATH=.:tests $(PY) -m mutants $(MUTANTS)
 
 bench: build  ## Times the losses beside torch and the machine's limits, and writes a report (two minutes)
-	@$(PY) -m bench run --suite quick --out runs/bench --overwrite
+	@$(PY) -m llmloss_ext bench run --suite quick --out runs/bench --overwrite
 
 bench-readme: demo  ## Measures what README quotes (twenty minutes), and writes it there
-	@$(PY) -m bench run --suite cpu --out bench/results/cpu --overwrite
-	@$(PY) -m bench readme --demo runs/demo
+	@$(PY) -m llmloss_ext bench run --suite cpu --out bench/results/cpu --overwrite
+	@$(PY) -m bench.readme --demo runs/demo
 
 clean:  ## Removes what was built; .venv stays
 	rm -rf build dist *.egg-info llmloss_ext/_C*.so .venv/.installed

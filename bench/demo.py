@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bench.machine import machine
-from bench.report.tables import Table, mebibytes, milliseconds
-from llmloss_ext.cli.errors import UserError
+from llmloss_bench.machine import machine
+from llmloss_bench.report.tables import Table, mebibytes, milliseconds
+from llmloss_ext.cli import UserError
 from llmloss_train.files import replace_file, writing
 
 KEPT = Path(__file__).parent / "results" / "demo" / "summary.json"

@@ -55,7 +55,7 @@ sanitize() {
 }
 
 bench() {
-  step bench 220 "$python" -m bench run --suite gpu --out "$scratch/bench" --overwrite
+  step bench 220 "$python" -m llmloss_ext bench run --suite gpu --out "$scratch/bench" --overwrite
   [ -d "$scratch/bench" ] || return
   tar -czf "$out/bench.tar.gz" -C "$scratch" bench
   find "$scratch/bench" -maxdepth 1 \( -name results.json -o -name report.html \) \

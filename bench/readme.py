@@ -1,20 +1,24 @@
 """README's figures, written from the committed results so that the two agree.
 
 ``BLOCKS[NAME]`` makes the text between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``.
+``python -m bench.readme`` writes it.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bench import demo
-from bench.cases import Case
-from bench.report.tables import Table, mebibytes, milliseconds, percent
-from bench.results import Results, Row
-from llmloss_ext.cli.errors import UserError
+from llmloss_bench.cases import Case
+from llmloss_bench.report.tables import Table, mebibytes, milliseconds, percent
+from llmloss_bench.results import Results, Row
+from llmloss_ext.cli import UserError
+from llmloss_ext.cli.errors import OneLineParser, run_command
 from llmloss_train.files import replace_file, writing
 
 ROOT = Path(__file__).parents[1]
@@ -247,3 +251,45 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "gpu": _gpu,
     "demo": lambda _: demo.render(),
 }
+
+
+class ReadmeParser(OneLineParser):
+    """Reports a wrong option in one line."""
+
+    program = "bench"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the figures, or checks them.
+
+    Returns:
+        0; 1 after an error, or if README.md is out of date; 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    return run_command("bench", lambda: _run(args))
+
+
+def _parser() -> ReadmeParser:
+    parser = ReadmeParser(
+        prog="python -m bench.readme", description="Writes the measured figures into README.md."
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="only check that they are up to date")
+    how.add_argument("--demo", type=Path, metavar="RUN",
+                     help="first store the figures of this run of llmloss train")  # fmt: skip
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.demo:
+        print(demo.keep(args.demo))
+    if args.check:
+        if is_current():
+            return 0
+        raise UserError("README.md does not hold the committed figures: python -m bench.readme")
+    print("README.md is updated" if update() else "README.md was up to date")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -170,16 +170,26 @@ def facts() -> list[tuple[str, str]]:
         ("CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
         ("llmloss train", _command("train")),
         ("llmloss eval", _command("eval")),
+        ("llmloss bench", _command("bench")),
     ]
 
 
-def _isa() -> str:
+def instruction_set() -> str:
+    """The CPU kernels that run on this machine: one of `ISAS`.
+
+    Raises:
+        UserError: ``LLMLOSS_CPU_ISA`` names none.
+    """
     from .. import ops
 
     try:
-        active = ISAS[ops.kernels.cpu_isa()]
-    except ValueError as error:  # LLMLOSS_CPU_ISA names none
+        return ISAS[ops.kernels.cpu_isa()]
+    except ValueError as error:
         raise UserError(first_line(error)) from error
+
+
+def _isa() -> str:
+    active = instruction_set()
     forced = os.environ.get("LLMLOSS_CPU_ISA")
     return active if forced is None else f"{active} (LLMLOSS_CPU_ISA={forced})"
 

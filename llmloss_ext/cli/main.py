@@ -27,6 +27,9 @@ COMMANDS = {
     "eval": Command(
         "llmloss_eval.command", "evaluate a model on a text or on questions with choices"
     ),
+    "bench": Command(
+        "llmloss_bench.command", "time the losses beside torch, others and the machine's limits"
+    ),
     "info": Command(".info", "print versions, instruction sets and devices"),
     "verify": Command(".verify", "check every operator against float64 on this machine"),
     "plan": Command(".plan", "print the cost of a linear loss: chunks, FLOPs and memory"),

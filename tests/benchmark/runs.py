@@ -10,13 +10,23 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from bench import contenders as table
-from bench.cases import Case
-from bench.results import Results
-from bench.run import Runner
+from llmloss_bench import contenders as table
+from llmloss_bench.cases import Case
+from llmloss_bench.results import Results
+from llmloss_bench.run import Runner
 
 DENSE = Case("cross_entropy", "forward+backward", 48, 2000, "float32")
+PREFERENCE = Case(
+    "preference", "forward+backward", 48, 700, "float32", features=24, figure="steps", sequences=4
+)
+TRAINING = Case(
+    "training_step", "forward+backward", 32, 300, "float32", features=16, figure="steps",
+    sequences=2,
+)  # fmt: skip
 LINEAR = Case("linear_cross_entropy", "forward+backward", 40, 700, "float32", features=24)
+
+
+_OURS = {name: contenders["llmloss"].loss for name, contenders in table.TABLES.items()}
 
 
 def measured(folder: Path, cases: list[Case], rounds: int = 3, **options: Any) -> Results:
@@ -27,8 +37,8 @@ def measured(folder: Path, cases: list[Case], rounds: int = 3, **options: Any) -
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, name: str, loss: Any) -> None:
-    """Puts a contender's work in the place of another's, in both tables."""
-    for names in (table.DENSE, table.LINEAR):
+    """Puts a contender's work in the place of another's, in all tables."""
+    for names in table.TABLES.values():
         if name in names:
             monkeypatch.setitem(names, name, replace(names[name], loss=loss))
 
@@ -37,9 +47,9 @@ def scaled(value: float, gradient: float) -> Callable[[Case], Any]:
     """This library's loss, with the loss and its gradient off by a factor."""
 
     def make(case: Case) -> Any:
-        right = table.ours(case)
+        right = _OURS[case.operation](case)
 
-        def loss(*tensors: Tensor) -> Tensor:
+        def loss(*tensors: Any) -> Tensor:
             exact = right(*tensors)
             return exact.detach() * value + (exact - exact.detach()) * gradient
 

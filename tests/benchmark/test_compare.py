@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import compare as comparison
-from bench import contenders as table
-from bench import timing
-from bench.__main__ import main
-from bench.cases import Case
-from bench.results import Ceiling, Measurement, Results, Row
-from bench.run import Runner
+from llmloss_bench import compare as comparison
+from llmloss_bench import contenders as table
+from llmloss_bench import timing
+from llmloss_bench.cases import Case
+from llmloss_bench.results import Ceiling, Measurement, Results, Row
+from llmloss_bench.run import Runner
 from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli.main import main
 
 from .runs import DENSE, replaced
 
@@ -119,7 +119,7 @@ def test_a_slowed_kernel_is_flagged(tmp_path, monkeypatch, capsys):
     before = runs("before")
     replaced(monkeypatch, "llmloss", slow)
     after = runs("after")
-    assert main(["compare", before, after]) == 1
+    assert main(["bench", "compare", before, after]) == 1
     assert "slower" in capsys.readouterr().out
-    assert main(["compare", before, before]) == 0
-    assert main(["compare", after, before]) == 0  # faster is no regression
+    assert main(["bench", "compare", before, before]) == 0
+    assert main(["bench", "compare", after, before]) == 0  # faster is no regression

@@ -54,7 +54,7 @@ def test_everything_but_a_build_that_is_there(run):
     status, out, calls = run()
     assert status == 0
     assert "the library that is there loads" in out
-    for call in ("-n ", "--tool memcheck", "--tool racecheck", "-m bench run"):
+    for call in ("-n ", "--tool memcheck", "--tool racecheck", "-m llmloss_ext bench run"):
         assert call in calls
     assert "setup.py" not in calls
     assert "setup.py build_ext" in run(kernels="not built")[2]
@@ -66,7 +66,7 @@ def test_the_others_run_when_one_fails(run, tmp_path):
     assert status == 1
     assert out.endswith(f"failed: pytest (see {tmp_path / 'out'})\n")
     assert "no luck" in (tmp_path / "out" / "pytest.log").read_text()
-    assert "-m bench run" in calls
+    assert "-m llmloss_ext bench run" in calls
 
 
 def test_phases_by_name(run):

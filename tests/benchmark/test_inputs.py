@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from bench import inputs
-from bench.contenders import make_inputs
+from llmloss_bench import inputs
+from llmloss_bench.contenders import make_inputs
 
 from .runs import DENSE
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench import memory
-from bench.cases import Case
+from llmloss_bench import memory
+from llmloss_bench.cases import Case
 
 from .runs import DENSE
 

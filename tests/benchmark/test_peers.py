@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch.nn.functional as F
 
-from bench import contenders as table
-from bench import peers
-from bench.cases import Case
-from bench.contenders import Contender
-from bench.report.tables import missing
+from llmloss_bench import contenders as table
+from llmloss_bench import peers
+from llmloss_bench.cases import Case
+from llmloss_bench.contenders import Contender
+from llmloss_bench.report.tables import missing
 
 from .runs import DENSE, measured
 

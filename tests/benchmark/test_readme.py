@@ -8,13 +8,12 @@ import re
 import pytest
 
 from bench import demo, readme
-from bench.__main__ import main
-from bench.results import Results
+from llmloss_bench.results import Results
 from llmloss_ext.cli.errors import UserError
 
 
 def test_the_readme_holds_the_committed_figures():
-    assert readme.is_current(), "run: python -m bench readme"
+    assert readme.is_current(), "run: python -m bench.readme"
     text = readme.README.read_text()
     for plot in re.findall(r"\((bench/results/[\w/-]+\.svg)\)", text):
         assert (readme.ROOT / plot).exists()
@@ -47,9 +46,9 @@ def test_the_demo_keeps_what_a_run_says(tmp_path, monkeypatch):
     # By the command, which then writes README.
     demo.KEPT.unlink()
     monkeypatch.setattr(readme, "update", lambda: False)
-    assert main(["readme", "--demo", str(tmp_path)]) == 0
+    assert readme.main(["--demo", str(tmp_path)]) == 0
     assert demo.render() == text
     with pytest.raises(SystemExit):
-        main(["readme", "--demo", str(tmp_path), "--check"])
+        readme.main(["--demo", str(tmp_path), "--check"])
     assert "(perplexity 134,592 to 665), 766 MiB at the peak" in text
     assert "| `linear` | 7.10000 | 500 ms | 192 MiB |" in text

@@ -14,13 +14,13 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from bench import readme
-from bench.cases import Case
-from bench.report.page import HTML, MARKDOWN, write_report
-from bench.results import FILE, Ceiling, Measurement, Results, Row
-from bench.suites import suite
+from llmloss_bench.cases import Case
+from llmloss_bench.report.page import HTML, MARKDOWN, write_report
+from llmloss_bench.results import FILE, Ceiling, Measurement, Results, Row
+from llmloss_bench.suites import suite
 
 COMMITTED = readme.CPU_RESULTS
-PLOTS = ("peers", "roofline", "memory", "options", "scaling-v", "scaling-n", "scaling-d",
+PLOTS = ("peers", "limit", "memory", "options", "scaling-v", "scaling-n", "scaling-d",
          "scaling-threads")  # fmt: skip
 
 

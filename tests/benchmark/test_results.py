@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.results import FILE, Ceiling, Measurement, Results, Row
+from llmloss_bench.results import FILE, Ceiling, Measurement, Results, Row
 from llmloss_ext.cli.errors import UserError
 
 from .runs import DENSE, LINEAR, measured

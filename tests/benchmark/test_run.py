@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from bench import contenders as table
-from bench.cases import Case
-from bench.report.tables import missing, tables
-from bench.results import FILE, Results
-from bench.run import Runner
+from llmloss_bench import contenders as table
+from llmloss_bench.cases import Case
+from llmloss_bench.report.tables import missing, tables
+from llmloss_bench.results import FILE, Results
+from llmloss_bench.run import Runner
 from llmloss_ext.cli.errors import UserError
 
-from .runs import DENSE, LINEAR, measured, replaced, scaled
+from .runs import DENSE, LINEAR, PREFERENCE, TRAINING, measured, replaced, scaled
 
 
-@pytest.mark.parametrize("case", [DENSE, LINEAR])
+@pytest.mark.parametrize("case", [DENSE, LINEAR, PREFERENCE, TRAINING])
 @pytest.mark.parametrize(("value", "gradient"), [(1.001, 1.0), (1.0, 1.001), (1.0, float("nan"))])
 def test_a_wrong_kernel_gets_no_speed(tmp_path, monkeypatch, case, value, gradient):
+    if case is TRAINING:
+        pytest.importorskip("transformers")
     replaced(monkeypatch, "llmloss", scaled(value, gradient))
     results = measured(tmp_path, [case])
     ours = results.rows[0].contenders["llmloss"]
@@ -76,6 +80,15 @@ def test_earlier_results_are_not_overwritten(tmp_path):
     assert (tmp_path / FILE).read_text() == "precious"
     Runner("quick", 1, tmp_path, overwrite=True)
     assert Results.load(tmp_path).rows == []
+
+
+def test_a_package_that_a_step_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    results = measured(tmp_path, [TRAINING, DENSE])
+    assert results.complete
+    assert results.rows[0].contenders["llmloss"].status == "unsupported"
+    assert "transformers is not installed" in "\n".join(missing(results))
+    assert results.rows[1].contenders["llmloss"].seconds
 
 
 def test_an_unknown_contender_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import timing
+from llmloss_bench import timing
 
 
 class Clock:

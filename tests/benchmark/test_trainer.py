@@ -1,4 +1,4 @@
-"""``python -m bench trainer``."""
+"""``llmloss bench trainer``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench.__main__ import main as bench
+from llmloss_ext.cli.main import main
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 
 def test_every_contender_trains_alike(tmp_path, capsys):
     sizes = ("--vocab", "64", "--hidden", "16", "--layers", "1", "--tokens", "8", "--steps", "2")
-    assert bench(["trainer", *sizes, "--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert main(["bench", "trainer", *sizes, "--rounds", "1", "--out", str(tmp_path)]) == 0
     stored = json.loads((tmp_path / "trainer.json").read_text())
     assert stored["sizes"]["vocab"] == 64
     for measured in stored["runs"].values():

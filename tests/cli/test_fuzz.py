@@ -1,4 +1,4 @@
-"""Any words after `llmloss` and `python -m bench`: they run, or one line says why they do not.
+"""Any words after `llmloss` and `bench.readme`: they run, or one line says why they do not.
 
 The words come from the parsers themselves, so a new option is tried without an edit here.
 """
@@ -21,10 +21,11 @@ for package in ("matplotlib", "mistral_common", "numpy", "rich"):
     pytest.importorskip(package)
 from properties import hypothesis, st  # noqa: E402
 
-import bench.__main__  # noqa: E402
 import bench.demo  # noqa: E402
 import bench.readme  # noqa: E402
-from bench.run import Runner  # noqa: E402
+import llmloss_bench.command  # noqa: E402
+import llmloss_bench.trainer  # noqa: E402
+from llmloss_bench.run import Runner  # noqa: E402
 from llmloss_eval import evaluation  # noqa: E402
 from llmloss_ext.cli import main, verify  # noqa: E402
 from llmloss_train import checkpoint, loop, text, tokens  # noqa: E402
@@ -95,7 +96,7 @@ def words(actions_of: ActionsOf, commands: Sequence[str]) -> st.SearchStrategy[l
 
     Args:
         actions_of: Returns the arguments and options of a command.
-        commands: Their names, each as often as it is worth.
+        commands: Their names, each as often as it is worth; "bench run" names one below another.
     """
     word = st.one_of(*map(st.sampled_from, (RIGHT, RIGHT, WRONG, PLACES)), NOISE)
 
@@ -106,7 +107,7 @@ def words(actions_of: ActionsOf, commands: Sequence[str]) -> st.SearchStrategy[l
         options = [action for action in actions if action.option_strings]
         chosen = [action for action in actions if not action.option_strings]
         chosen += draw(st.lists(st.sampled_from(options), max_size=3))
-        given = [name]
+        given = name.split()
         for action in chosen:
             known = action.choices or OFTEN_RIGHT.get(action.dest)
             choices = st.sampled_from(list(known)) if known else word
@@ -148,7 +149,8 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(evaluation, "_scores", reach)
         patch.setattr(sys, "dont_write_bytecode", True)
         patch.setattr(Runner, "run", reach)
-        patch.setattr(bench.__main__, "_try_report", str)
+        patch.setattr(llmloss_bench.command, "_try_report", str)
+        patch.setattr(llmloss_bench.trainer, "_train", reach)
         for module, name in ((bench.readme, "update"), (bench.demo, "keep")):
             patch.setattr(module, name, reach)
         patch.delenv("LLMLOSS_TRACEBACK", raising=False)
@@ -211,19 +213,24 @@ def runs(command: Command, argv: list[str], program: str, folder: Path) -> bool:
 
 def options_of(parser: argparse.ArgumentParser, command: str) -> list[argparse.Action]:
     """All but --help, with which every command would run."""
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    actions: list[argparse.Action] = commands.choices[command]._actions
-    return [action for action in actions if action.dest != "help"]
+    for name in command.split():
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        parser = commands.choices[name]
+    below = argparse._SubParsersAction
+    return [a for a in parser._actions if a.dest != "help" and not isinstance(a, below)]
 
 
 @functools.cache
 def llmloss_options(command: str) -> list[argparse.Action]:
-    return options_of(main._parser([command])[0], command)
+    return options_of(main._parser(command.split())[0], command)
 
 
 @functools.cache
-def bench_options(command: str) -> list[argparse.Action]:
-    return options_of(bench.__main__._parser(), command)
+def readme_options(command: str) -> list[argparse.Action]:
+    return options_of(bench.readme._parser(), command)
+
+
+BENCH = ("bench run", "bench report", "bench compare", "bench trainer", "bench")
 
 
 @pytest.mark.parametrize(
@@ -231,9 +238,10 @@ def bench_options(command: str) -> list[argparse.Action]:
     [
         ("llmloss", main.main, llmloss_options, ("train", "train", *main.COMMANDS), 250),
         ("llmloss", main.main, llmloss_options, ("eval",), 250),
-        ("bench", bench.__main__.main, bench_options, ("run", "report", "compare", "readme"), 100),
+        ("llmloss", main.main, llmloss_options, BENCH, 150),
+        ("bench", bench.readme.main, readme_options, ("",), 40),
     ],
-    ids=["llmloss", "eval", "bench"],
+    ids=["llmloss", "eval", "bench", "readme"],
 )
 def test_any_words(playground, program, command, actions_of, commands, examples):
     seen = set()
@@ -241,7 +249,8 @@ def test_any_words(playground, program, command, actions_of, commands, examples)
     @hypothesis.settings(max_examples=examples)
     @hypothesis.given(words(actions_of, commands))
     def property_of(argv):
-        seen.add((next(iter(argv), ""), runs(command, argv, program, playground)))
+        below = argv[: len(commands[0].split())]
+        seen.add((" ".join(below), runs(command, argv, program, playground)))
 
     property_of()
     # Both happened: a command that was reached, and one that was refused.

@@ -1,4 +1,4 @@
-"""Training and evaluation are packages of their own, over the public API, found on demand."""
+"""Training, evaluation and the benchmark are packages over the public API, found on demand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from llmloss_ext.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-_PUBLIC = (("llmloss_ext", "cli"), ("llmloss_ext", "integrations"))
+_PUBLIC = (("llmloss_ext", "cli"), ("llmloss_ext", "integrations"), ("llmloss_ext", "tolerances"))
 """What is imported by name only."""
 
 
@@ -43,12 +43,16 @@ def is_public(name: str) -> bool:
                 return False
         elif part.startswith("_"):
             return False
+        if isinstance(found, ModuleType) and not hasattr(found, part):
+            importlib.import_module(f"{found.__name__}.{part}")  # not imported by its package
         found = getattr(found, part)
     return True
 
 
 SOURCES = [
-    path for name in ("eval", "train") for path in sorted((ROOT / f"llmloss_{name}").glob("*.py"))
+    path
+    for name in ("bench", "eval", "train")
+    for path in sorted((ROOT / f"llmloss_{name}").rglob("*.py"))
 ]
 
 
@@ -73,7 +77,7 @@ from llmloss_ext import cross_entropy
     assert {name for name in imports_of(path) if not is_public(name)} == wrong
 
 
-WORDS = {"train": [], "eval": ["model", "text"]}
+WORDS = {"train": [], "eval": ["model", "text"], "bench": ["report", "nowhere"]}
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -114,5 +118,10 @@ def test_the_library_without_a_command(capsys, monkeypatch, name, asks):
         with pytest.raises(SystemExit) as stop:
             main([asks])
         assert stop.value.code == 0
-        summary = {"train": "train a small GPT", "eval": "evaluate a model"}[name]
+        summaries = {
+            "train": "train a small GPT",
+            "eval": "evaluate a model",
+            "bench": "time the losses",
+        }
+        summary = summaries[name]
         assert re.search(rf"{name} +{summary}", capsys.readouterr().out)

@@ -11,8 +11,8 @@ from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.report.tables import Table
-from bench.terminal import progress, show
+from llmloss_bench.report.tables import Table
+from llmloss_bench.terminal import progress, show
 
 from . import cpp_code, equivalent, python_code
 from .edits import Mutant, mutant

@@ -12,8 +12,8 @@ from pathlib import Path
 from .edits import Mutant
 
 _COPIED = (
-    "llmloss_eval", "llmloss_ext", "llmloss_train", "bench", "csrc", "docs", "examples", "tests",
-    "README.md", "pyproject.toml",
+    "llmloss_bench", "llmloss_eval", "llmloss_ext", "llmloss_train", "bench", "csrc", "docs",
+    "examples", "tests", "README.md", "pyproject.toml",
 )  # fmt: skip
 _IGNORED = shutil.ignore_patterns("__pycache__", ".hypothesis", "results")
 

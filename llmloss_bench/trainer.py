@@ -1,4 +1,4 @@
-"""``python -m bench trainer``: a step of `transformers.Trainer`, stock and with this library.
+"""``llmloss bench trainer``: a step of `transformers.Trainer`, stock and with this library.
 
 Each contender trains the same random Llama, whose output layer dominates, in a process of its own:
 so the peak of one's memory is not another's.
@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
-from bench.machine import machine
-from bench.report.tables import Table
-from bench.run import Progress
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import UserError
 from llmloss_train.memory import PeakMeter
+
+from .machine import machine
+from .report.tables import Table
+from .run import Progress
+from .training import llama
 
 CONTENDERS = ("transformers", "causal_lm_loss", "use_linear_cross_entropy")
 
@@ -60,7 +62,9 @@ def compare(sizes: Sizes, rounds: int, out: Path, say: Progress) -> Table:
         import accelerate  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"bench trainer needs {error.name}: pip install {error.name}") from error
+        raise UserError(
+            f"llmloss bench trainer needs {error.name}: pip install {error.name}"
+        ) from error
     runs: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
     for _ in range(rounds):
         for name, measured in runs.items():
@@ -79,18 +83,20 @@ def compare(sizes: Sizes, rounds: int, out: Path, say: Progress) -> Table:
         if any(abs(a - b) > 1e-3 * abs(b) for a, b in pairs):
             raise UserError(f"{name} trains otherwise: {measured[0].losses}, {stock[0].losses}")
     title = f"A step of the Trainer: {sizes.tokens} tokens, a vocabulary of {sizes.vocab:,}"
-    columns = ["loss", "step", "of stock", "peak memory of a step", "of stock"]
-    return Table(title, columns, [[name, *_cells(m, stock)] for name, m in runs.items()])
+    columns = ["loss", "step", "of stock", "tokens/s", "peak memory of a step", "of stock"]
+    cells = [[name, *_cells(m, stock, sizes.tokens)] for name, m in runs.items()]
+    return Table(title, columns, cells)
 
 
-def _cells(measured: list[Measured], stock: list[Measured]) -> list[str]:
+def _cells(measured: list[Measured], stock: list[Measured], tokens: int) -> list[str]:
     seconds, of_stock = (statistics.median(m.seconds for m in x) for x in (measured, stock))
     peaks = [[m.peak_bytes for m in x if m.peak_bytes is not None] for x in (measured, stock)]
+    times = [f"{seconds:.2f} s", f"{seconds / of_stock:.2f}", f"{tokens / seconds:,.0f}"]
     if not all(peaks):
-        return [f"{seconds:.2f} s", f"{seconds / of_stock:.2f}", "-", "-"]
+        return [*times, "-", "-"]
     peak, stock_peak = (statistics.median(x) for x in peaks)
     memory = [f"{peak / 2**20:,.0f} MiB", f"{peak / stock_peak:.2f}" if stock_peak else "-"]
-    return [f"{seconds:.2f} s", f"{seconds / of_stock:.2f}", *memory]
+    return [*times, *memory]
 
 
 def _train(sizes: Sizes, name: str) -> Measured:
@@ -99,13 +105,7 @@ def _train(sizes: Sizes, name: str) -> Measured:
     from llmloss_ext.integrations.transformers import causal_lm_loss, use_linear_cross_entropy
 
     transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=sizes.vocab, hidden_size=sizes.hidden, intermediate_size=2 * sizes.hidden,
-        num_hidden_layers=sizes.layers, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=sizes.tokens,
-    )  # fmt: skip
-    model: Any = transformers.LlamaForCausalLM(config)
+    model = llama(sizes.vocab, sizes.hidden, sizes.layers, sizes.tokens)
     model.to(sizes.device)
     if name == "causal_lm_loss":
         model.loss_function = causal_lm_loss

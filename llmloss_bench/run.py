@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from bench import memory, peers
-from bench.cases import Case
-from bench.contenders import NAMES, Step, UnsupportedError, contenders, make_inputs
-from bench.inputs import LinearInputs, LogitsInputs
-from bench.machine import machine
-from bench.reference import Errors, errors, reference
-from bench.results import FILE, Ceiling, Measurement, Results, Row
-from bench.timing import Timed, measure
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import UserError, first_line
+
+from . import memory, peers
+from .cases import Case, UnsupportedError
+from .contenders import NAMES, Inputs, Step, contenders, make_inputs
+from .inputs import LinearInputs, LogitsInputs
+from .machine import machine
+from .reference import Errors, errors, reference
+from .results import FILE, Ceiling, Measurement, Results, Row
+from .timing import Timed, measure
 
 Progress = Callable[[str, float], None]
 """Takes a line that says what is running, and the fraction of the case done since the last call."""
@@ -29,7 +30,7 @@ class Runner:
         self,
         suite: str,
         rounds: int,
-        folder: Path,
+        folder: Path | None,
         wanted: set[str] | None = None,
         with_memory: bool = True,
         overwrite: bool = False,
@@ -39,7 +40,7 @@ class Runner:
         Args:
             suite: The name of the suite, for the results.
             rounds: The number of measurements of each contender.
-            folder: The folder for the results.
+            folder: The folder for the results; None to keep them in memory alone.
             wanted: The contenders besides this library; None for all that suit the cases.
             with_memory: Whether to measure peak memory; on a CPU this takes a process each.
             overwrite: Whether to replace earlier results in the folder.
@@ -53,15 +54,19 @@ class Runner:
             raise UserError(
                 f"unknown contenders: {', '.join(sorted(unknown))}; choose from {names}"
             )
-        self.path = folder / FILE
-        if self.path.exists() and not overwrite:
-            raise UserError(f"{self.path} exists: choose another --out, or give --overwrite")
+        self._path = folder and folder / FILE
+        if self._path and self._path.exists() and not overwrite:
+            raise UserError(f"{self._path} exists: choose another --out, or give --overwrite")
         self._rounds, self._wanted, self._with_memory = rounds, wanted, with_memory
         settings = {"suite": suite, "rounds": rounds, "memory": with_memory}
         self.results = Results(machine(), settings, peers.status())
         states = self.results.peers.items()
         self._absent = {name for name, state in states if peers.is_missing(state)}
-        self.results.save(self.path)
+        self._save()
+
+    def _save(self) -> None:
+        if self._path:
+            self.results.save(self._path)
 
     def run(self, cases: list[Case], progress: Progress = lambda line, share: None) -> Results:
         """Measures every case."""
@@ -72,9 +77,9 @@ class Runner:
                 self.results.rows.append(self._measure(case, progress))
             finally:
                 torch.set_num_threads(threads)
-            self.results.save(self.path)
+            self._save()
         self.results.complete = True
-        self.results.save(self.path)
+        self._save()
         return self.results
 
     def _measure(self, case: Case, progress: Progress) -> Row:
@@ -82,10 +87,16 @@ class Runner:
         if on_gpu:
             torch.cuda.empty_cache()
         progress(f"{case.label}: float64", 0.0)
-        inputs = make_inputs(case)
-        truth = reference(case, inputs)
         row, timed = Row(case), {}
         competing = contenders(case, self._wanted, self._absent)
+        try:
+            inputs = make_inputs(case)
+        except (UnsupportedError, torch.OutOfMemoryError) as error:
+            for contender in competing:
+                row.contenders[contender.name] = Measurement("unsupported", first_line(error))
+            progress(case.label, 1.0)
+            return row
+        truth = reference(case, inputs)
         share = 1 / (2 * len(competing) + 1)
         for contender in competing:
             progress(f"{case.label}: {contender.name}, checked", share)
@@ -120,7 +131,7 @@ class Runner:
             row.ceilings[name] = ceiling
         del inputs, everyone, timed, ceilings
         gc.collect()
-        if self._with_memory and case.figure in ("peers", "V", "N", "D"):
+        if self._with_memory and case.figure in ("peers", "steps", "V", "N", "D"):
             for name, measurement in row.contenders.items():
                 if measurement.status == "ok":
                     progress(f"{case.label}: {name}, memory", 0.0)
@@ -142,7 +153,7 @@ def _check(measurement: Measurement, found: Errors) -> None:
     measurement.reason = "error of the " + ", of the ".join(parts)
 
 
-def _ceilings(case: Case, inputs: LogitsInputs | LinearInputs) -> dict[str, tuple[Timed, Ceiling]]:
+def _ceilings(case: Case, inputs: Inputs) -> dict[str, tuple[Timed, Ceiling]]:
     """The machine's limits at the shapes of the case."""
     if isinstance(inputs, LinearInputs):
         products = 3 if case.has_backward else 1
@@ -154,7 +165,7 @@ def _ceilings(case: Case, inputs: LogitsInputs | LinearInputs) -> dict[str, tupl
             )
             for chunk in inputs.product_chunks()
         }
-    if case.figure == "small":
+    if case.figure == "small" or not isinstance(inputs, LogitsInputs):
         return {}
     size = case.logits_bytes
     return {

@@ -10,10 +10,12 @@ from typing import BinaryIO
 
 import jinja2
 
-from bench.report.plots import plots
-from bench.report.tables import missing, percent, tables
-from bench.results import FILE, Results
 from llmloss_train.files import replace_file, writing
+
+from ..cases import OPERATIONS
+from ..results import FILE, Results
+from .plots import plots
+from .tables import missing, percent, tables
 
 HTML, MARKDOWN = "report.html", "report.md"
 
@@ -80,9 +82,23 @@ def _markdown(results: Results, drawn: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _step_cards(results: Results) -> list[dict[str, str]]:
+    """Of each kind of step: time and memory of eager torch over ours, in its last case."""
+    made = []
+    for row in {r.case.operation: r for r in results.of_figure("steps")}.values():
+        what = f"than torch: a {OPERATIONS[row.case.operation]} ({row.case.dtype})"
+        ratio = row.times_faster("torch")
+        if ratio:
+            made.append({"figure": f"{ratio:.1f}x", "text": f"faster {what}"})
+        peaks = [m and m.peak_bytes for m in map(row.contenders.get, ("torch", "llmloss"))]
+        if peaks[0] and peaks[1]:
+            made.append({"figure": f"{peaks[0] / peaks[1]:.1f}x", "text": f"less memory {what}"})
+    return made
+
+
 def cards(results: Results) -> list[dict[str, str]]:
     """The headline figures: medians over the cases that are compared with others."""
-    made = []
+    made = _step_cards(results)
     rows = [r for r in results.of_figure("peers") if r.case.has_backward]
     for linear, what in ((False, "from logits"), (True, "from hidden states")):
         group = [r for r in rows if r.case.is_linear == linear]

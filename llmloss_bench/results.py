@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench.cases import Case
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import UserError
 from llmloss_train.files import replace_file, writing
+
+from .cases import Case
 
 SCHEMA = 2
 FILE = "results.json"
@@ -126,7 +127,7 @@ class Results:
     """The results of a run.
 
     Attributes:
-        machine: The facts from `bench.machine`.
+        machine: The facts from `machine`.
         settings: The suite, the rounds, and whether memory was measured.
         peers: The version of each peer, or why it is missing.
         rows: The measured cases, in the order of the suite.

@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-OPERATIONS = ("cross_entropy", "linear_cross_entropy")
+OPERATIONS = {
+    "cross_entropy": "",
+    "linear_cross_entropy": "linear",
+    "preference": "preference step",
+    "training_step": "training step",
+}
+"""What a case measures, and how its label begins. ``preference``: DPO of hidden states, with those
+of a reference model. ``training_step``: a small Llama of transformers, from tokens to gradients."""
+_STEPS = ("preference", "training_step")
+"""Those whose tokens are sequences, and which are always forward and backward."""
 PASSES = ("forward", "forward+backward")
 
 OPTIONS: dict[str, dict[str, float]] = {
@@ -23,10 +32,14 @@ OPTIONS: dict[str, dict[str, float]] = {
 ``rank``: the same pass also gives argmax and the target's rank.
 ``float32_logits``: products of 16 bits keep their logits in float32."""
 FROM_HIDDEN = ("float32 logits",)
-"""Those of a linear loss alone."""
+"""Those of a loss from hidden states alone."""
 
 # Per logit. Forward: x - m, exp, the sum and the maximum. Backward: x - m, exp and the product.
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 4, 3
+
+
+class UnsupportedError(Exception):
+    """A contender lacks the operation or the option, or a package; reported as unsupported."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +47,21 @@ class Case:
     """A case to measure.
 
     Attributes:
-        operation: One of `OPERATIONS`.
+        operation: A key of `OPERATIONS`.
         passes: One of `PASSES`.
         rows: The number of tokens, N.
         columns: The vocabulary size, V.
         dtype: The dtype of the logits or the hidden states, by torch's name.
-        features: D for ``linear_cross_entropy``, else 0.
+        features: D, but for ``cross_entropy``.
         option: A key of `OPTIONS`.
         ignored: The fraction of tokens that are ignored.
         device: "cpu" or "cuda".
         threads: The number of CPU threads; 0 for all.
         warm: Whether the inputs may be in the caches, to measure the overhead of small calls.
         figure: The figure that the case belongs to: "peers", "plain" (the baseline of options),
-            "options", "ignored", "small", or a curve over "V", "N", "D" or "threads".
+            "options", "ignored", "small", "steps", or a curve over "V", "N", "D" or "threads".
+        sequences: Those that the tokens of a step are, all of one length; else 0. In a preference
+            step the first half are chosen, and the second half rejected.
     """
 
     operation: str
@@ -61,6 +76,7 @@ class Case:
     threads: int = 0
     warm: bool = False
     figure: str = "peers"
+    sequences: int = 0
 
     def __post_init__(self) -> None:
         """Raises a ValueError if the attributes are invalid."""
@@ -70,13 +86,26 @@ class Case:
             raise ValueError(f"unknown option, or features that do not fit: {self}")
         if self.option in FROM_HIDDEN and not self.is_linear:
             raise ValueError(f"{self.option} needs hidden states: {self}")
+        if (self.sequences > 0) != self.is_step or (self.is_step and not self.has_backward):
+            raise ValueError(f"sequences, or a forward alone, that do not fit: {self}")
+        if self.is_step and self.option != "plain":
+            raise ValueError(f"a step has no {self.option}: {self}")
+        if self.is_step and self.rows % self.sequences:
+            raise ValueError(f"tokens that are no such sequences: {self}")
+        if self.operation == "preference" and self.sequences % 2:
+            raise ValueError(f"chosen sequences without as many rejected: {self}")
         if not 0.0 <= self.ignored <= 1.0 or self.rows < 1 or self.columns < 2:
             raise ValueError(f"sizes out of range: {self}")
 
     @property
     def is_linear(self) -> bool:
-        """Whether the case starts from hidden states."""
-        return self.operation == "linear_cross_entropy"
+        """Whether the projection is part of the case."""
+        return self.operation != "cross_entropy"
+
+    @property
+    def is_step(self) -> bool:
+        """Whether the tokens are sequences."""
+        return self.operation in _STEPS
 
     @property
     def has_backward(self) -> bool:
@@ -98,10 +127,13 @@ class Case:
     @property
     def label(self) -> str:
         """Describes the case in one line."""
-        size = f"{self.rows} x {self.columns}"
-        if self.is_linear:
-            size = f"{self.rows} x {self.features} x {self.columns}"
-        parts = ["linear" if self.is_linear else "", self.passes, size, self.dtype]
+        tokens = f"{self.rows}"
+        if self.is_step:
+            tokens = f"{self.sequences} x {self.rows // self.sequences}"
+        features = f"{self.features} x " if self.is_linear else ""
+        size = f"{tokens} x {features}{self.columns}"
+        passes = "" if self.is_step else self.passes
+        parts = [OPERATIONS[self.operation], passes, size, self.dtype]
         if self.option != "plain":
             parts.append(self.option)
         if self.ignored:
@@ -128,20 +160,21 @@ class Case:
 
         From logits: the valid rows are read once, and with backward the whole gradient, with its
         zeros, is written once. From hidden states: the hidden states, the weight and their
-        gradients are moved once each.
+        gradients are moved once each, and what the reference of a preference step has is read.
         """
         size = self.torch_dtype.itemsize
         if self.is_linear:
             operands = (self.rows + self.columns) * self.features * size
-            return operands * (2 if self.has_backward else 1)
+            return operands * (self.has_backward + 1 + (self.operation == "preference"))
         read = self.valid_rows * self.columns * size
         return read + (self.logits_bytes if self.has_backward else 0)
 
     @property
     def flops(self) -> int:
-        """Floating-point operations: of the matrix products, or an estimate per logit."""
+        """Floating-point operations: of the projection's products, or an estimate per logit."""
         if self.is_linear:
             products = 3 if self.has_backward else 1
+            products += self.operation == "preference"
             return 2 * products * self.valid_rows * self.columns * self.features
         per_logit = _FORWARD_FLOPS + (_BACKWARD_FLOPS if self.has_backward else 0)
         return per_logit * self.valid_rows * self.columns

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case
-from llmloss_ext.linear.planning import row_stride
+from .cases import Case
 
 IGNORE_INDEX = -100
 _CONFIDENT = 64
 """One row in this many predicts its target with p = 0.99, where p - 1 cancels."""
+_ALIGNED_BYTES = 128
+"""Rows of a product begin at multiples of this: oneDNN is a third faster so."""
 _CHUNKS = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 8192)}
 
 
@@ -43,6 +44,11 @@ class LogitsInputs:
         self._sets = [self.logits.clone() for _ in range(copies)]
         self._turn = 0
         self._spoilt: Tensor | None = None
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """What a contender takes after the logits."""
+        return (self.target,)
 
     def next(self) -> Tensor:
         """The next copy of the logits, which needs no gradient."""
@@ -93,6 +99,11 @@ class LinearInputs:
         self.target = torch.randint(0, case.columns, (case.rows,), **like)
         _ignore(self.target, case, generator)
 
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """What a contender takes after hidden states and weight."""
+        return (self.target,)
+
     def fresh(self) -> tuple[Tensor, Tensor]:
         """Hidden states and weight, with their gradients cleared."""
         self.hidden.grad = self.weight.grad = None
@@ -119,9 +130,30 @@ class LinearInputs:
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
         hidden, weight = self.hidden.detach(), self.weight.detach()
         columns = weight.shape[0]
-        # The row stride is the one that the library uses for its products.
-        logits = hidden.new_zeros(max(self.product_chunks()), row_stride(columns, hidden.dtype))
+        unit = _ALIGNED_BYTES // hidden.element_size()
+        logits = hidden.new_zeros(max(self.product_chunks()), -(-columns // unit) * unit)
         return logits[:, :columns], torch.zeros_like(hidden), torch.zeros_like(weight)
+
+
+class PreferenceInputs(LinearInputs):
+    """A policy's hidden states and weight, and those of a reference that is close to it."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        generator = torch.Generator(case.device).manual_seed(1)
+        hidden, weight = (
+            t.detach() + scale * torch.randn(t.shape, generator=generator, device=case.device)
+            for t, scale in ((self.hidden, 0.05), (self.weight, 0.001))
+        )
+        self.reference_hidden = hidden.to(case.torch_dtype)
+        self.reference_weight = weight.to(case.torch_dtype)
+        self._shape = (case.sequences, case.rows // case.sequences)
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """The targets of the sequences, and the reference's hidden states and weight."""
+        hidden = self.reference_hidden.view(*self._shape, -1)
+        return self.target.view(self._shape), hidden, self.reference_weight
 
 
 class _Passed(torch.autograd.Function):

@@ -11,16 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmloss_ext
-from bench import peers
-from bench.cases import Case
-from bench.inputs import LinearInputs, LogitsInputs
+
+from . import peers, preference, training
+from .cases import Case, UnsupportedError
+from .inputs import LinearInputs, LogitsInputs, PreferenceInputs
 
 Loss = Callable[..., Tensor]
-"""Takes (logits, target) or (hidden, weight, target); returns the mean over the valid tokens."""
+"""Takes the arguments of a case, which get gradients, then its constants; returns the loss."""
 
-
-class UnsupportedError(Exception):
-    """The contender lacks the operation or the option, and is reported as unsupported."""
+Inputs = LogitsInputs | LinearInputs | training.ModelInputs
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,13 @@ def _with_entropy(beta: float, with_rank: bool) -> Loss:
 
 def compiled(case: Case) -> Loss:
     """The eager loss, compiled by torch.compile for the exact size."""
+    return _compiled(eager(case))
+
+
+def _compiled(loss: Loss) -> Loss:
     torch._dynamo.reset()
-    loss: Loss = torch.compile(eager(case), fullgraph=True, dynamic=False)
-    return loss
+    made: Loss = torch.compile(loss, fullgraph=True, dynamic=False)
+    return made
 
 
 def chunked(case: Case) -> Loss:
@@ -150,6 +153,8 @@ DENSE = {
         *_ALL,
         Contender("liger", _peer(peers.liger), overwrites=True),
         Contender("quack", _peer(peers.quack), overwrites=True),
+        Contender("flash-attn", _peer(peers.flash_attention), overwrites=True),
+        Contender("apex", _peer(peers.apex)),
     ]
 }
 LINEAR = {
@@ -162,7 +167,30 @@ LINEAR = {
         Contender("quack", _peer(peers.quack_linear)),
     ]
 }
-NAMES = tuple(dict.fromkeys([*DENSE, *LINEAR]))
+PREFERENCE = {
+    c.name: c
+    for c in [
+        Contender("llmloss", lambda case: preference.ours, is_ours=True),
+        Contender("torch", lambda case: preference.eager),
+        Contender("compile", lambda case: _compiled(preference.eager)),
+        Contender("liger", lambda case: peers.liger_dpo(preference.BETA)),
+    ]
+}
+TRAINING = {
+    c.name: c
+    for c in [
+        Contender("llmloss", lambda case: training.from_hidden(), is_ours=True),
+        Contender("llmloss logits", lambda case: training.from_logits(), is_ours=True),
+        Contender("torch", lambda case: training.stock()),
+    ]
+}
+TABLES = {
+    "cross_entropy": DENSE,
+    "linear_cross_entropy": LINEAR,
+    "preference": PREFERENCE,
+    "training_step": TRAINING,
+}
+NAMES = tuple(dict.fromkeys(name for table in TABLES.values() for name in table))
 """The names of all contenders, this library's first."""
 
 _NOT_COMPARED = {"V", "N", "D", "threads", "options", "ignored", "small"}
@@ -177,8 +205,7 @@ def contenders(case: Case, wanted: set[str] | None, absent: set[str]) -> list[Co
         wanted: The names of the other contenders; None for all that suit the case.
         absent: The names of contenders that cannot be imported.
     """
-    table = LINEAR if case.is_linear else DENSE
-    chosen = [c for c in table.values() if c.takes(case)]
+    chosen = [c for c in TABLES[case.operation].values() if c.takes(case)]
     if case.figure in _NOT_COMPARED:
         chosen = [c for c in chosen if c.is_ours or c.name == "torch"]
     if wanted is not None:
@@ -189,14 +216,14 @@ def contenders(case: Case, wanted: set[str] | None, absent: set[str]) -> list[Co
 class Step:
     """A contender's call on a case's inputs: `prepare` is not timed, `run` is."""
 
-    def __init__(self, case: Case, contender: Contender, inputs: LogitsInputs | LinearInputs):
+    def __init__(self, case: Case, contender: Contender, inputs: Inputs):
         self._case, self._inputs = case, inputs
         self._overwrites = contender.overwrites
         self._loss = contender.loss(case)
 
     def prepare(self) -> tuple[Tensor, ...]:
         """Makes fresh arguments."""
-        if isinstance(self._inputs, LinearInputs):
+        if not isinstance(self._inputs, LogitsInputs):
             return self._inputs.fresh()
         if not self._case.has_backward:
             return (self._inputs.next(),)
@@ -207,8 +234,8 @@ class Step:
         """Runs forward, and backward if the case includes it."""
         if not self._case.has_backward:
             with torch.no_grad():
-                return self._loss(*arguments, self._inputs.target)
-        loss = self._loss(*arguments, self._inputs.target)
+                return self._loss(*arguments, *self._inputs.constants)
+        loss = self._loss(*arguments, *self._inputs.constants)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -218,17 +245,29 @@ class Step:
             return self.run(*self.prepare()), ()
         leaves: tuple[Tensor, ...]
         arguments: tuple[Tensor, ...]
-        if isinstance(self._inputs, LinearInputs):
+        if not isinstance(self._inputs, LogitsInputs):
             leaves = arguments = self._inputs.fresh()
         else:
             leaves = (self._inputs.leaf(),)
             # A leaf must not be overwritten.
             arguments = (leaves[0].clone(),) if self._overwrites else leaves
-        loss = self._loss(*arguments, self._inputs.target)
+        loss = self._loss(*arguments, *self._inputs.constants)
         gradients = torch.autograd.grad(loss, leaves)
         return loss.detach(), gradients
 
 
-def make_inputs(case: Case) -> LogitsInputs | LinearInputs:
-    """Makes the tensors of a case."""
-    return LinearInputs(case) if case.is_linear else LogitsInputs(case)
+_INPUTS: dict[str, Callable[[Case], Inputs]] = {
+    "cross_entropy": LogitsInputs,
+    "linear_cross_entropy": LinearInputs,
+    "preference": PreferenceInputs,
+    "training_step": training.ModelInputs,
+}
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Makes the tensors of a case.
+
+    Raises:
+        UnsupportedError: A package that they need is not installed.
+    """
+    return _INPUTS[case.operation](case)

@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from bench.cases import FROM_HIDDEN, OPTIONS, PASSES, Case
+from .cases import FROM_HIDDEN, OPTIONS, PASSES, Case
 
-SUITES = ("quick", "cpu", "gpu", "full")
+SUITES = ("smoke", "quick", "cpu", "steps", "gpu", "full")
 
 _HALVES = ("float32", "bfloat16")
 _CURVE_V = (1024, 4096, 16384, 65536, 262144)
 _CURVE_N = (1, 16, 256, 4096)
 _CURVE_D = (64, 256, 1024)
+_SMALL_ROWS = (1, 16, 128)
 _OPTIONS = tuple(name for name in OPTIONS if name not in ("plain", *FROM_HIDDEN))
 
 
@@ -21,24 +22,37 @@ def suite(name: str, has_gpu: bool) -> list[Case]:
     """The cases of a suite.
 
     Args:
-        name: ``quick`` (under two minutes on two cores), ``cpu`` (what the README quotes), ``gpu``,
-            or ``full``: a denser grid on the GPU if there is one, else on the CPU.
+        name: ``smoke`` (whether it works, within half a minute), ``quick`` (under two minutes on
+            two cores), ``steps`` (a preference and a training step, float32 logits, small calls; on
+            the GPU if there is one), ``cpu`` (what the README quotes), ``gpu``, or ``full``:
+            a denser grid on the GPU if there is one, else on the CPU.
         has_gpu: Whether there is a CUDA device.
 
     Raises:
         ValueError: The name is unknown, or it is ``gpu`` and there is no CUDA device.
     """
+    if name == "smoke":
+        return list(_smoke("cuda" if has_gpu else "cpu"))
     if name == "quick":
         return list(_quick("cuda" if has_gpu else "cpu"))
     if name == "cpu":
         return list(_cpu())
+    if name == "steps":
+        return list(_steps_on_gpu() if has_gpu else _steps_on_cpu())
     if name in ("gpu", "full") and has_gpu:
         return list(_gpu()) + (list(_grid("cuda", 8192)) if name == "full" else [])
     if name == "full":
-        return [*_cpu(), *_grid("cpu", 512)]
+        return list(dict.fromkeys([*_cpu(), *_steps_on_cpu(), *_grid("cpu", 512)]))
     if name == "gpu":
         raise ValueError("the suite gpu needs a CUDA device, and torch sees none")
     raise ValueError(f"unknown suite {name}: {', '.join(SUITES)}")
+
+
+def _smoke(device: str) -> Iterator[Case]:
+    yield from _both_passes(64, 32000, "bfloat16", device)
+    yield _linear(64, 128, 32000, "float32", device)
+    yield _ignored(64, 32000, "bfloat16", 0.5, device)
+    yield from _small(device)
 
 
 def _quick(device: str) -> Iterator[Case]:
@@ -51,6 +65,8 @@ def _quick(device: str) -> Iterator[Case]:
     for option in ("plain", *FROM_HIDDEN):
         yield _linear(512, 256, 32000, "bfloat16", device, option=option)
     yield from _small(device)
+    yield _preference(2, 64, 256, 32000, "float32", device)
+    yield _training(2, 64, 64, 32000, "float32", device)
     yield from _curves("float32", device, (1024, 32000, 131072), (1, 128), 1 << 22)
 
 
@@ -91,6 +107,38 @@ def _gpu() -> Iterator[Case]:
     for passes in PASSES:
         yield _ignored(8192, 128256, "bfloat16", 0.5, "cuda", passes)
     yield from _small("cuda")
+    yield from _steps_on_gpu()
+
+
+def _steps_on_cpu() -> Iterator[Case]:
+    """Yields what the suite cpu does not have, whose committed results are older."""
+    for dtype in _HALVES:
+        yield _preference(2, 512, 768, 128256, dtype, "cpu")
+    yield _training(1, 512, 256, 131072, "float32", "cpu")
+    for option in ("plain", *FROM_HIDDEN):
+        yield _linear(2048, 768, 50257, "bfloat16", "cpu", option=option)
+    yield from _small("cpu", rows=_SMALL_ROWS)
+
+
+def _steps_on_gpu() -> Iterator[Case]:
+    yield _preference(2, 512, 768, 128256, "bfloat16", "cuda")
+    yield _preference(8, 1024, 4096, 128256, "bfloat16", "cuda")
+    yield _training(4, 2048, 1024, 128256, "bfloat16", "cuda")
+    yield from _small("cuda", rows=_SMALL_ROWS)
+
+
+def _preference(
+    sequences: int, length: int, features: int, columns: int, dtype: str, device: str
+) -> Case:
+    return Case("preference", "forward+backward", sequences * length, columns, dtype, features,
+                device=device, figure="steps", sequences=sequences)  # fmt: skip
+
+
+def _training(
+    sequences: int, length: int, features: int, columns: int, dtype: str, device: str
+) -> Case:
+    return Case("training_step", "forward+backward", sequences * length, columns, dtype, features,
+                device=device, figure="steps", sequences=sequences)  # fmt: skip
 
 
 def _grid(device: str, rows: int) -> Iterator[Case]:
@@ -135,11 +183,12 @@ def _linear(
                 figure=figure, option=option)  # fmt: skip
 
 
-def _small(device: str) -> Iterator[Case]:
+def _small(device: str, rows: tuple[int, ...] = (8,)) -> Iterator[Case]:
     """Yields small calls, whose cost is overhead."""
-    for passes in PASSES:
-        yield Case("cross_entropy", passes, 8, 1000, "float32", device=device, warm=True,
-                   figure="small")  # fmt: skip
+    for n in rows:
+        for passes in PASSES:
+            yield Case("cross_entropy", passes, n, 1000, "float32", device=device, warm=True,
+                       figure="small")  # fmt: skip
 
 
 def _curves(

@@ -15,6 +15,8 @@ PACKAGES = {
     "liger": ("liger-kernel", "liger_kernel.transformers.functional"),
     "cce": ("cut-cross-entropy", "cut_cross_entropy"),
     "quack": ("quack-kernels", "quack.cross_entropy"),
+    "flash-attn": ("flash-attn", "flash_attn.losses.cross_entropy"),
+    "apex": ("apex", "apex.contrib.xentropy"),
 }
 """The distribution and the module of each."""
 
@@ -60,6 +62,48 @@ def liger_linear(settings: Settings) -> Loss:
     return lambda hidden, weight, target: liger_fused_linear_cross_entropy(
         hidden, weight, target, **named
     )
+
+
+def liger_dpo(beta: float) -> Loss:
+    """Liger's DPO of hidden states, the chosen sequences first."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    dpo = LigerFusedLinearDPOLoss(beta=beta, use_ref_model=True)
+
+    def loss(
+        hidden: Tensor, weight: Tensor, target: Tensor, reference_hidden: Tensor,
+        reference_weight: Tensor,
+    ) -> Tensor:  # fmt: skip
+        made = dpo(weight, hidden.view(reference_hidden.shape), target, None, reference_hidden,
+                   reference_weight)  # fmt: skip
+        value: Tensor = made[0]
+        return value
+
+    return loss
+
+
+def flash_attention(settings: Settings) -> Loss:
+    """Flash-attention's cross entropy, whose gradient overwrites the logits."""
+    from flash_attn.losses.cross_entropy import CrossEntropyLoss
+
+    named = _named(settings, label_smoothing="label_smoothing", z_loss="lse_square_scale")
+    loss: Loss = CrossEntropyLoss(inplace_backward=True, **named)
+    return loss
+
+
+def apex(settings: Settings) -> Loss:
+    """Apex's cross entropy."""
+    from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
+
+    smoothing = _named(settings, label_smoothing="smoothing").get("smoothing", 0.0)
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        # (..., padding_idx, half_to_float)
+        losses = SoftmaxCrossEntropyLoss.apply(logits, target, smoothing, -100, True)
+        total: Tensor = losses.sum() / (target != -100).sum()
+        return total
+
+    return loss
 
 
 def cce(settings: Settings) -> Loss:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from bench.cases import Case
-from bench.contenders import DENSE, LINEAR, Step, make_inputs
 from llmloss_train.memory import PeakMeter
 
+from .cases import Case
+from .contenders import TABLES, Step, make_inputs
+
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 64 << 10
-_PRELOADED = ["bench.memory", "torch._dynamo", "torch._inductor"]
+_PRELOADED = ["llmloss_bench.memory", "torch._dynamo", "torch._inductor"]
 
 
 def peak_bytes(case: Case, name: str) -> int | None:
@@ -72,7 +73,7 @@ def _give_pages_back() -> None:
 
 
 def _step(case: Case, name: str) -> Step:
-    return Step(case, (LINEAR if case.is_linear else DENSE)[name], make_inputs(case))
+    return Step(case, TABLES[case.operation][name], make_inputs(case))
 
 
 def launches(step: Step) -> int | None:

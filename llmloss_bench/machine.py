@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from llmloss_ext.cli.info import ISAS
-from llmloss_ext.ops import kernels
+from llmloss_ext import __version__
+from llmloss_ext.cli import instruction_set
 
 IDENTITY = ("cpu", "threads", "gpu")
 """Runs that agree in these are comparable in absolute times."""
@@ -27,14 +27,24 @@ def machine() -> dict[str, object]:
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
-        "isa": ISAS[kernels.cpu_isa()],
+        "isa": instruction_set(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "torch": torch.__version__,
         "python": platform.python_version(),
         **_gpu(),
         "date": date.today().isoformat(),
-        "commit": _output(["git", "describe", "--always", "--dirty", "--abbrev=12"]),
+        "llmloss_ext": __version__,
+        **_commit(),
     }
+
+
+def _commit() -> dict[str, object]:
+    """Of the checkout that the library is in; nothing where it is installed."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return {}
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    return {"commit": _output(describe)}
 
 
 def _gpu() -> dict[str, object]:

@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.machine import IDENTITY
-from bench.results import Measurement, Results, Row
-from llmloss_ext.cli.errors import UserError
+from llmloss_ext.cli import UserError
+
+from .machine import IDENTITY
+from .results import Measurement, Results, Row
 
 TOLERANCE = 0.1
 """Relative changes up to this are noise: identical runs differ by as much."""

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from bench.report.tables import Table
+from .report.tables import Table
 
 _HAS_RICH = importlib.util.find_spec("rich") is not None
 
 
 @contextmanager
 def progress(cases: int) -> Iterator[Callable[[str, float], None]]:
-    """Yields a `bench.run.Progress`."""
+    """Yields a `run.Progress`."""
     if not _HAS_RICH or not sys.stdout.isatty():
         yield _lines(cases)
         return

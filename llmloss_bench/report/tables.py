@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from bench.contenders import NAMES
-from bench.peers import is_missing
-from bench.results import Measurement, Results, Row
+from ..contenders import NAMES
+from ..peers import is_missing
+from ..results import Measurement, Results, Row
 
 MIB = 2**20
 
@@ -38,6 +38,12 @@ def tables(results: Results) -> list[Table]:
         ),
         _by_contender("Error against float64: loss / gradient", rows, _error),
     ]
+    steps = [row for row in rows if row.case.operation == "training_step"]
+    if steps:
+        made.append(
+            _by_contender("Tokens per second of a training step", steps,
+                          lambda row, m: f"{row.case.rows / m.median:,.0f}" if m.median else "")
+        )  # fmt: skip
     if any(m.launches for row in rows for m in row.contenders.values()):
         made.append(
             _by_contender("Kernels, copies and fills per call", rows,

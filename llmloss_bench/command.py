@@ -1,44 +1,45 @@
-"""``python -m bench run | report | compare | trainer | readme``."""
+"""``llmloss bench``: the losses beside torch, other libraries and the machine's limits.
+
+``llmloss bench --vocab V --tokens N --hidden D`` measures a shape; ``run`` measures a suite.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llmloss_ext.cli.errors import OneLineParser, UserError, run_command
+from llmloss_ext.cli import INTERRUPTED, UserError, open_device
 
-ROUNDS = {"quick": 5, "cpu": 9, "gpu": 7, "full": 5}
+from . import missing_packages
 
+if TYPE_CHECKING:
+    from .results import Results
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Returns:
-        0; 1 after an error, a wrong result of this library, or a regression; 130 after Ctrl-C.
-    """
-    args = _parser().parse_args(argv)
-    interrupted = "interrupted; the results hold the finished cases"
-    return run_command("bench", lambda: int(args.command(args)), interrupted)
+ROUNDS = {"smoke": 3, "quick": 5, "cpu": 9, "steps": 7, "gpu": 7, "full": 5}
 
 
-class BenchParser(OneLineParser):
-    """Reports a wrong option in one line."""
+def add_parser(subparsers: Any) -> None:
+    """Adds the command's options, and the commands below it."""
+    from .suites import SUITES
 
-    program = "bench"
-
-
-def _parser() -> BenchParser:
-    from bench.suites import SUITES
-
-    parser = BenchParser(prog="python -m bench", description="Benchmarks the losses.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser = subparsers.add_parser(
+        "bench",
+        help="time the losses beside torch, others and the machine's limits",
+        description="Times the losses beside torch, other libraries and the machine's limits: for "
+        "a shape of your own, or by one of the commands.",
+    )
+    _add_shape(parser)
+    commands = parser.add_subparsers(title="commands", dest="action", metavar="COMMAND")
 
     run = commands.add_parser("run", help="measure a suite, and write results and a report")
     run.add_argument("--suite", choices=SUITES, default="quick", help="default: quick")
     run.add_argument(
-        "--peers", metavar="A,B", help='contenders besides llmloss (default: all); "none" for none'
+        "--peers",
+        metavar="A,B",
+        help='contenders besides llmloss (default: all, or torch in smoke); "none" for none',
     )
     run.add_argument(
         "--rounds",
@@ -52,12 +53,12 @@ def _parser() -> BenchParser:
     run.add_argument("--overwrite", action="store_true", help="replace earlier results")
     run.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     run.add_argument("--list", action="store_true", help="print the cases, measure nothing")
-    run.set_defaults(command=_run)
+    run.set_defaults(work=_run)
 
     report = commands.add_parser("report", help="write a page, Markdown and plots for a run")
     report.add_argument("results", type=Path, help="results.json, or its folder")
     report.add_argument("--out", type=Path, help="default: the folder of the results")
-    report.set_defaults(command=_report)
+    report.set_defaults(work=_report)
 
     compare = commands.add_parser(
         "compare", help="compare two runs; exit status 1 after a regression"
@@ -70,7 +71,7 @@ def _parser() -> BenchParser:
     compare.add_argument(
         "--other-machine", action="store_true", help="allow results from different machines"
     )
-    compare.set_defaults(command=_compare)
+    compare.set_defaults(work=_compare)
 
     trainer = commands.add_parser(
         "trainer",
@@ -82,24 +83,84 @@ def _parser() -> BenchParser:
         trainer.add_argument(f"--{name}", type=_at_least(least), default=default,
                              help=f"default: {default}")  # fmt: skip
     trainer.add_argument("--out", type=Path, default=Path("runs/bench"), help="default: runs/bench")
-    trainer.set_defaults(command=_trainer)
+    trainer.set_defaults(work=_trainer)
 
-    readme = commands.add_parser("readme", help="write the measured figures into README.md")
-    how = readme.add_mutually_exclusive_group()
-    how.add_argument("--check", action="store_true", help="only check that they are up to date")
-    how.add_argument("--demo", type=Path, metavar="RUN",
-                     help="first store the figures of this run of llmloss train")  # fmt: skip
-    readme.set_defaults(command=_readme)
-    return parser
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        0; 1 after a wrong result of this library, or a regression; 130 after Ctrl-C.
+    """
+    given = [name for name, value in vars(args).items() if name in _OF_SHAPE and value is not None]
+    if args.action and given:
+        option = given[0].removeprefix("shape_").replace("_", "-")
+        raise UserError(f"--{option} before {args.action}: a shape needs no command")
+    return int(args.work(args))
+
+
+_OF_SHAPE = tuple(
+    f"shape_{name}"
+    for name in ("vocab", "tokens", "hidden", "dtype", "device", "peers", "rounds", "no_memory")
+)
+"""Where the options of a shape are, which must not be those of a command of the same name."""
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
+    from .shape import DTYPES
+
+    shape = parser.add_argument_group("a shape of your own, forward and backward")
+    add = functools.partial(shape.add_argument, default=None)
+    for name, what in (("vocab", "classes, V"), ("tokens", "tokens, N"),
+                       ("hidden", "features, D (default: from logits alone)")):  # fmt: skip
+        least = 2 if name == "vocab" else 1
+        add(f"--{name}", type=_at_least(least), dest=f"shape_{name}", help=what)
+    add("--dtype", choices=DTYPES, dest="shape_dtype", help="default: bfloat16")
+    add("--device", dest="shape_device", help="cpu or cuda (default: cuda where there is one)")
+    add("--peers", metavar="A,B", dest="shape_peers",
+        help='contenders besides llmloss (default: all); "none" for none')  # fmt: skip
+    add("--rounds", type=_at_least(1), dest="shape_rounds",
+        help="measurements of each (default: 7)")  # fmt: skip
+    add("--no-memory", action="store_const", const=True, dest="shape_no_memory",
+        help="do not measure peak memory")  # fmt: skip
+    parser.set_defaults(work=_shape)
+
+
+def _shape(args: argparse.Namespace) -> int:
+    if args.shape_vocab is None or args.shape_tokens is None:
+        raise UserError(
+            "llmloss bench needs a command (run, report, compare, trainer), or a shape: --vocab "
+            "and --tokens, and --hidden for a loss from hidden states"
+        )
+    import torch
+
+    from .report.tables import missing
+    from .run import Runner
+    from .shape import cases_of, table
+    from .terminal import progress, show
+
+    name = args.shape_device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = open_device(name).type
+    cases = cases_of(args.shape_vocab, args.shape_tokens, args.shape_hidden,
+                     args.shape_dtype or "bfloat16", device)  # fmt: skip
+    wanted = _names(args.shape_peers)
+    runner = Runner("shape", args.shape_rounds or 7, None, wanted, not args.shape_no_memory)
+    with progress(len(cases)) as say:
+        results = runner.run(cases, say)
+    show([table(results)])
+    for line in missing(results):
+        print(line)
+    return _status(results)
 
 
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from bench.report.tables import missing, tables
-    from bench.run import Runner
-    from bench.suites import suite
-    from bench.terminal import progress, show
+    from .report.tables import missing, tables
+    from .results import FILE
+    from .run import Runner
+    from .suites import suite
+    from .terminal import progress, show
 
     try:
         cases = suite(args.suite, torch.cuda.is_available())
@@ -112,43 +173,55 @@ def _run(args: argparse.Namespace) -> int:
         for case in cases:
             print(f"{case.figure:<8} {case.label}")
         return 0
-    wanted = None if args.peers is None else set(args.peers.split(",")) - {"", "none"}
+    wanted = _names("torch" if args.peers is None and args.suite == "smoke" else args.peers)
     rounds = args.rounds or ROUNDS[args.suite]
     runner = Runner(args.suite, rounds, args.out, wanted, not args.no_memory, args.overwrite)
     try:
         with progress(len(cases)) as say:
             runner.run(cases, say)
+    except KeyboardInterrupt:
+        print("llmloss: interrupted; the results hold the finished cases", file=sys.stderr)
+        return INTERRUPTED
     finally:
         # Also after an interruption: the finished cases count.
-        report = _try_report(runner.path)
+        report = _try_report(args.out / FILE)
     results = runner.results
     made = tables(results)
     show([made[0], made[-1]])
     for line in missing(results):
         print(line)
-    print(f"results  {runner.path}\nreport   {report}")
+    print(f"results  {args.out / FILE}\nreport   {report}")
+    return _status(results)
+
+
+def _names(peers: str | None) -> set[str] | None:
+    return None if peers is None else set(peers.split(",")) - {"", "none"}
+
+
+def _status(results: Results) -> int:
+    """1, and a line for each, if a loss of this library is wrong or failed."""
     bad = [f"{row.case.label}, {name}: {m.reason}" for row in results.rows
            for name, m in row.contenders.items()
            if name.startswith("llmloss") and m.status in ("wrong", "failed")]  # fmt: skip
     for line in bad:
-        print(f"bench: llmloss is wrong or failed: {line}", file=sys.stderr)
+        print(f"llmloss: error: llmloss is wrong or failed: {line}", file=sys.stderr)
     return 1 if bad else 0
 
 
 def _try_report(results: Path) -> str:
     """Writes the report, and returns its path, or else why there is none: results come first."""
     try:
-        from bench.report.page import write_report
+        from .report.page import write_report
     except ImportError as error:
-        return f"not made: {error}; to make it elsewhere: python -m bench report {results}"
+        return f"not made: {error}; to make it elsewhere: llmloss bench report {results}"
     return str(write_report(results, results.parent)[0])
 
 
 def _trainer(args: argparse.Namespace) -> int:
     import torch
 
-    from bench.terminal import progress, show
-    from bench.trainer import CONTENDERS, Sizes, compare
+    from .terminal import progress, show
+    from .trainer import CONTENDERS, Sizes, compare
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = Sizes(args.vocab, args.hidden, args.layers, args.tokens, args.steps, device)
@@ -160,7 +233,11 @@ def _trainer(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from bench.report.page import write_report
+    missing = missing_packages()
+    if missing:
+        names = ", ".join(missing)
+        raise UserError(f"llmloss bench report needs {names}: pip install 'llmloss_ext[bench]'")
+    from .report.page import write_report
 
     folder = args.results if args.results.is_dir() else args.results.parent
     for path in write_report(args.results, args.out or folder):
@@ -169,8 +246,8 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from bench.compare import TOLERANCE, compare
-    from bench.results import Results
+    from .compare import TOLERANCE, compare
+    from .results import Results
 
     tolerance = TOLERANCE if args.tolerance is None else args.tolerance
     before, after = Results.load(args.before), Results.load(args.after)
@@ -185,20 +262,6 @@ def _compare(args: argparse.Namespace) -> int:
     print(f"{worse} worse, {better} better, {len(changes)} compared (tolerance "
           f"{tolerance:.0%})")  # fmt: skip
     return 1 if worse else 0
-
-
-def _readme(args: argparse.Namespace) -> int:
-    from bench.demo import keep
-    from bench.readme import is_current, update
-
-    if args.demo:
-        print(keep(args.demo))
-    if args.check:
-        if is_current():
-            return 0
-        raise UserError("README.md does not hold the committed figures: run python -m bench readme")
-    print("README.md is updated" if update() else "README.md was up to date")
-    return 0
 
 
 def _at_least(least: int):  # type: ignore[no-untyped-def]
@@ -216,7 +279,3 @@ def _share(text: str) -> float:
     if not 0.0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number >= 0, got {text}")
     return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())
