@@ -84,7 +84,7 @@ def _parser() -> BenchParser:
     trainer.add_argument("--out", type=Path, default=Path("runs/bench"), help="default: runs/bench")
     trainer.set_defaults(command=_trainer)
 
-    readme = commands.add_parser("readme", help="write the measured figures into README.md")
+    readme = commands.add_parser("readme", help="write the measured figures into README and docs/")
     how = readme.add_mutually_exclusive_group()
     how.add_argument("--check", action="store_true", help="only check that they are up to date")
     how.add_argument("--demo", type=Path, metavar="RUN",
@@ -189,15 +189,15 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _readme(args: argparse.Namespace) -> int:
     from bench.demo import keep
-    from bench.readme import is_current, update
+    from bench.readme import outdated, update
 
     if args.demo:
         print(keep(args.demo))
     if args.check:
-        if is_current():
-            return 0
-        raise UserError("README.md does not hold the committed figures: run python -m bench readme")
-    print("README.md is updated" if update() else "README.md was up to date")
+        if pages := ", ".join(outdated()):
+            raise UserError(f"not of the committed figures: {pages}; run python -m bench readme")
+        return 0
+    print(f"written: {', '.join(update()) or 'nothing, all were up to date'}")
     return 0
 
 
