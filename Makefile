@@ -47,7 +47,7 @@ needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: sk
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
 .PHONY: help setup build quick debug demo demo-distributed test test-frameworks test-torch-211 \
-  kernel-repo check format lint types style cpp-test sanitize mutants bench bench-readme clean
+  kernel-repo docs check format lint types style cpp-test sanitize mutants bench bench-readme clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -143,6 +143,12 @@ $(KERNEL_REPO): $(EXTENSION) tools/kernel_repo.py $(shell find llmloss_ext -name
 	@touch $@
 
 kernel-repo: build $(KERNEL_REPO)  ## Lays out build/kernel-repo, for Hugging Face's kernel hub
+
+# Only the package, the committed results and what is installed: no network.
+docs: build  ## Builds the documentation as a site, build/docs/index.html (under a minute)
+	@$(call needs,sphinx); rm -rf build/docs && OMP_NUM_THREADS=1 $(PY) -m sphinx -q -E -W --keep-going \
+	  -c docs -d build/doctrees . build/docs
+	@echo "build/docs/index.html"
 
 # The tests that catch most for their time: definitions, values and gradients of every function.
 QUICK := tests/test_definitions.py tests/test_cross_entropy.py tests/test_token_stats.py tests/test_inplace.py \

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -57,6 +58,16 @@ def escape(app: Sphinx, what: str, name: str, thing: object, options: object, li
         lines[at] = "".join(parts)
 
 
+def without_overloads(analyzer: ModuleAnalyzer) -> None:
+    """Overloads are for type checkers; readers want the one signature with every option."""
+    _analyze(analyzer)
+    analyzer.overloads = {}
+
+
+_analyze = ModuleAnalyzer.analyze
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    ModuleAnalyzer.analyze = without_overloads
     app.connect("autodoc-process-docstring", escape, priority=1)  # before napoleon
