@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from bench import demo
 from bench.cases import Case
@@ -68,8 +69,12 @@ def update() -> list[str]:
     changed = outdated()
     for page, text in changed.items():
         with writing(ROOT / page):
-            replace_file(ROOT / page, lambda file, text=text: file.write(text.encode()))
+            replace_file(ROOT / page, partial(_write, text))
     return list(changed)
+
+
+def _write(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
 
 
 def _machine(results: Results) -> str:
@@ -100,8 +105,13 @@ class _Words(NamedTuple):
 
 
 _ENGLISH = _Words(
-    columns=("work", "time", "than eager torch", "than torch.compile",
-             "peak MiB: eager / compiled / here"),
+    columns=(
+        "work",
+        "time",
+        "than eager torch",
+        "than torch.compile",
+        "peak MiB: eager / compiled / here",
+    ),
     label="{place}, {work}, {size}, {dtype}",
     work={
         "forward": "loss",
@@ -115,7 +125,13 @@ _ENGLISH = _Words(
     "beyond the inputs, gradients included, where it was measured.",
 )
 _CHINESE = _Words(
-    columns=("计算内容", "耗时", "相对 eager torch", "相对 torch.compile", "峰值 MiB：eager / compile / 本库"),
+    columns=(
+        "计算内容",
+        "耗时",
+        "相对 eager torch",
+        "相对 torch.compile",
+        "峰值 MiB：eager / compile / 本库",
+    ),
     label="{place}，{work}，{size}，{dtype}",
     work={
         "forward": "损失",

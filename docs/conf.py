@@ -1,7 +1,7 @@
 """The site of the documentation: `make docs` builds it, without a network.
 
-Its root is the repository's, so a link between two Markdown files leads to the same place on the site
-as it does among the sources. It holds `docs/` and the few pages that these link to.
+Its root is the repository's, so that a link between two Markdown files leads to the same place on
+the site as among the sources. It holds `docs/` and the few pages that these link to.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ root_doc = "docs/index"
 include_patterns = ["docs/**.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/results/*/report.md"]
 exclude_patterns = [".*", "build", "dist", "runs", "docs/_*", "**/__pycache__"]
 
+highlight_language = "none"  # of blocks that name none
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_heading_anchors = 4
 
@@ -46,12 +47,15 @@ html_css_files = ["site.css"]
 templates_path = ["_templates"]
 html_additional_pages = {"index": "to_start.html"}  # the root of the site leads to docs/index.html
 html_copy_source = False
+html_show_copyright = False
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
 
-def escape(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Docstrings are plain text, in which |x| is a magnitude; reStructuredText would substitute x."""
+def escape(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Keeps |x| a magnitude: docstrings are plain text, and reStructuredText would substitute x."""
     for at, line in enumerate(lines):
         parts = re.split(r"(`+[^`]*`+)", line)
         parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]

@@ -1,4 +1,4 @@
-"""The pages of the documentation as the tests read them: blocks of code, links, headings, tables."""
+"""The pages of the documentation as the tests read them: blocks of code, links, headings."""
 
 from __future__ import annotations
 

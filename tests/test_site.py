@@ -190,7 +190,9 @@ def public_names() -> list[str]:
               if not hasattr(llmloss_ext, n)]  # fmt: skip
     for path in sorted(INTEGRATIONS.glob("[!_]*.py")):
         if path.stem not in MACHINERY:  # read, not imported: some need their package
-            assigned = re.search(r"^__all__ = (\[.*?\])", path.read_text(), re.MULTILINE | re.DOTALL)
+            assigned = re.search(
+                r"^__all__ = (\[.*?\])", path.read_text(), re.MULTILINE | re.DOTALL
+            )
             of = f"llmloss_ext.integrations.{path.stem}"
             names += [f"{of}.{name}" for name in ast.literal_eval(assigned[1])]
     return names
@@ -338,7 +340,8 @@ def test_a_quoted_signature(module, package, quoted):
 def parameters(function: ast.FunctionDef) -> list[tuple[str, Any]]:
     """Names, with the default as text, None without one, and ... if it is not a literal."""
     arguments = function.args
-    assert not (arguments.kwonlyargs or arguments.vararg or arguments.kwarg)
+    others = [*arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    assert not any(others)
     names = [a.arg for a in arguments.args]
     defaults = [default_of(d) for d in arguments.defaults]
     return list(zip(names, [None] * (len(names) - len(defaults)) + defaults, strict=True))

@@ -68,7 +68,7 @@ def test_the_demo_keeps_what_a_run_says(tmp_path, monkeypatch):
     assert "180 steps in 2:14 minutes" in text
     # By the command, which then writes README.
     demo.KEPT.unlink()
-    monkeypatch.setattr(readme, "update", lambda: [])
+    monkeypatch.setattr(readme, "update", list)
     assert main(["readme", "--demo", str(tmp_path)]) == 0
     assert demo.render() == text
     with pytest.raises(SystemExit):
