@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import xml.etree.ElementTree as ET
 
 import pytest
 
-from bench import demo, readme
+from bench import curve, demo, readme
 from bench.__main__ import main
 from bench.results import Results
 from llmloss_ext.cli.errors import UserError
@@ -55,15 +56,34 @@ def test_figures_are_written_where_they_have_changed(tmp_path, monkeypatch):
     assert list(readme.outdated()) == ["b.md"]
 
 
+def test_the_curve_is_that_of_its_data():
+    text = (demo.KEPT.parent / curve.DATA).read_text()
+    assert len(json.loads(text)["points"]) > 20
+    plot = demo.KEPT.parent / curve.PLOT
+    assert curve.digest(text) in plot.read_text()
+    assert curve.digest(text) in curve.draw(text)
+    assert "curve.svg" in (readme.ROOT / "docs" / "training-demo.md").read_text()
+
+
 def test_the_demo_keeps_what_a_run_says(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "KEPT", tmp_path / "kept" / "summary.json")
     with pytest.raises(UserError, match="make demo"):
         demo.keep(tmp_path)
     losses = [{"kind": "linear", "loss": 7.1, "seconds": 0.5, "peak_bytes": 192 << 20}]
-    summary = {"steps": 180, "seconds": 133.6, "validation_loss": [11.81, 6.5], "losses": losses,
+    summary = {"run": "2 layers", "steps": 180, "seconds": 133.6, "validation_loss": [11.81, 6.5], "losses": losses,
                "peak_bytes": 766 << 20, "micro_batch_tokens": 1024}  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        demo.keep(tmp_path)
+    records = [
+        {"kind": "train", "step": 5, "loss": 11.5},
+        {"kind": "validation", "step": 5, "loss": 11.25},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     demo.keep(tmp_path)
+    kept = json.loads((tmp_path / "kept" / curve.DATA).read_text())
+    assert kept["points"] == [["train", 5, 11.5], ["validation", 5, 11.25]]
+    ET.parse(tmp_path / "kept" / curve.PLOT)
     text = demo.render()
     assert "180 steps in 2:14 minutes" in text
     # By the command, which then writes README.
