@@ -55,7 +55,12 @@ pygments_dark_style = "github-dark"
 def escape(
     app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
 ) -> None:
-    """Keeps |x| a magnitude: docstrings are plain text, and reStructuredText would substitute x."""
+    """Keeps |x| a magnitude: docstrings are plain text, and reStructuredText would substitute x.
+
+    And a colon in a sentence on an attribute, before which napoleon would see a type.
+    """
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, r"\ ")  # which shows nothing
     for at, line in enumerate(lines):
         parts = re.split(r"(`+[^`]*`+)", line)
         parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]

@@ -70,8 +70,8 @@ def test_the_demo_keeps_what_a_run_says(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="make demo"):
         demo.keep(tmp_path)
     losses = [{"kind": "linear", "loss": 7.1, "seconds": 0.5, "peak_bytes": 192 << 20}]
-    summary = {"run": "2 layers", "steps": 180, "seconds": 133.6, "validation_loss": [11.81, 6.5], "losses": losses,
-               "peak_bytes": 766 << 20, "micro_batch_tokens": 1024}  # fmt: skip
+    summary = {"run": "2 layers", "steps": 180, "seconds": 133.6, "validation_loss": [11.81, 6.5],
+               "losses": losses, "peak_bytes": 766 << 20, "micro_batch_tokens": 1024}  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     with pytest.raises(UserError, match="metrics.jsonl"):
         demo.keep(tmp_path)
