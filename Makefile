@@ -47,7 +47,8 @@ needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: sk
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
 .PHONY: help setup build quick debug demo demo-distributed test test-frameworks test-torch-211 \
-  kernel-repo wheel wheel-test check format lint types style cpp-test sanitize mutants bench bench-readme clean
+  kernel-repo wheel wheel-test docs check format lint types style cpp-test sanitize mutants bench \
+  bench-readme clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -152,6 +153,12 @@ wheel: build  ## Builds and checks build/dist: a wheel and a source distribution
 # WHEEL_PYTHONS="python3.12 python3.13": others to try it with, each of which has a torch.
 wheel-test: wheel  ## Installs the wheel where there is no compiler, and runs what a user runs first
 	@$(PY) -m tools.wheel_try $(addprefix --python ,$(WHEEL_PYTHONS))
+
+# Only the package, the committed results and what is installed: no network.
+docs: build  ## Builds the documentation as a site, build/docs/index.html (under a minute)
+	@$(call needs,sphinx); rm -rf build/docs && OMP_NUM_THREADS=1 $(PY) -m sphinx -q -E -W --keep-going \
+	  -c docs -d build/doctrees . build/docs
+	@echo "build/docs/index.html"
 
 # The tests that catch most for their time: definitions, values and gradients of every function.
 QUICK := tests/test_definitions.py tests/test_cross_entropy.py tests/test_token_stats.py tests/test_inplace.py \

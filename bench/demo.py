@@ -7,24 +7,32 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bench import curve
 from llmloss_bench.machine import machine
 from llmloss_bench.report.tables import Table, mebibytes, milliseconds
 from llmloss_ext.cli import UserError
 from llmloss_train.files import replace_file, writing
+from llmloss_train.report import Reference
 
 KEPT = Path(__file__).parent / "results" / "demo" / "summary.json"
 
 
 def keep(folder: Path) -> Path:
-    """Stores the summary of the run of ``llmloss train`` in ``folder``, with this machine's facts.
+    """Stores a run of ``llmloss train``: its summary with this machine's facts, and its curve.
+
+    Args:
+        folder: The run's.
 
     Raises:
-        UserError: There is no summary, or it cannot be read.
+        UserError: There is no summary or no metrics, or they cannot be read.
     """
     summary = _load(folder / "summary.json") | {"machine": machine()}
+    records = Reference.of(folder).records
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     with writing(KEPT):
         replace_file(KEPT, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
+    title = f"{summary['run']} ({summary['machine']['date']})"
+    curve.keep(records, title, KEPT.parent)
     return KEPT
 
 

@@ -1,7 +1,7 @@
-"""README's figures, written from the committed results so that the two agree.
+"""The figures of README and of the documentation, written from the committed results.
 
-``BLOCKS[NAME]`` makes the text between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``.
-``python -m bench.readme`` writes it.
+``BLOCKS[NAME]`` makes the text between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``, which
+stands once on the page that `PAGES` says. ``python -m bench.readme`` writes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from bench import demo
 from llmloss_bench.cases import Case
@@ -22,15 +24,21 @@ from llmloss_ext.cli.errors import OneLineParser, run_command
 from llmloss_train.files import replace_file, writing
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = {
+    "README.md": ("summary",),
+    "README.zh.md": ("summary-zh",),
+    "docs/speed.md": ("machine", "speed", "options", "linear", "gpu"),
+    "docs/training-demo.md": ("demo",),
+}
+"""The blocks of each page."""
 CPU_RESULTS = ROOT / "bench" / "results" / "cpu"
 GPU_RESULTS = ROOT / "bench" / "results" / "h200"
 
 _BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 
 
-def render(text: str, results: Results) -> str:
-    """Fills in the blocks of a text.
+def render(page: str, text: str, results: Results) -> str:
+    """Fills in the blocks of the text of a page.
 
     Raises:
         UserError: A block is unknown or missing.
@@ -40,31 +48,36 @@ def render(text: str, results: Results) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match[2]
         if name not in BLOCKS:
-            raise UserError(f"README.md has an unknown block bench:{name}")
+            raise UserError(f"{page} has an unknown block bench:{name}")
         seen.append(name)
         return f"{match[1]}{BLOCKS[name](results)}\n{match[3]}"
 
     text = _BLOCK.sub(fill, text)
-    if sorted(seen) != sorted(BLOCKS):
-        raise UserError(f"README.md must have each block once: {', '.join(BLOCKS)}; has {seen}")
+    if sorted(seen) != sorted(PAGES[page]):
+        wanted = ", ".join(PAGES[page])
+        raise UserError(f"{page} must have each of its blocks once: {wanted}; has {seen}")
     return text
 
 
-def is_current() -> bool:
-    """Whether README.md holds the committed figures."""
-    text = README.read_text(encoding="utf-8")
-    return text == render(text, Results.load(CPU_RESULTS))
+def outdated() -> dict[str, str]:
+    """The pages that do not hold the committed figures, as they would."""
+    results = Results.load(CPU_RESULTS)
+    texts = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    filled = {page: render(page, text, results) for page, text in texts.items()}
+    return {page: text for page, text in filled.items() if text != texts[page]}
 
 
-def update() -> bool:
-    """Writes the committed figures to README.md; returns whether it changed."""
-    text = README.read_text(encoding="utf-8")
-    filled = render(text, Results.load(CPU_RESULTS))
-    if filled == text:
-        return False
-    with writing(README):
-        replace_file(README, lambda file: file.write(filled.encode()))
-    return True
+def update() -> list[str]:
+    """Writes the committed figures to the pages; returns those that have changed."""
+    changed = outdated()
+    for page, text in changed.items():
+        with writing(ROOT / page):
+            replace_file(ROOT / page, partial(_write, text))
+    return list(changed)
+
+
+def _write(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
 
 
 def _machine(results: Results) -> str:
@@ -83,22 +96,102 @@ def _rounds(results: Results) -> str:
     return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
 
 
-def _headline(results: Results) -> str:
-    """The largest float32 loss from logits, forward and backward, in a sentence."""
-    rows = [
-        row
-        for row in results.of_figure("peers")
-        if row.case.has_backward and not row.case.is_linear and row.case.dtype == "float32"
+class _Words(NamedTuple):
+    """What `_summary` says, in one language."""
+
+    columns: tuple[str, ...]
+    label: str
+    work: dict[str, str]
+    faster: str
+    on_cpu: str
+    on_gpu: str
+
+
+_ENGLISH = _Words(
+    columns=(
+        "work",
+        "time",
+        "than eager torch",
+        "than torch.compile",
+        "peak MiB: eager / compiled / here",
+    ),
+    label="{place}, {work}, {size}, {dtype}",
+    work={
+        "forward": "loss",
+        "forward+backward": "loss and gradient",
+        "inplace": "loss and gradient, in place",
+        "linear": "from hidden states",
+    },
+    faster="{}x faster",
+    on_cpu="CPU: {threads} cores of {cpu}, torch {torch}, {date}. ",
+    on_gpu="GPU: one {gpu}, torch {torch}, {date}. Medians of interleaved rounds; memory "
+    "beyond the inputs, gradients included, where it was measured.",
+)
+_CHINESE = _Words(
+    columns=(
+        "计算内容",
+        "耗时",
+        "相对 eager torch",
+        "相对 torch.compile",
+        "峰值 MiB：eager / compile / 本库",
+    ),
+    label="{place}，{work}，{size}，{dtype}",
+    work={
+        "forward": "损失",
+        "forward+backward": "损失和梯度",
+        "inplace": "损失和梯度，原地",
+        "linear": "从隐藏状态出发",
+    },
+    faster="{} 倍速",
+    on_cpu="CPU：{cpu}，{threads} 核，torch {torch}，{date}。",
+    on_gpu="GPU：一块 {gpu}，torch {torch}，{date}。各方案交错轮流计时，取中位数；"
+    "内存含梯度、不含输入，空格表示未测得。",
+)
+_QUOTED_VOCABULARY = 128256
+"""Llama 3's: the dense cases of the summary."""
+
+
+def _summary(results: Results, words: _Words) -> str:
+    """What most people want to know: a CPU and a GPU, from logits and from hidden states."""
+    gpu = Results.load(GPU_RESULTS)
+    lines = []
+    for place, of, dtype in (("CPU", results, "float32"), ("GPU", gpu, "bfloat16")):
+        for row, name, work in _quoted(of, dtype):
+            size = row.case.label.split(", ")[-2]
+            ratios = [row.times_faster(than, name) for than in ("torch", "compile")]
+            lines.append([
+                words.label.format(place=place, work=words.work[work], size=size, dtype=dtype),
+                _duration(row, name),
+                *("" if r is None else words.faster.format(_two_digits(r)) for r in ratios),
+                _memory(row, name),
+            ])  # fmt: skip
+    table = Table("", list(words.columns), lines).markdown()
+    facts = words.on_cpu.format(**results.machine) + words.on_gpu.format(**gpu.machine)
+    return f"{table}\n\n{facts}"
+
+
+def _quoted(results: Results, dtype: str) -> list[tuple[Row, str, str]]:
+    """Rows, with a contender and the work that it does there."""
+    rows = [row for row in results.of_figure("peers") if row.case.dtype == dtype]
+    dense = [r for r in rows if not r.case.is_linear and r.case.columns == _QUOTED_VOCABULARY]
+    most = max(row.case.rows for row in dense)
+    quoted = [(r, "llmloss", r.case.passes) for r in dense if r.case.rows == most]
+    quoted += [
+        (row, "llmloss inplace", "inplace")
+        for row, *_ in quoted
+        if "llmloss inplace" in row.contenders
     ]
-    row = max(rows, key=lambda row: row.case.columns)
-    plain, inplace = (
-        [_faster(row, than, who).removesuffix(" faster") for than in ("torch", "compile")]
-        for who in ("llmloss", "llmloss inplace")
-    )
-    return (
-        f"On a CPU, {row.case.label} logits: {plain[0]} faster than eager torch and {plain[1]} "
-        f"than torch.compile; in place {inplace[0]} and {inplace[1]} ([more](#speed))."
-    )
+    return quoted + [(row, "llmloss", "linear") for row in rows if row.case.is_linear]
+
+
+def _two_digits(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio >= 2 else f"{ratio:.2f}"
+
+
+def _memory(row: Row, name: str) -> str:
+    """Of eager torch, of torch.compile and ours; nothing where one was not measured."""
+    peaks = [row.contenders[who].peak_bytes for who in ("torch", "compile", name)]
+    return " / ".join(map(mebibytes, peaks)) if all(peaks) else ""
 
 
 def _speed(results: Results) -> str:
@@ -243,7 +336,8 @@ def _times_faster(few: Row | None, whole: Row) -> str:
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
-    "headline": _headline,
+    "summary": lambda results: _summary(results, _ENGLISH),
+    "summary-zh": lambda results: _summary(results, _CHINESE),
     "machine": _machine,
     "speed": _speed,
     "linear": _linear,
@@ -263,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the figures, or checks them.
 
     Returns:
-        0; 1 after an error, or if README.md is out of date; 130 after Ctrl-C.
+        0; 1 after an error, or if a page is out of date; 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
     return run_command("bench", lambda: _run(args))
@@ -271,7 +365,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> ReadmeParser:
     parser = ReadmeParser(
-        prog="python -m bench.readme", description="Writes the measured figures into README.md."
+        prog="python -m bench.readme",
+        description="Writes the measured figures into README and docs/.",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--check", action="store_true", help="only check that they are up to date")
@@ -284,10 +379,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.demo:
         print(demo.keep(args.demo))
     if args.check:
-        if is_current():
-            return 0
-        raise UserError("README.md does not hold the committed figures: python -m bench.readme")
-    print("README.md is updated" if update() else "README.md was up to date")
+        if pages := ", ".join(outdated()):
+            raise UserError(f"not of the committed figures: {pages}; run python -m bench.readme")
+        return 0
+    print(f"written: {', '.join(update()) or 'nothing, all were up to date'}")
     return 0
 
 
