@@ -178,9 +178,9 @@ def test_distillation_from_logits_works_on_a_chunk_at_a_time(monkeypatch):
     seen = []
     right = rowwise.masked
 
-    def masked(function, valid, student, *others):
+    def masked(function, valid, student, *others, **shared):
         seen.append(student.shape[0])
-        return right(function, valid, student, *others)
+        return right(function, valid, student, *others, **shared)
 
     monkeypatch.setattr(rowwise, "masked", masked)
     student = torch.randn(600, 100_000, requires_grad=True)

@@ -265,8 +265,8 @@ def plan(
             upcast = _upcast_bytes(chunk, features, vocab_size, has_float32_logits=is_wide)
             beside = max(beside, with_input * gathered + upcast)
         if with_weight and not is_narrow and dtype != torch.float16:
-            sums = _block_bytes(dtype, held_dtype, features, vocab_size, is_added=chunks > 1)
-            beside = max(beside, sums)
+            block = _block_bytes(dtype, held_dtype, features, vocab_size, is_added=chunks > 1)
+            beside = max(beside, block)
     working += gathered + beside
     return Plan(
         tokens=tokens,
