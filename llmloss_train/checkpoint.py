@@ -71,8 +71,14 @@ def load(folder: Path) -> dict[str, Any]:
         raise UserError(f"nothing to resume: there is no {path}")
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file fails anywhere in torch's reader
+    except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
+    except Exception as error:  # a broken file fails anywhere in torch's reader
+        # Not in torch's words, which advise to let the file run code.
+        kind = type(error).__name__
+        raise UserError(
+            f"cannot read the checkpoint {path}: it is damaged, or no checkpoint ({kind})"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of llmloss")
     return state
