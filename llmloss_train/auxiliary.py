@@ -12,6 +12,7 @@ from llmloss_ext import linear_cross_entropy
 from llmloss_ext.losses import contrastive_loss, mask_tokens, mlm_loss
 from llmloss_ext.training import count_items
 
+from .adversary import Adversary
 from .config import TrainConfig
 from .model import GPT
 from .parallel import Layout, local
@@ -39,10 +40,14 @@ class Auxiliary:
         self._items = torch.ones((), dtype=torch.int64)
         self._further_labels: list[list[Tensor]] = []
         self._further_items: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._target_items = self._items
         every = {
             "contrastive": config.contrastive,
             "mlm": config.mlm,
             "mtp": _FURTHER_WEIGHT if config.mtp else 0.0,
+            "adversarial": config.adversarial,
+            "discriminator": 1.0 if config.adversarial else 0.0,
         }
         self.weights = {name: weight for name, weight in every.items() if weight}
 
@@ -57,6 +62,9 @@ class Auxiliary:
             self._mask([inputs for inputs, _ in step])
         if "mtp" in self.weights:
             self._look_further([targets for _, targets in step])
+        if "adversarial" in self.weights:
+            self._targets = [targets[self._layout.rows(len(targets))] for _, targets in step]
+            self._target_items = self._layout.divisor(count_items(t for _, t in step))
 
     def _mask(self, inputs: list[Tensor]) -> None:
         vocab_size = self._model.head.weight.shape[0]
@@ -84,11 +92,17 @@ class Auxiliary:
             micro_batch: The index of the micro-batch in the step.
             hidden: Its hidden states (B, S, D).
         """
-        every = {
+        every: dict[str, Callable[[], Tensor]] = {
             "contrastive": partial(self._contrastive, hidden),
             "mlm": partial(self._masked, micro_batch, hidden.device),
             "mtp": partial(self._further, micro_batch, hidden),
         }
+        if "adversarial" in self.weights:
+            device = hidden.device
+            targets, items = self._targets[micro_batch].to(device), self._target_items.to(device)
+            adversary = Adversary(self._model, hidden, targets, items)
+            every["adversarial"] = adversary.of_model
+            every["discriminator"] = adversary.of_discriminator
         return {name: every[name] for name in self.weights}
 
     def _contrastive(self, hidden: Tensor) -> Tensor:

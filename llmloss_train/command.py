@@ -64,6 +64,8 @@ def add_parser(subparsers: Any) -> None:
     add("contrastive", _weight, "weight of a contrastive loss between the halves of each sequence")
     add("mlm", _weight, "weight of a masked language modelling loss")
     add("mtp", _count, "predict so many tokens after the next one too, with weight 0.3 in all")
+    add("adversarial", _weight, "weight of a loss against a discriminator of sampled tokens, which "
+        "is trained beside the model")  # fmt: skip
     add("on-spike", str, "reaction to a spike of the loss: mark it, skip the step, lower the "
         "learning rate by half, or off; a step that is not finite is always skipped",
         choices=SPIKES)  # fmt: skip

@@ -13,7 +13,7 @@ PARALLEL = ("none", "ddp", "fsdp", "tp")
 SPIKES = ("mark", "skip", "lower", "off")
 
 # The weights and the data order depend on these, so a resumed run cannot change them.
-_FIXED = ("layers", "heads", "dim", "seq_len", "seed", "mtp")
+_FIXED = ("layers", "heads", "dim", "seq_len", "seed", "mtp", "adversarial")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class TrainConfig:
     contrastive: float = 0.0
     mlm: float = 0.0
     mtp: int = 0
+    adversarial: float = 0.0
     on_spike: str = "mark"
     spike_threshold: float = 4.0
     device: str = "cpu"
@@ -58,13 +59,18 @@ class TrainConfig:
         """Checks the options against each other.
 
         Raises:
-            UserError: The heads do not divide the width, or sequences are too short to be halved.
+            UserError: The heads do not divide the width, sequences are too short for an objective,
+                or an objective does not work on several processes.
         """
         if self.dim % self.heads:
             raise UserError(f"--dim {self.dim} is not divisible by --heads {self.heads}")
         if self.mtp >= self.seq_len:
             raise UserError(
                 f"--mtp {self.mtp} predicts further than --seq-len {self.seq_len} reaches"
+            )
+        if self.adversarial and self.parallel != "none":
+            raise UserError(
+                f"--adversarial works in one process only: not with --parallel {self.parallel}"
             )
         if self.contrastive and self.seq_len < 2:
             raise UserError(

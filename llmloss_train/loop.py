@@ -84,9 +84,10 @@ class Run:
         self.order = Order(len(self.training), config.seed)
         torch.manual_seed(config.seed)
         size = (text.vocab_size, config.seq_len, config.dim, config.layers)
-        least = _least_bytes(config, parameter_count(*size, config.mtp))
+        extras = (config.mtp, config.adversarial > 0)
+        least = _least_bytes(config, parameter_count(*size, *extras))
         memory.require(self.device, least // world.size, world.local_size)  # at the least, a share
-        self.model = GPT(*size, config.heads, config.mtp).to(self.device)
+        self.model = GPT(*size, config.heads, *extras).to(self.device)
         self.layout = divide(self.model, config, world, self.device)
         self.loss = create_loss(config.loss, self.device, Objective.of(config))
         self.auxiliary = Auxiliary(config, self.model, self.layout, text.separator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, arange, nn
 
@@ -64,10 +65,29 @@ class Further(nn.Module):
         return self.norm(self.block(hidden))
 
 
-def parameter_count(vocab_size: int, seq_len: int, dim: int, layers: int, further: int) -> int:
+class Discriminator(nn.Module):
+    """Scores how much a token looks like the one that follows in the text."""
+
+    def __init__(self, dim: int) -> None:
+        """Of hidden states and embeddings of width ``dim``."""
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.inner = nn.Linear(2 * dim, 4 * dim)
+        self.score = nn.Linear(4 * dim, 1)
+
+    def forward(self, hidden: Tensor, token: Tensor) -> Tensor:
+        """Hidden states and the embeddings of tokens, (B, S, D) each, to (B, S)."""
+        both = torch.cat([hidden, self.norm(token)], -1)
+        return self.score(F.leaky_relu(self.inner(both), 0.2)).squeeze(-1)
+
+
+def parameter_count(
+    vocab_size: int, seq_len: int, dim: int, layers: int, further: int, is_judged: bool
+) -> int:
     """The number of parameters of a `GPT`, without making it."""
     block, norm = 12 * dim * dim + 4 * dim, 2 * dim
-    return (vocab_size + seq_len) * dim + layers * block + norm + further * (block + norm)
+    judge = is_judged * (norm + (2 * dim + 1) * 4 * dim + 4 * dim + 1)
+    return (vocab_size + seq_len) * dim + layers * block + norm + further * (block + norm) + judge
 
 
 class GPT(nn.Module):
@@ -82,9 +102,26 @@ class GPT(nn.Module):
     """
 
     def __init__(
-        self, vocab_size: int, seq_len: int, dim: int, layers: int, heads: int, further: int = 0
+        self,
+        vocab_size: int,
+        seq_len: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        further: int = 0,
+        is_judged: bool = False,
     ) -> None:
-        """Draws the weights from torch's generator; ``further``: for so many tokens more."""
+        """Draws the weights from torch's generator.
+
+        Args:
+            vocab_size: V.
+            seq_len: The longest sequence.
+            dim: D.
+            layers: Blocks.
+            heads: Of each block; they divide D.
+            further: For so many tokens more.
+            is_judged: Whether there is a discriminator beside the model.
+        """
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, dim)
         self.positions = nn.Embedding(seq_len, dim)
@@ -93,6 +130,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(dim, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
         self.further = nn.ModuleList(Further(dim, heads) for _ in range(further))
+        self.discriminator = Discriminator(dim) if is_judged else None
         self._initialise(layers + (further > 0))
 
     def _initialise(self, layers: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ import torch
 for package in ("matplotlib", "mistral_common", "numpy", "rich"):
     pytest.importorskip(package)
 
+from llmloss_ext.cli import UserError  # noqa: E402
 from llmloss_ext.cli.main import main  # noqa: E402
 from llmloss_train import checkpoint, files, text, tokens, windows  # noqa: E402
 from llmloss_train.config import TrainConfig  # noqa: E402
@@ -308,8 +310,10 @@ def test_more_than_the_memory_is_refused(corpus, tmp_path, capsys, options):
 def test_parameters_are_counted_without_the_model(shape, further):
     from llmloss_train.model import GPT, parameter_count
 
-    model = GPT(*shape, 2, further)
-    assert parameter_count(*shape, further) == sum(p.numel() for p in model.parameters())
+    for is_judged in (False, True):
+        model = GPT(*shape, 2, further, is_judged)
+        count = sum(p.numel() for p in model.parameters())
+        assert parameter_count(*shape, further, is_judged) == count
 
 
 def test_a_contrastive_loss_needs_two_halves(corpus, tmp_path, capsys):
@@ -428,6 +432,7 @@ def test_every_setting_is_an_option():
         ("--focal-gamma", "0.5", "--label-smoothing", "0.1", "--confidence-penalty", "0.1"),
         ("--contrastive", "0.1", "--mlm", "0.5", "--accumulate", "2"),
         ("--mtp", "2", "--accumulate", "2"),
+        ("--adversarial", "0.3", "--accumulate", "2"),
     ],
 )
 def test_objectives_agree_between_the_losses(corpus, tmp_path, options):
@@ -438,7 +443,7 @@ def test_objectives_agree_between_the_losses(corpus, tmp_path, options):
     for kind in ("linear", "logits"):
         for ours, torchs in zip(metrics(tmp_path / kind), metrics(tmp_path / "torch"), strict=True):
             assert ours["loss"] == pytest.approx(torchs["loss"], rel=1e-3)
-            for name in ("contrastive", "mlm", "mtp"):
+            for name in ("contrastive", "mlm", "mtp", "adversarial"):
                 assert (name in ours) == (ours["kind"] == "train" and f"--{name}" in options)
     assert losses(plain)[1:] != losses(tmp_path / "linear")[1:]
 
@@ -451,6 +456,44 @@ def test_further_targets_stay_in_their_document():
     x = ignored
     assert further_targets(targets, 1).tolist() == [[2, 3, x, x, 6, x], [2, 3, 4, 5, 6, x]]
     assert further_targets(targets, 2).tolist() == [[3, x, x, x, x, x], [3, 4, 5, 6, x, x]]
+
+
+def test_both_players_learn_and_go_on_bit_for_bit(corpus, tmp_path, capsys):
+    """The discriminator begins at 2 log 2, and soon tells the samples of a new model apart."""
+    options = ("--adversarial", "0.1", "--accumulate", "2", "--steps", "16", "--lr", "0.01")
+    assert train(corpus, tmp_path / "run", *options) == 0
+    records = [r for r in metrics(tmp_path / "run") if r["kind"] == "train"]
+    assert records[0]["discriminator"] == pytest.approx(2 * math.log(2), abs=0.1)
+    assert min(r["discriminator"] for r in records) < 1.2
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    stop_after(3, lambda: train(corpus, tmp_path / "parts", *options))
+    assert main(["train", "--resume", "--out", str(tmp_path / "parts")]) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["train", "--resume", "--adversarial", "0", "--out", str(tmp_path / "run")]) == 1
+    assert "--adversarial 0.0 differs" in one_line(capsys)
+    with pytest.raises(UserError, match="--adversarial works in one process only"):
+        TrainConfig(adversarial=1.0, parallel="ddp")
+
+
+def test_each_player_moves_its_own_weights():
+    from llmloss_train.adversary import Adversary
+    from llmloss_train.model import GPT
+
+    torch.manual_seed(0)
+    model = GPT(20, 5, 8, 1, 2, is_judged=True).double()
+    ids = torch.randint(0, 20, (3, 5))
+    targets = ids.roll(-1, 1).masked_fill(ids == 7, -100)
+    names = [name for name, _ in model.named_parameters()]
+    moved = []
+    for loss in (Adversary.of_model, Adversary.of_discriminator):
+        adversary = Adversary(model, model.hidden(ids), targets, torch.tensor(15))
+        grads = torch.autograd.grad(loss(adversary), model.parameters(), allow_unused=True)
+        moved.append({n for n, g in zip(names, grads, strict=True) if g is not None and g.any()})
+    judge = {name for name in names if name.startswith("discriminator.")}
+    assert moved[1] == judge
+    assert not moved[0] & judge
+    assert {"embedding.weight", "blocks.0.up.weight"} <= moved[0]
 
 
 def test_further_tokens_are_learnt(corpus, tmp_path, capsys):
