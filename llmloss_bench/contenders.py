@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmloss_ext
+from llmloss_ext.linear.cpu_products import is_upcast
 
 from . import peers, preference, training
 from .cases import Case, UnsupportedError
@@ -213,10 +214,23 @@ def contenders(case: Case, wanted: set[str] | None, absent: set[str]) -> list[Co
     return [c for c in chosen if c.name not in absent]
 
 
+_MOST_EMULATED_FLOPS = 1e9
+"""A second or two. A larger case would take minutes a call, which nobody waits for."""
+
+
+def _is_emulated(case: Case) -> bool:
+    """Whether torch would take minutes for the products of a case."""
+    has_products = case.is_linear and "float32_logits" not in case.settings
+    is_large = case.flops > _MOST_EMULATED_FLOPS
+    return has_products and is_large and is_upcast(case.torch_dtype, case.device)
+
+
 class Step:
     """A contender's call on a case's inputs: `prepare` is not timed, `run` is."""
 
     def __init__(self, case: Case, contender: Contender, inputs: Inputs):
+        if contender.name != "llmloss" and _is_emulated(case):
+            raise UnsupportedError(f"torch emulates products of {case.dtype} on this CPU")
         self._case, self._inputs = case, inputs
         self._overwrites = contender.overwrites
         self._loss = contender.loss(case)

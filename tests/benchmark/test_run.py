@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from llmloss_bench.report.tables import missing, tables
 from llmloss_bench.results import FILE, Results
 from llmloss_bench.run import Runner
 from llmloss_ext.cli.errors import UserError
+from llmloss_ext.linear import cpu_products
 
 from .runs import DENSE, LINEAR, PREFERENCE, TRAINING, measured, replaced, scaled
 
@@ -95,3 +97,16 @@ def test_an_unknown_contender_is_refused(tmp_path):
     with pytest.raises(UserError, match="unknown contenders: megatron"):
         Runner("quick", 1, tmp_path, wanted={"megatron"})
     assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize("has_products", [False, True])
+def test_what_torch_would_emulate_for_minutes_is_left_out(tmp_path, monkeypatch, has_products):
+    monkeypatch.setattr(cpu_products, "has_products_of", lambda dtype: has_products)
+    monkeypatch.setattr(table, "_MOST_EMULATED_FLOPS", 1e5)
+    results = measured(tmp_path, [replace(LINEAR, dtype="bfloat16")])
+    found = results.rows[0].contenders
+    assert found["llmloss"].status == "ok"
+    torchs = found["torch"]
+    assert (torchs.status != "unsupported") == has_products
+    assert has_products or "emulates products of bfloat16" in torchs.reason
+    assert results.rows[0].ceilings  # of float32 products where there are no others
