@@ -47,7 +47,7 @@ needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: sk
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
 .PHONY: help setup build quick debug demo demo-distributed test test-frameworks test-torch-211 \
-  kernel-repo wheel wheel-test docs check format lint types style cpp-test sanitize mutants bench \
+  kernel-repo wheel wheel-test docs check format lint types style cpp-test sanitize fuzz mutants bench \
   bench-readme clean
 
 help:  ## What can be made
@@ -203,6 +203,11 @@ sanitize: $(SETUP)  ## The same under AddressSanitizer and UBSan
 	$(call ctest,build/sanitize,-DCMAKE_BUILD_TYPE=Debug -DLLMLOSS_SANITIZE=ON)
 	@echo "Emulated CUDA kernels under AddressSanitizer and UBSan"
 	@$(PY) tests/simt/sanitize.py
+
+# Each run draws its own examples; what it finds becomes a test of its own.
+fuzz: build  ## The tests by examples, with new ones each time (ten minutes)
+	@LLMLOSS_FUZZ=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:cacheprovider -m "hypothesis and not cuda" tests
+	@LLMLOSS_FUZZ=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -p no:cacheprovider tests/cli/test_fuzz.py
 
 mutants: build  ## Makes mutants of the sources, lists those that no test notices (hours; it can be stopped)
 	@PYTHONPATH=.:tests $(PY) -m mutants $(MUTANTS)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmloss_ext
-from llmloss_ext.linear.cpu_products import is_upcast
+from llmloss_ext.linear import is_upcast
 
 from . import peers, preference, training
 from .cases import Case, UnsupportedError

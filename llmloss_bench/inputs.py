@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmloss_ext.linear.cpu_products import is_upcast
+from llmloss_ext.linear import is_upcast
 
 from .cases import Case
 

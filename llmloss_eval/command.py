@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -149,7 +150,8 @@ def _require_files(args: argparse.Namespace) -> None:
     from .partial import Partial
     from .report import require_new
 
-    taken = {args.input.resolve(): "the input"}
+    # realpath takes a link to itself as it is, which Path.resolve() does not before Python 3.13.
+    taken = {os.path.realpath(args.input): "the input"}
     for option in ("out", "plot"):
         path = getattr(args, option)
         if path is None:
@@ -160,7 +162,7 @@ def _require_files(args: argparse.Namespace) -> None:
             sums = Partial.path_beside(path)
             written[sums] = f"{sums}, which keeps the sums for --out,"
         for file, name in written.items():
-            if (other := taken.setdefault(file.resolve(), name)) is not name:
+            if (other := taken.setdefault(os.path.realpath(file), name)) is not name:
                 raise UserError(f"{name} is {other}")
 
 

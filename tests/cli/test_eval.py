@@ -183,6 +183,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "blank.txt").write_text(" \n")
     (folder / "binary.txt").write_bytes(b"\xff\0")
     (folder / "folder").mkdir()
+    (folder / "loop").symlink_to("loop")
     return folder
 
 
@@ -567,6 +568,7 @@ def test_bad_lines(tmp_path, capsys, message):
     [
         (["plain", "missing"], "cannot read missing: No such file"),
         (["plain", "folder"], "folder is not a file"),
+        (["plain", "loop"], "cannot read loop: Too many levels of symbolic links"),
         (["plain", "blank.txt"], "blank.txt is empty"),
         (["plain", "binary.txt"], "binary.txt is not a text file"),
         (["plain", "one.txt"], "too short"),
