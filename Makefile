@@ -46,7 +46,7 @@ QUIET := 2>&1 | { grep -v '^WARNING: Location' || true; }
 needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
-.PHONY: help setup build quick debug demo demo-distributed test test-frameworks test-torch-211 \
+.PHONY: help setup build quick debug demo demo-distributed test test-aarch64 test-frameworks test-torch-211 \
   kernel-repo wheel wheel-test docs check format lint types style cpp-test sanitize fuzz mutants bench \
   bench-readme clean
 
@@ -186,9 +186,9 @@ format: $(SETUP)  ## Formats all code
 	@$(PY) -m ruff format -q . && $(PY) -m ruff check -q --fix .
 	@$(CXX_FILES) | xargs clang-format -i
 
-# $(1): build folder, $(2): options
+# $(1): build folder, $(2): options, $(3): what else it needs
 define ctest
-	@$(call needs_program,cmake); $(call needs_program,ninja); mkdir -p build; \
+	@$(3) $(call needs_program,cmake); $(call needs_program,ninja); mkdir -p build; \
 	  { cmake -S . -B $(1) -G Ninja -DPython_EXECUTABLE=$(PY) $(2) && cmake --build $(1); } > $(1).log 2>&1 \
 	    || { cat $(1).log; exit 1; }; \
 	  ctest --test-dir $(1) -j $(MAX_JOBS) --output-on-failure --no-tests=error | grep -v '^Internal\|^Test project\|Start '
@@ -197,6 +197,14 @@ endef
 cpp-test: $(SETUP)  ## C++ tests of the torch-free core and kernels
 	@echo "C++ tests"
 	$(call ctest,build/core,-DCMAKE_BUILD_TYPE=Release)
+
+# Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user
+test-aarch64: $(SETUP)  ## The C++ tests, built for 64-bit Arm and run in an emulator
+	@echo "C++ tests for AArch64"
+	$(call ctest,build/aarch64,-DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64,\
+	  $(call needs_program,aarch64-linux-gnu-g++); $(call needs_program,qemu-aarch64);)
 
 sanitize: $(SETUP)  ## The same under AddressSanitizer and UBSan
 	@echo "C++ tests under AddressSanitizer and UBSan"

@@ -38,7 +38,7 @@ def checks(make: str) -> list[Check]:
     # The sanitizers build what the other tests of the emulator build, too: not at the same time.
     emulated = [[*make_quietly, "sanitize"], [*PYTEST, *map(str, EMULATED)]]
     # Which builds what the tests in numpy load.
-    core = [[*make_quietly, "cpp-test"], [*PYTEST, *map(str, OF_THE_CORE)]]
+    core = [[*make_quietly, "cpp-test", "test-aarch64"], [*PYTEST, *map(str, OF_THE_CORE)]]
     return [
         Check("emulated CUDA kernels", emulated),
         Check("Python tests", [[*PYTEST, *(f"--ignore={path}" for path in apart)]]),

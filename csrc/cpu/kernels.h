@@ -1,19 +1,31 @@
 // The CPU kernels: one body per operation, compiled once per instruction set, chosen at run time.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <string_view>
 
 #include "../core/params.h"
 
 namespace llmloss::cpu {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+// Of those that a processor has, the last is the best. llmloss_ext/cli/info.py has the same names.
+enum class Isa : int { portable, avx2, avx512, avx512_bf16, neon };
+inline constexpr std::array all_isas = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16,
+                                        Isa::neon};
+
+constexpr std::string_view name_of(Isa isa) {
+  constexpr std::string_view names[] = {"portable", "avx2", "avx512", "avx512_bf16", "neon"};
+  return names[int(isa)];
+}
+
+// Whether this processor has it.
+bool has_isa(Isa isa);
 
 // The best instruction set of this processor.
 Isa detected_isa();
 
-// The one to use: LLMLOSS_CPU_ISA (portable, avx2, avx512, avx512_bf16), but no more than the
-// processor has.
+// The one to use: that which LLMLOSS_CPU_ISA names, or the best where the processor lacks it.
 Isa active_isa();
 
 // Each kernel processes the `count` rows whose indices are in `rows`. A row's bits depend neither

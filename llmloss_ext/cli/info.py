@@ -14,7 +14,7 @@ from .. import chips
 from ..version import __version__
 from .errors import UserError, first_line
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "neon")
 
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}

@@ -56,7 +56,7 @@ struct Call {
 
   Call(int isa, const py::array& logits, const Indices& targets, int64_t vocab_size)
       : kernels(cpu::kernels<T>(cpu::Isa(isa))), order(size_t(logits.shape(0))) {
-    if (isa > int(cpu::detected_isa())) throw py::value_error("not an instruction set of this CPU");
+    if (!cpu::has_isa(cpu::Isa(isa))) throw py::value_error("this CPU lacks the instruction set");
     if (logits.ndim() != 2 || logits.itemsize() != sizeof(T) || logits.strides(1) != sizeof(T)) {
       throw py::value_error("the columns must be adjacent and of the asked type");
     }
@@ -182,7 +182,10 @@ PYBIND11_MODULE(llmloss_core, m) {
   m.def("finalize", [](const State& state, double target_logit, int64_t vocab_size) {
     return as_dict(finalize(state, state.relative(target_logit), vocab_size));
   });
-  m.def("detected_isa", [] { return int(cpu::detected_isa()); });
+  std::vector<std::string> isas;
+  for (const cpu::Isa isa : cpu::all_isas) isas.emplace_back(cpu::name_of(isa));
+  m.attr("isas") = isas;
+  m.def("has_isa", [](int isa) { return cpu::has_isa(cpu::Isa(isa)); });
   bind_kernels<float>(m, "float32");
   bind_kernels<double>(m, "float64");
   bind_kernels<BFloat16>(m, "bfloat16");

@@ -3,6 +3,7 @@
 // of the instruction set.
 #include <cstdlib>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "check.h"
@@ -198,9 +199,13 @@ void test_choice_of_instruction_set() {
     return cpu::active_isa();
   };
   CHECK(asked("portable") == cpu::Isa::portable);
-  CHECK(asked("avx2") <= cpu::Isa::avx2 && asked("avx2") <= cpu::detected_isa());
-  CHECK(asked("avx512") <= cpu::Isa::avx512 && asked("avx512") <= cpu::detected_isa());
-  CHECK(asked("avx512_bf16") == cpu::detected_isa());  // never more than the processor has
+  for (const cpu::Isa isa : cpu::all_isas) {
+    CHECK(asked(std::string(cpu::name_of(isa)).c_str()) ==
+          (cpu::has_isa(isa) ? isa : cpu::detected_isa()));
+  }
+#if defined(__aarch64__)
+  CHECK(asked("avx2") == cpu::Isa::neon);
+#endif
   unsetenv("LLMLOSS_CPU_ISA");
   CHECK(cpu::active_isa() == cpu::detected_isa());
 }
@@ -209,10 +214,11 @@ void test_choice_of_instruction_set() {
 
 int main() {
   test_choice_of_instruction_set();
-  for (int i = 0; i <= int(cpu::detected_isa()); ++i) {
-    run_all<float>(cpu::Isa(i));
-    run_all<double>(cpu::Isa(i));
-    run_all<BFloat16>(cpu::Isa(i));
-    run_all<Half>(cpu::Isa(i));
+  for (const cpu::Isa isa : cpu::all_isas) {
+    if (!cpu::has_isa(isa)) continue;
+    run_all<float>(isa);
+    run_all<double>(isa);
+    run_all<BFloat16>(isa);
+    run_all<Half>(isa);
   }
 }

@@ -23,7 +23,7 @@ _OPTIONS = ("-std=c++20", "-O1", "-w", "-MMD", "-Icsrc")
 # bounds-strict, which g++ alone has: the last member of a struct is an array of its length, too.
 _SANITIZE = ("-fsanitize=address,undefined,bounds-strict", "-fno-sanitize-recover=all")
 # Of these, the first that includes a mutant is compiled with it; the others would tell the same.
-_KERNELS = ("portable", "avx2", "avx512", "avx512_bf16")
+_KERNELS = ("portable", "avx2", "avx512", "avx512_bf16", "neon")
 _LIMIT = 120  # seconds for a compilation, or for a program that takes two
 
 
@@ -42,15 +42,27 @@ class CppTest(NamedTuple):
 class CppTrial(Trial):
     """The C++ tests of one source."""
 
-    def __init__(self, sandbox: Sandbox, tests: Sequence[CppTest]) -> None:
+    def __init__(self, sandbox: Sandbox, tests: Sequence[CppTest], machine: str = "") -> None:
         """Builds the tests and runs them once as they are.
 
+        Args:
+            sandbox: Where the sources are.
+            tests: The test programs.
+            machine: Another processor than this one, such as ``"aarch64"``, for its emulator.
+
         Raises:
-            TrialError: They do not pass.
+            TrialError: They do not pass, or there are no compiler and emulator for the machine.
         """
         self._sandbox, self._tests = sandbox, tests
-        self._compiler = shutil.which("g++") or "c++"
-        self._objects = sandbox.root / "objects"
+        self._compiler = [shutil.which("g++") or "c++"]
+        self._emulator: list[str] = []
+        if machine:
+            self._compiler = [f"{machine}-linux-gnu-g++", "-static"]
+            self._emulator = [f"qemu-{machine}"]
+            for program in (self._compiler[0], *self._emulator):
+                if shutil.which(program) is None:
+                    raise TrialError(f"{program} is not installed")
+        self._objects = sandbox.root / f"objects{machine}"
         self._objects.mkdir(exist_ok=True)
         for test in tests:
             for source in self._sources(test):
@@ -106,7 +118,7 @@ class CppTrial(Trial):
         return self._objects / f"{name}.o"
 
     def _compile(self, source: str, test: CppTest, to: Path) -> bool:
-        command = [self._compiler, *_OPTIONS, *test.options, "-c", source, "-o", str(to)]
+        command = [*self._compiler, *_OPTIONS, *test.options, "-c", source, "-o", str(to)]
         return self._call(command) == 0
 
     def _run(self, test: CppTest, compiled: dict[tuple[str, bool], Path]) -> Outcome:
@@ -117,9 +129,9 @@ class CppTrial(Trial):
         others = [self._object(s, test) for s in sources if (s, test.sanitized) not in compiled]
         # The linker takes the first copy of a function that the kernels share: the mutant's.
         objects = list(map(str, mutated + others))
-        if self._call([self._compiler, *test.options, *objects, "-o", program]) != 0:
+        if self._call([*self._compiler, *test.options, *objects, "-o", program]) != 0:
             return "invalid"
-        status = self._call([program])
+        status = self._call([*self._emulator, program])
         return "survived" if status == 0 else "hung" if status is None else "caught"
 
     def _call(self, command: list[str]) -> int | None:

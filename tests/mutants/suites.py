@@ -21,12 +21,14 @@ class Suite(NamedTuple):
         tests: Test files and folders; ``{name}`` is the source's name, and a file that is not there
             is left out. Those that notice most come first.
         sanitized: C++ tests to run under the sanitizers as well.
+        machine: The processor that C++ tests are for, if not this one.
         deselected: An expression of pytest's ``-k`` for the tests to leave out.
     """
 
     sources: str
     tests: tuple[str, ...]
     sanitized: tuple[str, ...] = ()
+    machine: str = ""
     deselected: str = ""
 
     def tests_of(self, source: str, root: Path) -> list[str]:
@@ -40,7 +42,8 @@ class Suite(NamedTuple):
         if source.endswith(".py"):
             return PythonTrial(sandbox, tests, self.deselected)
         plain = [CppTest(test) for test in tests]
-        return CppTrial(sandbox, [*plain, *(CppTest(test, True) for test in self.sanitized)])
+        sanitized = [CppTest(test, True) for test in self.sanitized]
+        return CppTrial(sandbox, [*plain, *sanitized], self.machine)
 
 
 _CORE, _ROWS = "tests/cpp/test_core.cpp", "tests/cpp/test_loss_rows.cpp"
@@ -50,6 +53,7 @@ _EDGES, _KERNELS = "tests/cpp/test_cpu_edges.cpp", "tests/cpp/test_cpu_kernels.c
 _SLOW = "compil or the_peak or no_more_memory or data_parallel or do_not_overflow"
 SUITES = (
     Suite("csrc/core/*.h", (_CORE, _ROWS, _EDGES, _KERNELS), sanitized=(_CORE,)),
+    Suite("csrc/cpu/*neon*", (_EDGES, _KERNELS), machine="aarch64"),
     Suite("csrc/cpu/*", (_EDGES, _KERNELS), sanitized=(_EDGES, _KERNELS)),
     Suite(
         "llmloss_ext/linear/*.py",
