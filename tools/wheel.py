@@ -2,7 +2,7 @@
 
     python -m tools.wheel --out build/dist
 
-The objects are linked once more, which takes seconds. auditwheel gives the wheel its tag, of the
+The objects are linked once more, for an older C library than this machine's (`old_glibc`). auditwheel gives the wheel its tag, of the
 oldest Linux that it runs on. torch's libraries stay outside: torch has loaded them by then.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from csrc.cuda.build import find_nvcc
-from tools import sdist_check, wheel_check
+from tools import old_glibc, sdist_check, wheel_check
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,13 +27,14 @@ def with_cuda() -> bool:
     return os.environ.get("LLMLOSS_CUDA") != "0" and find_nvcc() is not None
 
 
-def run(*command: str | Path) -> None:
-    """Runs a command in the checkout.
+def run(*command: str | Path, **variables: str) -> None:
+    """Runs a command in the checkout, with these variables in its environment.
 
     Raises:
         SystemExit: It failed; its output is shown.
     """
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | variables
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
 
@@ -43,7 +44,9 @@ def build_wheel(folder: Path) -> Path:
     # Not in build/lib*, where modules stay that the package has no longer.
     build = ("build", "--build-lib", folder / "lib", "--build-scripts", folder / "scripts")
     bdist = ("bdist_wheel", "--bdist-dir", folder / "content", "--dist-dir", folder / "wheel")
-    run(sys.executable, "setup.py", "-q", *build, "egg_info", "-e", folder, *bdist)
+    flags = old_glibc.link_flags(ROOT / "build" / "glibc") if old_glibc.is_newer() else []
+    linking = {"LDFLAGS": " ".join([os.environ.get("LDFLAGS", ""), *flags])}
+    run(sys.executable, "setup.py", "-q", *build, "egg_info", "-e", folder, *bdist, **linking)
     return only(folder / "wheel", "*.whl")
 
 

@@ -24,11 +24,12 @@ from elftools.elf.sections import SymbolTableSection
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from csrc.cuda.build import ARCHITECTURES, REPORT
+from tools import old_glibc
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 30_000_000
 """Bytes."""
-NEWEST_GLIBC = (2, 34)
+NEWEST_GLIBC = old_glibc.OLDEST
 """The newest that a wheel may ask for."""
 LIBRARY = "llmloss_ext/_C.abi3.so"
 REPORT_IN_WHEEL = f"llmloss_ext/{REPORT}"
