@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("elftools")
 
 from csrc.cuda.build import ARCHITECTURES
-from tools import sdist_check, wheel_check, wheel_try
+from tools import old_glibc, sdist_check, wheel_check, wheel_try
 
 NAME = "llmloss_ext-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
 COMPILER = shutil.which("cc")
@@ -174,3 +174,14 @@ def test_a_wheel_is_tried_as_it_was_built(tmp_path):
 def test_a_command_that_fails_is_shown():
     with pytest.raises(SystemExit, match=r"exit status 3\nsaid"):
         wheel_try.call(["sh", "-c", "echo said; exit 3"])
+
+
+@needs_compiler
+@pytest.mark.skipif(not old_glibc.is_newer(), reason="this machine's C library is old")
+def test_a_library_that_is_linked_for_an_older_glibc(tmp_path):
+    pytest.importorskip("ziglang")
+    source = "#include <dlfcn.h>\nvoid *f(const char *name) { return dlopen(name, RTLD_NOW); }"
+    flags = old_glibc.link_flags(wheel_check.ROOT / "build" / "glibc")
+    assert list(wheel_check.library_faults(library(tmp_path, source, "-xnone", *flags))) == []
+    too_new = list(wheel_check.library_faults(library(tmp_path, source)))
+    assert too_new == ["llmloss_ext/_C.abi3.so needs GLIBC_2.34"]

@@ -2,8 +2,9 @@
 
     python -m tools.wheel --out build/dist
 
-The objects are linked once more, for an older C library than this machine's (`old_glibc`). auditwheel gives the wheel its tag, of the
-oldest Linux that it runs on. torch's libraries stay outside: torch has loaded them by then.
+The objects are linked once more, for an older C library than this machine's (`old_glibc`).
+auditwheel gives the wheel its tag, of the oldest Linux that it runs on. torch's libraries stay
+outside: torch has loaded them by then.
 """
 
 from __future__ import annotations

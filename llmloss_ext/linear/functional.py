@@ -23,6 +23,7 @@ from ..checks import (
 from ..composite import real_of
 from ..entry import entry_point
 from ..ops import LossInputs, StatsInputs
+from ..ops.derivatives import must_be_opaque
 from ..options import (
     MEAN,
     NONE,
@@ -43,8 +44,9 @@ from ..statistics import (
 )
 from . import objective as objectives
 from . import operators
+from .groups import GroupLimit, Groups
 from .operators import needs_gradients
-from .planning import Sums, chunk_limit, dtype_of_logits
+from .planning import Sums, chunk_limit, dtype_of_logits, groups_of_chunk, row_stride
 from .projection import as_rows, check_projection, to_dtype_of_products
 from .walk import Inputs, Objective, ObjectiveCall, Targets
 
@@ -473,15 +475,43 @@ class LinearCall:
         return value, stats if wanted else None
 
     def walk(
-        self, objective: Objective, wanted: int, chunks: ChunkOptions
+        self,
+        objective: Objective,
+        wanted: int,
+        chunks: ChunkOptions,
+        groups: Groups | None = None,
+        most: int = 1,
     ) -> objectives.ObjectiveLoss:
-        """A sum over tokens, in one walk; under transforms from whole logits."""
-        if ops.in_transform():
+        """A sum over tokens (or groups), in one walk; under transforms from whole logits.
+
+        Args:
+            objective: The sum.
+            wanted: The statistics that it reads.
+            chunks: How to walk.
+            groups: Which tokens stay together.
+            most: How many groups a chunk has: see `groups_of_chunk`. 0: none is whole, and backward
+                computes the logits again.
+        """
+        if ops.in_transform() or not most:
             stats = self.stats(wanted, chunks)
-            return objectives.of_statistics(stats, len(self.targets), objective, wanted)
+            return objectives.of_statistics(stats, len(self.targets), objective, wanted, groups)
         targets = Targets(self.targets, self.weight)
-        call = ObjectiveCall(targets, self.options, objective, wanted, chunks)
+        limit = None if groups is None else GroupLimit(groups, most)
+        call = ObjectiveCall(targets, self.options, objective, wanted, chunks, groups=limit)
         return self._run(objectives.run, self.inputs, call)
+
+    def groups_of_chunk(self, groups: Groups, walk: HowChunks, chunks: ChunkOptions) -> int:
+        """How many groups a chunk holds; 0: none is whole."""
+        weight, tokens = self.inputs.linear_weight, groups.tokens
+        if must_be_opaque(self.inputs.input):
+            return 1  # there are no chunks, or what is ignored cannot be read
+        if chunks.drop_ignored:
+            counts = (self.targets != self.options.ignore_index).view(groups).sum((0, 2))
+            tokens = int(counts.max()) if groups.number else 0
+        is_limited = walk.chunk_tokens is not None or walk.max_chunk_bytes is not None
+        row_bytes = row_stride(weight.shape[0], self.logits_dtype) * self.logits_dtype.itemsize
+        weight_bytes = 0 if is_limited else weight.nbytes
+        return groups_of_chunk(tokens, chunks.limit, row_bytes, weight_bytes)
 
     def stats(
         self, wanted: int, chunks: ChunkOptions, accumulator: Tensor | None = None

@@ -21,6 +21,7 @@ from ..ops.derivatives import (
 from ..shard import refuse_second_order
 from ..statistics import FloatStats, RowStats
 from . import operators
+from .groups import Groups
 from .walk import Inputs, Objective, ObjectiveCall, ObjectiveResults, objective_by_chunks
 
 __all__ = ["ObjectiveLoss", "run"]
@@ -40,12 +41,19 @@ def _over_statistics(inputs: Inputs, call: ObjectiveCall) -> ObjectiveLoss:
     stats = operators.stats(
         inputs, call.targets.target, call.targets.weight, call.logits, call.wanted, call.chunks
     )
-    return of_statistics(stats, inputs.input.shape[0], call.objective, call.wanted)
+    groups = None if call.groups is None else call.groups.groups
+    return of_statistics(stats, inputs.input.shape[0], call.objective, call.wanted, groups)
 
 
-def of_statistics(stats: RowStats, tokens: int, objective: Objective, wanted: int) -> ObjectiveLoss:
+def of_statistics(
+    stats: RowStats, tokens: int, objective: Objective, wanted: int, groups: Groups | None = None
+) -> ObjectiveLoss:
     """The loss of statistics that have an autograd of their own."""
-    loss, metrics = objective(stats.floats.only(wanted), slice(0, tokens))
+    of_all = stats.floats.only(wanted)
+    if groups is None:
+        loss, metrics = objective(of_all, slice(0, tokens))
+    else:
+        loss, metrics = objective(groups.of_all(of_all), slice(0, groups.number))
     floats = FloatStats(*(x.detach() for x in stats.floats))
     return ObjectiveLoss(loss, metrics, stats._replace(floats=floats))
 

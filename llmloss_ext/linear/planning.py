@@ -388,6 +388,23 @@ def chunk_limit(
     return ChunkLimit(room // row_bytes, True, (room + sums.saved_bytes) // row_bytes)
 
 
+def groups_of_chunk(tokens: int, limit: ChunkLimit, row_bytes: int, weight_bytes: int) -> int:
+    """How many groups of so many tokens are whole in one chunk; 0: none is.
+
+    One may be larger than a chunk need be otherwise: the product that is spared is worth it.
+
+    Args:
+        tokens: Of a group.
+        limit: Of a chunk.
+        row_bytes: Of a token's logits.
+        weight_bytes: Of the weight, and 0 where the limit is the user's own.
+    """
+    if tokens <= limit.tokens:
+        return limit.tokens // max(tokens, 1)
+    room = max(_BYTES_BESIDE_SUMS, weight_bytes) if weight_bytes else 0
+    return int(tokens * row_bytes <= room)
+
+
 def even_chunk(tokens: int, most: int) -> int:
     """Tokens of chunks of one size: a short last one would waste a pass over the weight."""
     if tokens <= most:

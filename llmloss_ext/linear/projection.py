@@ -5,7 +5,7 @@ Everything here works on (N, D) hidden states and is without derivatives; `opera
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -162,14 +162,23 @@ class Projection:
         self.weight = weight[:used].to(hidden.dtype)
         self.bias = None if bias is None else bias[:used].to(self.logits_dtype)
 
-    def chunks(self, limit: ChunkLimit, counts: Tensor | None, *, drop: bool) -> Iterator[Chunk]:
+    def chunks(
+        self,
+        limit: ChunkLimit,
+        counts: Tensor | None,
+        *,
+        drop: bool,
+        every: Sequence[Rows] | None = None,
+    ) -> Iterator[Chunk]:
         """Each chunk's logits, all in one buffer: a chunk ends where the next one begins.
 
         ``counts`` (N) bool: which tokens take part; None: all. ``drop``: the others are left out.
+        ``every``: the rows of each chunk, where the limit does not say them.
         """
         tokens, dtype = self.hidden.shape[0], self.logits_dtype
-        every = chunk_rows(tokens, limit, counts if drop else None)
-        shape = (count_of(every[0]) if every else 0, row_stride(self.columns, dtype))
+        if every is None:
+            every = chunk_rows(tokens, limit, counts if drop else None)
+        shape = (max(map(count_of, every), default=0), row_stride(self.columns, dtype))
         buffer = new_buffer(self.hidden, shape, dtype)
         # oneDNN's products read a column too many and multiply it by 0: no nan may stand there.
         if self.used < shape[1]:

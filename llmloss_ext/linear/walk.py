@@ -20,6 +20,7 @@ from ..ops.rows import LocalRows, Rows, put, take
 from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions
 from ..shard import ShardedRows
 from ..statistics import STATISTICS, FloatStats, RowStats, asked, is_asked
+from .groups import GroupLimit, Part
 from .projection import Chunk, Gradients, Projection
 
 _MOST_TOKENS = 2.0**40
@@ -273,7 +274,11 @@ def _put_all(wholes: list[Tensor], rows: Rows, stats: RowStats) -> None:
 
 
 class Objective(Protocol):
-    """A loss that is a sum over tokens, each known from the token's own statistics."""
+    """A loss that is a sum over tokens, each known from the token's own statistics.
+
+    Or over groups of tokens, each known from those of the group: ``stats`` are (members, n, length)
+    each then, and ``rows`` says which groups they are.
+    """
 
     def __call__(self, stats: FloatStats, rows: Rows) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """What some tokens add: to the loss, 0-d, differentiable, and to each metric, detached.
@@ -297,6 +302,8 @@ class ObjectiveCall(NamedTuple):
     chunks: ChunkOptions
     needs: Inputs = Inputs()
     """Which gradients."""
+    groups: GroupLimit | None = None
+    """Of an objective that is over groups: they stay together."""
 
 
 class ObjectiveResults(NamedTuple):
@@ -312,7 +319,7 @@ def objective_by_chunks(inputs: Inputs, call: ObjectiveCall) -> ObjectiveResults
     The gradient of a token's loss is known with its statistics: it overwrites the logits of the
     chunk at once, so that three products are all.
     """
-    targets, logits, objective, wanted, chunks, needs = call
+    targets, logits, objective, wanted, chunks, needs, groups = call
     input = inputs.input
     real = real_of(input)
     rows = rows_of(inputs, targets, logits, chunks)
@@ -324,15 +331,24 @@ def objective_by_chunks(inputs: Inputs, call: ObjectiveCall) -> ObjectiveResults
     gradients = _LossGradients(inputs, projection, chunks, needs, factor)
     # Of no token: nan, where a mean has none to divide by.
     nothing = FloatStats(*(x[:0] for x in wholes[: len(FloatStats._fields)])).only(wanted)
+    if groups is not None:
+        nothing = groups.groups._replace(number=0).of_all(nothing)
     value, metrics = objective(nothing, slice(0, 0))
     value = value.detach().double()
-    counts = takes_part(targets, logits.ignore_index)
-    for chunk in projection.chunks(chunks.limit, counts, drop=chunks.drop_ignored):
+    counts, drop = targets.target != logits.ignore_index, chunks.drop_ignored
+    parts = None if groups is None else groups.parts(counts, drop=drop)
+    every = None if parts is None else [part.rows for part in parts]
+    walked = projection.chunks(chunks.limit, counts, drop=drop, every=every)
+    for at, chunk in enumerate(walked):
         labels = take(targets.target, chunk.rows)
         stats = rows.statistics(chunk.logits, labels, wanted)
         _put_all(wholes, chunk.rows, stats)
         of_part, of_metrics, grads = _part_of(
-            objective, stats.floats.only(wanted), chunk.rows, any(needs)
+            objective,
+            stats.floats.only(wanted),
+            chunk.rows,
+            None if parts is None else parts[at],
+            any(needs),
         )
         value = value + of_part  # not in place: a metric may be the same number
         metrics = tuple(
@@ -352,15 +368,22 @@ def objective_by_chunks(inputs: Inputs, call: ObjectiveCall) -> ObjectiveResults
 
 
 def _part_of(
-    objective: Objective, stats: FloatStats, rows: Rows, with_gradient: bool
+    objective: Objective, stats: FloatStats, rows: Rows, part: Part | None, with_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...], FloatStats]:
-    """What some tokens add to the loss and the metrics, and the gradients of their statistics."""
+    """What some tokens add to the loss and the metrics, and the gradients of their statistics.
+
+    ``part``: the groups whose tokens the rows are, of an objective over groups.
+    """
     names = stats.used
     # Inside an operator, which a compiled graph calls, autograd is switched off.
     key = torch._C.DispatchKey.AutogradFunctionality
     with torch.set_grad_enabled(with_gradient), torch._C._SetExcludeDispatchKeyGuard(key, False):
         leaves = {name: getattr(stats, name).detach().requires_grad_() for name in names}
-        value, metrics = objective(FloatStats(**leaves), rows)
+        of_rows = FloatStats(**leaves)
+        if part is None:
+            value, metrics = objective(of_rows, rows)
+        else:
+            value, metrics = objective(part.spread(of_rows), part.groups)
         grads: Iterable[Tensor | None] = [None] * len(names)
         if value.requires_grad:
             grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)

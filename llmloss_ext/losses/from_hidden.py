@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..linear import linear_log_probs
 from ..linear.functional import HowChunks, HowLogits, LinearCall
+from ..linear.groups import Groups
+from ..linear.objective import ObjectiveLoss
+from ..linear.walk import Objective
 from ..options import OPTIONS, Option
 from ..sequences import Sequences
 from ..shard import Shard
@@ -96,11 +99,13 @@ class PolicyTokens:
         logits = HowLogits(
             o.ignore_index, o.softcap, o.logit_scale, o.vocab_size, o.temperature, o.logits_dtype
         )
-        walk = HowChunks(o.chunk_tokens, o.max_chunk_bytes, o.drop_ignored, o.weight_grad_dtype)
+        self._walk = HowChunks(
+            o.chunk_tokens, o.max_chunk_bytes, o.drop_ignored, o.weight_grad_dtype
+        )
         self.call = LinearCall(
             input, linear_weight, target, o.linear_bias, None, logits, o.shift, Sequences(), o.shard
         )
-        self.chunks = self.call.chunk_options(walk)
+        self.chunks = self.call.chunk_options(self._walk)
         self.valid, self.shape = self.call.leave_out(o.mask), self.call.shape
         self._options = options
 
@@ -132,6 +137,30 @@ class PolicyTokens:
         wanted = asked(names)
         stats = self.call.stats(wanted, self.chunks).floats.only(wanted)
         return FloatStats(*(None if x is None else x.reshape(self.shape) for x in stats))
+
+    def walk(
+        self,
+        objective: Objective,
+        names: tuple[str, ...],
+        groups: Groups | None = None,
+        *,
+        in_parts: bool = True,
+    ) -> ObjectiveLoss:
+        """A loss that is a sum over the tokens, or over groups of them, in one walk.
+
+        A group that does not fit into a chunk costs a fourth product: its statistics come first,
+        and backward computes the logits again.
+
+        Args:
+            objective: The loss.
+            names: The statistics that it reads.
+            groups: How the tokens belong together; None: each is by itself.
+            in_parts: Whether it is such a sum; else it needs all groups at once.
+        """
+        wanted, most = asked(names), int(in_parts)
+        if groups is not None and in_parts:
+            most = self.call.groups_of_chunk(groups, self._walk, self.chunks)
+        return self.call.walk(objective, wanted, self.chunks, groups, most)
 
     def log_probs(self) -> Tensor:
         """Of the tokens, in nats; 0 where they do not count."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..checks import items_tensor
+from ..linear.groups import Groups
 from ..ops.rows import Rows
 from ..options import documented, spelled_out
-from ..statistics import FloatStats, asked
+from ..statistics import FloatStats
+from .bounded import check_same_shape
 from .from_hidden import HIDDEN_OPTIONS, LOG_PROB, HiddenOptions, PolicyTokens
-from .policy import PolicyLoss, grpo_loss
+from .policy import PolicyLoss
 from .policy_options import POLICY_OPTIONS, PolicyOptions
-from .surrogates import PolicyMetrics, Tokens, contribution, prepare
+from .surrogates import PolicyMetrics, Tokens, contribution, prepare, with_sequences
 
 __all__ = ["linear_policy_loss"]
 
@@ -28,6 +31,24 @@ class _Surrogate(NamedTuple):
     def __call__(self, stats: FloatStats, rows: Rows) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """What some tokens add to the loss and to each of `PolicyMetrics`."""
         part = contribution(stats.log_prob, stats.entropy, self.tokens.chunk(rows), self.options)
+        return part.loss, tuple(part.metrics)
+
+
+class _OfSequences(NamedTuple):
+    """A policy loss whose sequences know theirs by themselves, as an `Objective` over them."""
+
+    tokens: Tokens
+    """(B, S)."""
+    options: PolicyOptions
+    sampling_log_probs: Tensor | None
+
+    def __call__(self, stats: FloatStats, rows: Rows) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """What some sequences add to the loss and to each of `PolicyMetrics`."""
+        log_probs: Tensor = stats.log_prob[0]
+        entropy = None if stats.entropy is None else stats.entropy[0]
+        sampling = None if self.sampling_log_probs is None else self.sampling_log_probs[rows]
+        tokens = with_sequences(log_probs, self.tokens.chunk(rows), self.options, sampling)
+        part = contribution(log_probs, entropy, tokens, self.options)
         return part.loss, tuple(part.metrics)
 
 
@@ -50,9 +71,11 @@ def linear_policy_loss(
 
     Where a token's loss is a function of its own log-probability (and entropy), its gradient is
     formed with it, chunk by chunk: three matrix products. Where it needs those of its whole
-    sequence (``importance_sampling_level`` other than "token", vespo, an off-policy mask), and
-    under torch.compile, backward computes each chunk's logits again: four. The reference, if it is
-    given by its hidden states, takes one more, before the policy's chunks.
+    sequence (``importance_sampling_level`` other than "token", vespo, an off-policy mask), chunks
+    have whole sequences. A sequence whose logits take more than 1 GiB (or the weight, if that is
+    more), or than ``chunk_tokens`` or ``max_chunk_bytes`` allow, goes through in parts, of which
+    backward computes the logits again: four products, as under torch.compile. The reference, if it
+    is given by its hidden states, takes one more, before the policy's chunks.
 
     Args:
         input: The policy's hidden states (..., S, D), in rows of one sequence.
@@ -96,20 +119,20 @@ def linear_policy_loss(
     }
     has_entropy = with_entropy or checked.entropy_coef
     names = (*LOG_PROB, "entropy") if has_entropy else LOG_PROB
-    if checked.by_sequences:
-        stats = policy.statistics(names)
-        return grpo_loss(
-            stats.log_prob, old_log_probs, advantages, policy.valid, entropy=stats.entropy,
-            sampling_log_probs=sampling_log_probs, **known, **options,
-        )  # fmt: skip
-    if sampling_log_probs is not None:
+    check_same_shape(policy.valid, sampling_log_probs=sampling_log_probs)
+    if sampling_log_probs is not None and checked.off_policy_mask_threshold is None:
         raise ValueError("sampling_log_probs belongs to off_policy_mask_threshold")
     tokens = prepare(
         policy.valid, checked, policy.call.real, advantages=advantages,
         old_log_probs=old_log_probs, **known,
     )  # fmt: skip
-    objective = _Surrogate(tokens.flat(), checked)
-    found = policy.call.walk(objective, asked(names), policy.chunks)
+    if checked.by_sequences:
+        length = policy.shape[-1]
+        sampling = None if sampling_log_probs is None else sampling_log_probs.reshape(-1, length)
+        sequences = Groups(1, math.prod(policy.shape[:-1]), length)
+        found = policy.walk(_OfSequences(tokens.rows(), checked, sampling), names, sequences)
+    else:
+        found = policy.walk(_Surrogate(tokens.flat(), checked), names)
     return PolicyLoss(found.loss, PolicyMetrics._make(found.metrics))
 
 

@@ -6,14 +6,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import composite
 from ..checks import items_tensor
+from ..linear.groups import Groups
+from ..ops.rows import Rows
 from ..options import documented, spelled_out
+from ..statistics import FloatStats
 from .from_hidden import HIDDEN_OPTIONS, LOG_PROB, HiddenOptions, PolicyTokens, is_of_tokens
 from .pairs import PreferenceLoss
-from .preference import dpo_loss
+from .preference import KINDS, dpo_loss
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .sequence_scores import length_desensitized_log_probs, sequence_log_probs, wpo_weights
 
@@ -36,6 +40,59 @@ _LOSSES = {
 }
 
 
+class _OfPairs(NamedTuple):
+    """A preference loss as an `Objective` over pairs, whose statistics are (2, pairs, S)."""
+
+    function: Callable[..., PreferenceLoss]
+    options: dict[str, Any]
+    valid: Tensor
+    """(2, B, S): the chosen sequences' tokens that count, and the rejected ones'."""
+    reference: tuple[Tensor, ...]
+    """The scores of the chosen and of the rejected sequences, (B) each, if there is a reference."""
+    ld_alpha: float | None
+    use_weighting: bool
+    of_means: bool
+    has_nll: bool
+    nll_items: Tensor | None
+
+    def is_a_sum(self, kinds: tuple[str, ...]) -> bool:
+        """Whether the loss is a sum over pairs, each known by itself."""
+        in_one = self.options.get("reduction", "mean") == "mean" and self.valid.shape[1] > 0
+        of_ranks = any(kind in KINDS and KINDS[kind].of_ranks for kind in kinds)
+        return in_one and not of_ranks and self.options.get("nll_loss") is None
+
+    def __call__(self, stats: FloatStats, rows: Rows) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """What some pairs add to the loss and to each metric of `PreferenceLoss`."""
+        assert isinstance(rows, slice)
+        pairs, count = rows, self.valid.shape[1]
+        log_probs, valid = stats.log_prob, self.valid[:, pairs]
+        options = {name: _of(x, pairs, count) for name, x in self.options.items()}
+        is_part = pairs.stop - pairs.start < count
+        if is_part and options.get("num_items") is None:
+            options["num_items"] = count
+        vectors = [*_scores(log_probs, valid, self.ld_alpha, self.of_means)]
+        vectors += [scores[pairs] for scores in self.reference]
+        if self.use_weighting:
+            chosen, rejected = wpo_weights(log_probs, stats.log_sum_sq_probs, valid)
+            options["pair_weight"] = chosen * rejected
+        if self.has_nll:
+            options["nll_loss"] = self._nll(log_probs[0], valid[0])
+        loss, *metrics = self.function(*vectors, **options)
+        around = (pairs.start, count - pairs.stop)
+        return loss, tuple(F.pad(x, around) if x is not None and x.dim() else x for x in metrics)
+
+    def _nll(self, log_probs: Tensor, valid: Tensor) -> Tensor:
+        """The cross entropy of some chosen sequences over the tokens of all; of no token 0."""
+        rows = torch.where(valid, -log_probs, 0.0)
+        return composite.mean(rows, self.valid[0].sum().clamp_min(1), self.nll_items)
+
+
+def _of(option: Any, pairs: slice, count: int) -> Any:
+    """An option of some pairs: of one that is a number for each of all pairs, theirs."""
+    is_of_pairs = isinstance(option, Tensor) and option.shape == (count,)
+    return option[pairs] if is_of_pairs else option
+
+
 def linear_preference_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -49,10 +106,13 @@ def linear_preference_loss(
 ) -> PreferenceLoss:
     """`dpo_loss`, `cpo_loss`, `simpo_loss` or `orpo_loss` of hidden states.
 
-    Chosen and rejected sequences go through the projection together, a chunk of tokens at a time.
-    A token's gradient is known only with its pair's log-probabilities: backward computes each
-    chunk's logits again, four matrix products for the policy. A reference that is given by its
-    hidden states takes one more, before.
+    A token's gradient is known with its pair's log-probabilities. So whole pairs go through the
+    projection, one or more in a chunk: three matrix products for the policy. A pair whose logits
+    take more than 1 GiB (or the weight, if that is more), or than ``chunk_tokens`` or
+    ``max_chunk_bytes`` allow, goes through in parts, of which backward computes the logits again:
+    four. So do kinds that compare all pairs (aot, aot_unpaired), ``reduction="none"``, an
+    ``nll_loss`` that is given, and compiled graphs. A reference that is given by its hidden states
+    takes one product more, before.
 
     Args:
         input: The policy's hidden states (2 B, S, D): B chosen sequences, then the B rejected, in
@@ -101,26 +161,25 @@ def linear_preference_loss(
     reference = policy.reference()
     if (reference is not None) != is_dpo:
         raise ValueError(f"loss={loss!r} {'needs a' if is_dpo else 'has no'} reference")
-    names = (*LOG_PROB, "log_sum_sq_probs") if use_weighting else LOG_PROB
-    stats = policy.statistics(names)
-    log_probs = stats.log_prob
-
     kinds = given.get("kind", "sigmoid")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    vectors = [*_scores(log_probs, valid, ld_alpha, bool({*entry.of_means} & {*kinds}))]
+    pairs = Groups(2, len(valid) // 2, valid.shape[1])
+    reference_scores: tuple[Tensor, ...] = ()
     if reference is not None:
-        vectors += _reference_scores(reference, valid, ld_alpha)
-    if use_weighting:
-        weights = wpo_weights(log_probs, stats.log_sum_sq_probs, valid)
-        chosen, rejected = weights.chunk(2)
-        given["pair_weight"] = chosen * rejected
+        reference_scores = _reference_scores(reference, valid, ld_alpha)
     if is_dpo and {"ipo", "sigmoid_norm"} & set(kinds):
         given["chosen_lengths"], given["rejected_lengths"] = valid.sum(-1).chunk(2)
-    if _has_nll(loss, kinds, given) and "nll_loss" not in given:
-        given["nll_loss"] = _nll(log_probs, valid, items_tensor(nll_items, "mean", input))
-    elif nll_items is not None:
+    has_nll = _has_nll(loss, kinds, given) and given.get("nll_loss") is None
+    if nll_items is not None and not has_nll:
         raise ValueError("nll_items belongs to a loss that has a cross entropy of these tokens")
-    return entry.function(*vectors, **given)
+    objective = _OfPairs(
+        entry.function, given, valid.view(pairs), reference_scores, ld_alpha, use_weighting,
+        of_means=bool({*entry.of_means} & {*kinds}), has_nll=has_nll,
+        nll_items=items_tensor(nll_items, "mean", input),
+    )  # fmt: skip
+    names = (*LOG_PROB, "log_sum_sq_probs") if use_weighting else LOG_PROB
+    found = policy.walk(objective, names, pairs, in_parts=objective.is_a_sum(kinds))
+    return PreferenceLoss(found.loss, *found.metrics)  # type: ignore[arg-type]
 
 
 spelled_out(linear_preference_loss, HIDDEN_OPTIONS, HIDDEN_OPTIONS, with_others=True)
@@ -130,14 +189,13 @@ documented(linear_preference_loss, HIDDEN_OPTIONS, HIDDEN_OPTIONS)
 def _scores(
     log_probs: Tensor, valid: Tensor, ld_alpha: float | None, of_means: bool
 ) -> tuple[Tensor, Tensor]:
-    """Of the chosen and of the rejected sequences, (B) each."""
+    """Of the chosen and of the rejected sequences, (B) each; the tokens' are (2, B, S)."""
     if ld_alpha is not None:
-        (chosen, rejected), masks = log_probs.chunk(2), valid.chunk(2)
-        return length_desensitized_log_probs(chosen, rejected, *masks, ld_alpha=ld_alpha)
+        return length_desensitized_log_probs(*log_probs, *valid, ld_alpha=ld_alpha)
     scores = sequence_log_probs(log_probs, valid)
     if of_means:
         scores = scores / valid.sum(-1).clamp_min(1)
-    chosen, rejected = scores.chunk(2)
+    chosen, rejected = scores
     return chosen, rejected
 
 
@@ -145,7 +203,8 @@ def _reference_scores(
     reference: Tensor, valid: Tensor, ld_alpha: float | None
 ) -> tuple[Tensor, Tensor]:
     if is_of_tokens(reference, valid, must=ld_alpha is not None):
-        return _scores(reference, valid, ld_alpha, False)
+        of_pairs = (2, -1, valid.shape[-1])
+        return _scores(reference.view(of_pairs), valid.view(of_pairs), ld_alpha, False)
     chosen, rejected = reference.chunk(2)
     return chosen, rejected
 
@@ -155,10 +214,3 @@ def _has_nll(loss: str, kinds: tuple[str, ...], options: dict[str, Any]) -> bool
     if loss == "dpo":
         return "sft" in kinds
     return loss == "orpo" or (loss == "cpo" and options.get("cpo_alpha", 1.0) != 0)
-
-
-def _nll(log_probs: Tensor, valid: Tensor, num_items: Tensor | None) -> Tensor:
-    """The mean cross entropy of the chosen sequences' tokens; of no token 0."""
-    chosen, mask = (x.chunk(2)[0] for x in (log_probs, valid))
-    rows = torch.where(mask, -chosen, 0.0)
-    return composite.mean(rows, mask.sum().clamp_min(1), num_items)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..linear.groups import Groups
+from ..ops.rows import Rows
 from ..options import documented, spelled_out
-from .from_hidden import HIDDEN_OPTIONS, HiddenOptions, PolicyTokens, is_of_tokens
+from ..statistics import FloatStats
+from .from_hidden import HIDDEN_OPTIONS, LOG_PROB, HiddenOptions, PolicyTokens, is_of_tokens
+from .pairs import check_vectors
 from .sequence_scores import sequence_log_probs
 from .unpaired import RunningMean, UnpairedLoss, bco_loss, kl_estimate, kto_loss
 
@@ -44,7 +50,43 @@ class _Mismatched(NamedTuple):
         if theirs.reference_input is None:
             theirs = theirs._replace(reference_weight=None, reference_bias=None)
         with torch.no_grad():
-            return kl_estimate(*_scores(self.kl_input, linear_weight, self.kl_target, theirs))
+            policy, reference = _policy(self.kl_input, linear_weight, self.kl_target, theirs)
+            return kl_estimate(sequence_log_probs(policy.log_probs(), policy.valid), reference)
+
+
+class _OfSequences(NamedTuple):
+    """`kto_loss` or `bco_loss` as an `Objective` over sequences, whose statistics are (1, n, S)."""
+
+    function: Callable[..., UnpairedLoss]
+    options: dict[str, Any]
+    valid: Tensor
+    """(B, S): which tokens count."""
+    reference: Tensor
+    """(B)."""
+    desirable: Tensor
+    """(B)."""
+
+    def is_a_sum(self) -> bool:
+        """Whether the loss is a sum over sequences, each known by itself."""
+        is_reduced = self.options.get("reduction", "mean") == "mean" and len(self.valid) > 0
+        return is_reduced and not isinstance(self.options.get("shift"), RunningMean)
+
+    def __call__(self, stats: FloatStats, rows: Rows) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """What some sequences add to the loss; and all scores, 0 where they are others'."""
+        assert isinstance(rows, slice)
+        count = len(self.valid)
+        scores = sequence_log_probs(stats.log_prob[0], self.valid[rows])
+        of_all = F.pad(scores.detach(), (rows.start, count - rows.stop))
+        return self.of(scores, rows).loss, (of_all,)
+
+    def of(self, scores: Tensor, at: slice) -> UnpairedLoss:
+        """The loss of some sequences, over the number of all."""
+        count, options = len(self.valid), dict(self.options)
+        if options.get("num_items") is None and at.stop - at.start < count:
+            options["num_items"] = count
+        if isinstance(weight := options.get("weight"), Tensor) and weight.shape == (count,):
+            options["weight"] = weight[at]
+        return self.function(scores, self.reference[at], self.desirable[at], **options)
 
 
 def linear_unpaired_loss(
@@ -65,9 +107,12 @@ def linear_unpaired_loss(
 ) -> UnpairedLoss:
     """`kto_loss` or `bco_loss` of hidden states: each sequence is good or bad by itself.
 
-    All sequences go through the projection a chunk of tokens at a time. A token's gradient is known
-    only with its sequence's log-probability: backward computes each chunk's logits again, four
-    matrix products for the policy. A reference that is given by its hidden states takes one more;
+    A token's gradient is known with its sequence's log-probability. So whole sequences go through
+    the projection, one or more in a chunk: three matrix products for the policy. A sequence whose
+    logits take more than 1 GiB (or the weight, if that is more), or than ``chunk_tokens`` or
+    ``max_chunk_bytes`` allow, goes through in parts, of which backward computes the logits again:
+    four. So do all with a `RunningMean`, which has to see them first, with ``reduction="none"`` and
+    in compiled graphs. A reference that is given by its hidden states takes one product more;
     an estimate of the KL two of its own rows, one for the policy and one for the reference. These
     come one after the other, before the policy's chunks, and none has a gradient.
 
@@ -133,21 +178,30 @@ def linear_unpaired_loss(
         raise ValueError(f"loss must be one of kto, bco, got {loss!r}")
     if mismatched.given:
         kl = mismatched.estimate(linear_weight, hidden)
-    scores = _scores(input, linear_weight, target, hidden)
-    if loss == "bco":
-        assert reward_shift is not None
-        return bco_loss(*scores, desirable, shift=reward_shift, **given)
-    return kto_loss(*scores, desirable, kl=kl, **given)
+    policy, reference = _policy(input, linear_weight, target, hidden)
+    check_vectors(reference=reference, desirable=desirable)
+    extra = {"kl": kl} if loss == "kto" else {"shift": reward_shift}
+    function = kto_loss if loss == "kto" else bco_loss
+    objective = _OfSequences(function, given | extra, policy.valid, reference, desirable)
+    sequences = Groups(1, *policy.shape)
+    if not objective.is_a_sum():
+        scores = sequence_log_probs(policy.log_probs(), policy.valid)
+        return objective.of(scores, slice(0, len(scores)))
+    found = policy.walk(objective, LOG_PROB, sequences)
+    (of_all,) = found.metrics
+    assert of_all is not None
+    with torch.no_grad():
+        return objective.of(of_all, slice(0, len(of_all)))._replace(loss=found.loss)
 
 
 spelled_out(linear_unpaired_loss, HIDDEN_OPTIONS, HIDDEN_OPTIONS, with_others=True)
 documented(linear_unpaired_loss, HIDDEN_OPTIONS, HIDDEN_OPTIONS)
 
 
-def _scores(
+def _policy(
     input: Tensor, linear_weight: Tensor, target: Tensor, options: HiddenOptions
-) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of sequences, (B) each: the policy's and the reference's."""
+) -> tuple[PolicyTokens, Tensor]:
+    """The policy's tokens, and the reference's log-probabilities of the sequences, (B)."""
     policy = PolicyTokens(input, linear_weight, target, options)
     if policy.valid.dim() != 2:
         raise ValueError(f"expected hidden states (B, S, D), got {tuple(input.shape)}")
@@ -156,4 +210,4 @@ def _scores(
         raise ValueError("a reference is needed: reference_log_probs, or reference_input")
     if is_of_tokens(reference, policy.valid):
         reference = sequence_log_probs(reference, policy.valid)
-    return sequence_log_probs(policy.log_probs(), policy.valid), reference
+    return policy, reference

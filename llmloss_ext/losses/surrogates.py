@@ -79,8 +79,13 @@ class Tokens(NamedTuple):
         """The same as vectors of length N."""
         return Tokens._make(None if x is None else x.reshape(-1) for x in self)
 
+    def rows(self) -> Tokens:
+        """The same as (B, S), a sequence each."""
+        shape = (math.prod(self.valid.shape[:-1]), self.valid.shape[-1])
+        return Tokens._make(None if x is None else x.reshape(shape) for x in self)
+
     def chunk(self, at: slice | Tensor) -> Tokens:
-        """Some of the tokens, of `flat`."""
+        """Some of the tokens, of `flat`, or of the sequences, of `rows`."""
         return Tokens._make(None if x is None else x[at] for x in self)
 
 

@@ -73,12 +73,20 @@ class Batch:
         )  # fmt: skip
 
 
+CHUNKS = {
+    "all in one": {},
+    "a sequence": {"chunk_tokens": S},
+    "two sequences": {"chunk_tokens": 2 * S, "drop_ignored": False},
+    "less than a sequence": {"chunk_tokens": 5},
+}
+
+
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("chunk", CHUNKS)
 def test_as_composed(device, name, chunk):
     batch, options = Batch(device), LOSSES[name]
     results = []
-    for function, how in ((batch.linear, {"chunk_tokens": chunk}), (batch.composed, {})):
+    for function, how in ((batch.linear, CHUNKS[chunk]), (batch.composed, {})):
         leaves = batch.leaves()
         found = function(*leaves, **options, **how)
         results.append((found, torch.autograd.grad(2 * found.loss, leaves)))
@@ -113,8 +121,9 @@ def test_other_dtypes(device, dtype):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_products(name):
-    """One walk, with its three products, where each token knows its own loss; else two."""
+@pytest.mark.parametrize("chunk", [None, S, 3])
+def test_products(name, chunk):
+    """One walk, with its three products; two where a token needs those of another chunk."""
     batch = Batch("cpu")
     products, project = [], projection.Projection.project
 
@@ -125,10 +134,13 @@ def test_products(name):
     options = LOSSES[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(projection.Projection, "project", counted)
-        batch.linear(*batch.leaves(), **options).loss.backward()
-    walks = (2 if name in BY_SEQUENCES else 1) + bool(options.get("beta"))
-    assert len(products) == walks
-    assert products[0] == batch.mask.sum()
+        batch.linear(*batch.leaves(), **options, chunk_tokens=chunk).loss.backward()
+    walks = (2 if name in BY_SEQUENCES and chunk == 3 else 1) + bool(options.get("beta"))
+    if walks == 1 or name != "an off-policy mask":  # which leaves out sequences in backward
+        assert sum(products) == walks * batch.mask.sum()
+    assert (chunk is None) == (len(products) == walks)
+    if chunk == S and name in BY_SEQUENCES:
+        assert products == batch.mask.sum(-1).tolist()
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import assert_close
 
 from llmloss_ext import losses
-from llmloss_ext.linear import projection
+from llmloss_ext.linear import planning, projection, walk
 from llmloss_ext.losses import linear_preference_loss
 
 B, S, D, V = 3, 7, 8, 29
@@ -97,11 +97,19 @@ def ours(batch, h, w, b, **options):
     return linear_preference_loss(h, w, batch.target, linear_bias=b, **given)
 
 
+CHUNKS = {
+    "all in one": {},
+    "a pair": {"chunk_tokens": 13},
+    "two pairs": {"chunk_tokens": 2 * 2 * S, "drop_ignored": False},
+    "less than a pair": {"chunk_tokens": 5},
+}
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("chunk", CHUNKS)
 def test_as_by_hand(device, case, chunk):
     batch, results = Batch(device), []
-    for function, how in ((ours, {"chunk_tokens": chunk}), (by_hand, {})):
+    for function, how in ((ours, CHUNKS[chunk]), (by_hand, {})):
         leaves = batch.leaves()
         found = function(batch, *leaves, **CASES[case], **how)
         results.append((found, torch.autograd.grad(found.loss, leaves)))
@@ -164,9 +172,24 @@ def test_micro_batches_add_up(device, case):
         assert_close(mine.grad, theirs.grad, 1e-9)
 
 
-def test_walks(monkeypatch):
-    """Policy and reference in turn: one chunk's logits are there at a time."""
+PAIRS = [9, 13, 9]  # tokens that count
+WALKS = {
+    "all in one": ({}, [31]),
+    "a pair": ({"chunk_tokens": 13}, PAIRS),
+    "a pair, nothing dropped": ({"chunk_tokens": 14, "drop_ignored": False}, [14, 14, 14]),
+    "two pairs": ({"chunk_tokens": 29, "drop_ignored": False}, [28, 14]),
+    "by bytes": ({"max_chunk_bytes": 13 * 32 * 8}, PAIRS),
+    "less than a pair": ({"chunk_tokens": 12}, 2 * [11, 11, 9]),
+    "compared": ({"chunk_tokens": 13, "kind": "aot"}, 2 * [11, 11, 9]),
+    "each by itself": ({"chunk_tokens": 13, "reduction": "none"}, 2 * [11, 11, 9]),
+}
+
+
+@pytest.mark.parametrize("case", WALKS)
+def test_walks(monkeypatch, case):
+    """The reference, then the policy: once where a chunk has whole pairs, else backward again."""
     batch, seen = Batch("cpu"), []
+    options, wanted = WALKS[case]
     project = projection.Projection.project
 
     def counted(self, hidden, out):
@@ -174,15 +197,70 @@ def test_walks(monkeypatch):
         return project(self, hidden, out)
 
     monkeypatch.setattr(projection.Projection, "project", counted)
-    ours(batch, *batch.leaves()).loss.backward()
-    assert seen == [int(batch.valid.sum())] * 3  # the reference, the policy, and it again
+    ours(batch, *batch.leaves(), **options).loss.sum().backward()
+    assert seen[-len(wanted) :] == wanted
+    reference = seen[: -len(wanted)]
+    assert sum(reference) == (31 if options.get("drop_ignored", True) else 2 * B * S)
 
 
+def test_a_pair_that_is_larger_than_a_chunk_need_be(monkeypatch):
+    """By default: it costs memory, and spares a product. Not where there is none to spare."""
+    batch, seen = Batch("cpu"), []
+    monkeypatch.setattr(planning, "_LEAST_TOKENS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(planning, "_DEFAULT_BYTES", {"cpu": 4 * 32 * 8, "cuda": 1})
+    row_stats = walk.LocalRows.statistics
+
+    def counted(self, logits, target, wanted):
+        seen.append(len(logits))
+        return row_stats(self, logits, target, wanted)
+
+    monkeypatch.setattr(walk.LocalRows, "statistics", counted)
+    options = {"reference_log_probs": torch.zeros(2 * B, S)}
+    how = {"reference_input": None, "reference_weight": None, "reference_bias": None} | options
+    ours(batch, *batch.leaves(), **how)
+    assert seen == PAIRS
+    seen.clear()
+    monkeypatch.setattr(planning, "_BYTES_BESIDE_SUMS", 12 * 32 * 8)
+    ours(batch, *batch.leaves(), **how)
+    assert max(seen) <= 4
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_pair_without_tokens(device, drop):
+    """Its margin is 0, and it counts."""
+    batch = Batch(device)
+    batch.target[[1, B + 1]] = -100
+    batch.valid[[1, B + 1]] = False
+    for how in ({"chunk_tokens": 2 * S}, {"chunk_tokens": 2 * 2 * S}, {}):
+        leaves, theirs = batch.leaves(), batch.leaves()
+        found, wanted = ours(batch, *leaves, drop_ignored=drop, **how), by_hand(batch, *theirs)
+        assert_close(found.loss.detach(), wanted.loss.detach(), 1e-12)
+        assert found.margins[1] == 0
+        for one, other in zip(
+            torch.autograd.grad(found.loss, leaves), torch.autograd.grad(wanted.loss, theirs),
+            strict=True,
+        ):  # fmt: skip
+            assert_close(one, other, 1e-9)
+
+
+@pytest.mark.parametrize("how", [{}, {"chunk_tokens": 13}])
+def test_twice_differentiated(device, how):
+    batch, found = Batch(device), []
+    for function, options in ((ours, how), (by_hand, {})):
+        leaves = batch.leaves()
+        loss = function(batch, *leaves, **options).loss
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum((x * x).sum() for x in first), leaves))
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, 1e-9)
+
+
+@pytest.mark.parametrize("how", [{}, {"chunk_tokens": 13}, {"chunk_tokens": 5}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_other_dtypes(device, dtype):
+def test_other_dtypes(device, dtype, how):
     batch = Batch(device, dtype)
     leaves = batch.leaves()
-    grads = torch.autograd.grad(ours(batch, *leaves).loss, leaves)
+    grads = torch.autograd.grad(ours(batch, *leaves, **how).loss, leaves)
     exact = Batch(device)
     for name in ("hidden", "weight", "bias", "reference"):
         setattr(exact, name, getattr(batch, name).double())

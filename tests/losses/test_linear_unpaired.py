@@ -101,7 +101,7 @@ CASES = {
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("chunk", [None, 2 * S, S, 5])
 def test_against_the_definition(device, case, chunk, sign):
     """Of a KL that counts, and of one below 0."""
     batch = Batch(device)
@@ -251,7 +251,7 @@ def test_a_shift_of_the_labels(device):
 
 
 def test_walks(monkeypatch):
-    """One after the other: the KL's two, the reference, the policy, and it again in backward."""
+    """One after the other: the KL's two, the reference, the policy."""
     batch, seen = Batch("cpu"), []
     project = projection.Projection.project
 
@@ -265,12 +265,18 @@ def test_walks(monkeypatch):
     batch.reference.requires_grad_()
     batch.ours(*leaves).loss.backward()
     own, others = int(batch.valid.sum()), int(batch.other_valid.sum())
-    assert [tokens for tokens, _ in seen] == [others, others, own, own, own]
+    assert [tokens for tokens, _ in seen] == [others, others, own, own]
     assert batch.others.grad is None
     assert batch.reference.grad is None
     seen.clear()
-    batch.ours(*batch.leaves(), loss="bco", reward_shift=0.0).loss.backward()
-    assert [tokens for tokens, _ in seen] == [own] * 3
+    lengths = batch.valid.sum(-1).tolist()
+    batch.ours(*batch.leaves(), loss="bco", reward_shift=0.0, chunk_tokens=S).loss.backward()
+    assert [tokens for tokens, _ in seen][-B:] == lengths
+    # The policy again in backward: of a sequence that is cut, and of a mean that sees all first.
+    for options, shift in (({"max_chunk_bytes": 6 * 32 * 8}, 0.0), ({}, losses.RunningMean())):
+        seen.clear()
+        batch.ours(*batch.leaves(), loss="bco", reward_shift=shift, **options).loss.backward()
+        assert sum(tokens for tokens, _ in seen) == 3 * own
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
