@@ -45,6 +45,11 @@ def add_parser(subparsers: Any) -> None:
         "the token statistics",
     )  # fmt: skip
     parser.add_argument(
+        "--sequence-tokens", type=_integer, default=2048, metavar="S",
+        help="tokens of a sequence, for the losses that have to see all of one, or of a pair "
+        "(default: 2048)",
+    )  # fmt: skip
+    parser.add_argument(
         "--frozen", choices=("hidden", "weight"), action="append", default=[],
         help="an operand without a gradient; may be given twice",
     )  # fmt: skip
@@ -101,11 +106,14 @@ def run(args: argparse.Namespace) -> int:
     ):
         print(f"{name:<18} {value}")
     print(f"\n{'products':>8}  {'of references':>13}  {'peak beyond inputs':>18}  loss")
-    for loss, recompute, references in LOSS_WALKS:
+    length = min(args.sequence_tokens, n)
+    for loss, recompute, references, sequences in LOSS_WALKS:
         how = options | {"recompute": recompute, "references": references}
+        if sequences:
+            how |= {"group_tokens": min(sequences * length, n)}
         other = plan(n, d, v, dtype, device, **chunks, **how)
-        peak = _mebibytes(other.peak_bytes)
-        print(f"{other.products:>8}  {references:>13}  {peak:>18}  {loss}")
+        peak, what = _mebibytes(other.peak_bytes), f", {length:,} tokens each" if sequences else ""
+        print(f"{other.products:>8}  {references:>13}  {peak:>18}  {loss}{what}")
     if device == "cuda" and planned.dtype.itemsize == 2:  # what the model knows
         _print_predictions([planned, *frontier(n, d, v, dtype, **options)], chip)
     return 0

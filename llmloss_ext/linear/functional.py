@@ -511,7 +511,7 @@ class LinearCall:
         is_limited = walk.chunk_tokens is not None or walk.max_chunk_bytes is not None
         row_bytes = row_stride(weight.shape[0], self.logits_dtype) * self.logits_dtype.itemsize
         weight_bytes = 0 if is_limited else weight.nbytes
-        return groups_of_chunk(tokens, chunks.limit, row_bytes, weight_bytes)
+        return groups_of_chunk(groups.number, tokens, chunks.limit, row_bytes, weight_bytes)
 
     def stats(
         self, wanted: int, chunks: ChunkOptions, accumulator: Tensor | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops.rows import Rows, take
 from ..statistics import FloatStats
+from .planning import even_groups
 
 __all__ = ["GroupLimit", "Groups", "Part"]
 
@@ -69,7 +70,7 @@ class GroupLimit(NamedTuple):
             drop: Whether the others are left out. On CUDA their number has to be waited for.
         """
         count = self.groups.number
-        step = -(-count // -(-count // self.most)) if count else 1
+        step = even_groups(count, self.most)
         begins = range(0, count, step)
         return [self._part(slice(b, min(b + step, count)), counts, drop=drop) for b in begins]
 

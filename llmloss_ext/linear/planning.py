@@ -143,15 +143,18 @@ class LossWalk(NamedTuple):
     recompute: bool = False
     references: int = 0
     """Of a reference that is given by its hidden states."""
+    sequences: int = 0
+    """In a group that has to be seen before a token's gradient is known; 0: each token knows it."""
 
 
 LOSS_WALKS = (
     LossWalk("linear_cross_entropy, mean or sum"),
     LossWalk("linear_cross_entropy without a reduction; statistics of tokens", True),
-    LossWalk("linear_policy_loss, ratios of tokens", False, 1),
-    LossWalk("linear_policy_loss, ratios of sequences", True, 1),
-    LossWalk("linear_preference_loss; linear_unpaired_loss without a KL", True, 1),
-    LossWalk("linear_unpaired_loss, with as many mismatched tokens", True, 3),
+    LossWalk("linear_policy_loss, ratios of tokens", references=1),
+    LossWalk("linear_policy_loss, ratios of sequences", references=1, sequences=1),
+    LossWalk("linear_preference_loss", references=1, sequences=2),
+    LossWalk("linear_unpaired_loss without a KL", references=1, sequences=1),
+    LossWalk("linear_unpaired_loss, with as many mismatched tokens", references=3, sequences=1),
 )
 """How the losses walk, for `llmloss plan`."""
 
@@ -178,6 +181,7 @@ def plan(
     drop_ignored: bool = False,
     logits_dtype: torch.dtype | None = None,
     references: int = 0,
+    group_tokens: int | None = None,
 ) -> Plan:
     """Plans a linear loss of N x D hidden states and a V x D weight.
 
@@ -203,6 +207,9 @@ def plan(
         references: Walks over as many hidden states (and a weight) of the same sizes without a
             gradient, one after the other before the loss: 1 for the reference of a policy. Chunks
             there have no more tokens than here, and are gone: the peak is that of the loss.
+        group_tokens: Tokens of a sequence, or of the two of a pair, for a loss that needs them all
+            before it knows a token's gradient: a chunk has whole ones, and where not even one fits,
+            backward computes the logits again.
 
     Raises:
         ValueError: A size that is not positive, a dtype that the losses do not have, or a budget
@@ -218,6 +225,8 @@ def plan(
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {asked}")
     if references < 0:
         raise ValueError(f"references must be >= 0, got {references}")
+    if group_tokens is not None and group_tokens < 1:
+        raise ValueError(f"group_tokens must be at least 1, got {group_tokens}")
     if features < 1 or vocab_size < 1 or tokens < 0:
         raise ValueError(f"expected N >= 0, D >= 1 and V >= 1, got {tokens, features, vocab_size}")
     kind = torch.device(device).type
@@ -226,12 +235,20 @@ def plan(
     row_bytes = row_stride(vocab_size, logits_dtype) * logits_dtype.itemsize
     with_input, with_weight = needs_grad
     sums = weight_grad_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
-    if sums == torch.float16 and not recompute:
-        sums = torch.float32  # as the mean and the sum do
     weight_dtype = weight_dtype or dtype
     weight = Sums.of(vocab_size * features, dtype, weight_dtype, sums) if with_weight else None
     limit = chunk_limit(vocab_size, logits_dtype, kind, chunk_tokens, max_chunk_bytes, weight)
-    chunk = limit.of(tokens)
+    chunk, is_grouped = limit.of(tokens), False
+    if group_tokens is not None and tokens:
+        is_limited = chunk_tokens is not None or max_chunk_bytes is not None
+        weight_bytes = 0 if is_limited else vocab_size * features * weight_dtype.itemsize
+        number = -(-tokens // group_tokens)
+        most = groups_of_chunk(number, group_tokens, limit, row_bytes, weight_bytes)
+        is_grouped, recompute = most > 0, most == 0
+        if is_grouped:
+            chunk = min(even_groups(number, most) * group_tokens, tokens)
+    if sums == torch.float16 and not recompute:
+        sums = torch.float32  # as the mean and the sum do
     products = 1 + with_input + with_weight
     if recompute and (with_input or with_weight):
         products += 1
@@ -250,7 +267,8 @@ def plan(
     working = chunk * row_bytes
     if weight_dtype != dtype:
         working += vocab_size * features * size  # a copy in the dtype of the products
-    gathered = drop_ignored * chunk * features * size
+    is_gathered = drop_ignored or (is_grouped and chunks > 1)
+    gathered = chunk * features * size if is_gathered else 0
     beside = with_input * gathered  # the hidden states' gradient, before it is put in its rows
     if kind != "cpu" and not drop_ignored:
         # A copy of the hidden states, with zeros at tokens that may be ignored.
@@ -388,21 +406,31 @@ def chunk_limit(
     return ChunkLimit(room // row_bytes, True, (room + sums.saved_bytes) // row_bytes)
 
 
-def groups_of_chunk(tokens: int, limit: ChunkLimit, row_bytes: int, weight_bytes: int) -> int:
+def groups_of_chunk(
+    number: int, tokens: int, limit: ChunkLimit, row_bytes: int, weight_bytes: int
+) -> int:
     """How many groups of so many tokens are whole in one chunk; 0: none is.
 
     One may be larger than a chunk need be otherwise: the product that is spared is worth it.
 
     Args:
+        number: Of groups.
         tokens: Of a group.
         limit: Of a chunk.
         row_bytes: Of a token's logits.
         weight_bytes: Of the weight, and 0 where the limit is the user's own.
     """
+    if number * tokens <= limit.alone:
+        return max(number, 1)
     if tokens <= limit.tokens:
         return limit.tokens // max(tokens, 1)
     room = max(_BYTES_BESIDE_SUMS, weight_bytes) if weight_bytes else 0
     return int(tokens * row_bytes <= room)
+
+
+def even_groups(number: int, most: int) -> int:
+    """Groups of a chunk where each has about as many."""
+    return -(-number // -(-number // most)) if number else 1
 
 
 def even_chunk(tokens: int, most: int) -> int:

@@ -19,20 +19,30 @@ def test_the_command(capsys):
     assert "the logits of one token" in capsys.readouterr().err
 
 
+def rows_of(out):
+    _, table = out.split("peak beyond inputs  loss\n")
+    return [line.split(maxsplit=4) for line in table.splitlines()]
+
+
 def test_the_losses(capsys):
     """Each with its products and its peak, beside what the command was asked for."""
-    assert main.main(["plan", "8192", "4096", "128256", "--recompute"]) == 0
+    size = ["plan", "8192", "4096", "128256", "--recompute"]
+    assert main.main([*size, "--sequence-tokens", "8192"]) == 0
     out = capsys.readouterr().out
     assert "4 of 8,192 x 4,096 x 128,256" in out
-    _, table = out.split("peak beyond inputs  loss\n")
-    rows = [line.split(maxsplit=4) for line in table.splitlines()]
+    rows = rows_of(out)
     assert [(int(row[0]), int(row[1])) for row in rows] == [
-        (3, 0), (4, 0), (4, 1), (5, 1), (5, 1), (7, 3),
+        (3, 0), (4, 0), (4, 1), (5, 1), (5, 1), (5, 1), (7, 3),
     ]  # fmt: skip
     (peak,) = {row[2] for row in rows}  # a reference's is no more
     assert f"peak beyond inputs {peak} MiB" in out
     assert "linear_policy_loss, ratios of tokens" in rows[2][4]
-    assert "linear_preference_loss" in rows[4][4]
+    assert "linear_preference_loss, 8,192 tokens each" in rows[4][4]
+    # Chunks of whole sequences spare a product.
+    assert main.main(size) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert [int(row[0]) for row in rows] == [3, 4, 4, 4, 4, 4, 6]
+    assert float(rows[4][2].replace(",", "")) > float(rows[3][2].replace(",", ""))
     assert main.main(["plan", "64", "8", "100", "float32", "--frozen", "weight"]) == 0
     assert "       3              1 " in capsys.readouterr().out
 

@@ -113,7 +113,8 @@ def peak(case: list[str]) -> tuple[int, int]:
         value.backward()
         measured = resident("VmHWM") - before
     planned = plan(
-        n, d, v, dtype, weight_dtype=weight_dtype, recompute=loss not in ("mean", "policy"),
+        n, d, v, dtype, weight_dtype=weight_dtype, recompute=loss == "none",
+        group_tokens={"sequences": n // 2, "unpaired": n // 2, "preference": n}.get(loss),
         drop_ignored=dropped, chunk_tokens=chunk_tokens, logits_dtype=logits_dtype,
         references={"mean": 0, "none": 0, "unpaired": 3}.get(loss, 1),
     )  # fmt: skip

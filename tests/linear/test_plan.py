@@ -123,6 +123,8 @@ linux_only = pytest.mark.skipif(
      "400 64 50257 float32 policy", "32 64 100000 bfloat16 policy 16",
      "400 64 50257 float32 sequences", "32 64 100000 bfloat16 preference 16",
      "400 64 50257 float32 preference", "32 64 100000 bfloat16 preference float32 16",
+     "400 64 50257 float32 preference 100", "32 64 100000 bfloat16 preference 32",
+     "400 64 50257 float32 sequences 100", "400 64 50257 float32 unpaired 100",
      "400 64 50257 float32 unpaired", "32 64 100000 bfloat16 unpaired 16"],
 )  # fmt: skip
 def test_the_peak_is_what_the_plan_says(peak, case):
@@ -145,6 +147,26 @@ def test_a_reference_takes_products_and_no_more_memory(tokens, dtype, device):
         for needs_grad in ((True, True), (True, False), (False, True)):
             loss = plan(*size, **how, needs_grad=needs_grad)
             assert plan(*size, **how, needs_grad=(False, False)).peak_bytes <= loss.peak_bytes
+
+
+def test_groups():
+    """Whole ones in a chunk; a chunk may be larger for one; no memory for it: four products."""
+    size = (4096, 768, 128_256)
+    assert (pairs := plan(*size, group_tokens=64)).products == 3
+    assert (pairs.chunk_tokens, pairs.chunks) == (256, 16)
+    pairs = plan(*size, group_tokens=1024)
+    assert (pairs.products, pairs.chunk_tokens) == (3, 1024)
+    assert pairs.chunk_bytes == 1024 * 128_256 * 4
+    long = plan(*size, group_tokens=4096)
+    assert (long.products, long.chunk_tokens) == (4, plan(*size).chunk_tokens)
+    limited = plan(*size, group_tokens=1024, max_chunk_bytes=1 << 28)
+    assert (limited.products, limited.chunk_bytes) == (
+        4,
+        plan(*size, max_chunk_bytes=1 << 28).chunk_bytes,
+    )
+    assert plan(*size, group_tokens=4096, max_chunk_bytes=1 << 32).products == 3
+    with pytest.raises(ValueError, match="group_tokens must be at least 1"):
+        plan(*size, group_tokens=0)
 
 
 def test_16_bit_gradients_take_the_memory_of_their_sums_and_64_mib():
