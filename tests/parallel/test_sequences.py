@@ -1,0 +1,64 @@
+"""Losses of sequences over a vocabulary that is divided, against the whole in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close
+from ranks import same_on_every_rank
+
+from llmloss_ext import Shard, losses
+
+from .problem import D, leaf
+
+SEQUENCES, LENGTH, COLUMNS = 4, 5, 12
+CHUNKS = {"all in one": {}, "whole": {"chunk_tokens": 10}, "cut": {"chunk_tokens": 3}}
+
+
+def loss_of(name, hidden, weight, target, options):
+    if name == "preference":
+        return losses.linear_preference_loss(hidden, weight, target, **options).loss
+    if name == "unpaired":
+        good, kl = torch.tensor([1, 0, 1, 1]), torch.tensor(0.2)
+        return losses.linear_unpaired_loss(
+            hidden, weight, target, desirable=good, kl=kl, **options
+        ).loss
+    return losses.linear_policy_loss(
+        hidden, weight, target, advantages=torch.tensor([1.0, -1.0, 0.5, 2.0]), beta=0.1,
+        importance_sampling_level="sequence", old_log_probs=torch.full(target.shape, -3.0),
+        **options,
+    ).loss  # fmt: skip
+
+
+def rank_loss(rank, ranks, name, chunks):
+    torch.manual_seed(2)
+    classes = ranks * COLUMNS
+    hidden, reference = torch.randn(2, SEQUENCES, LENGTH, D)
+    weight = torch.randn(classes, D) / 2
+    target = torch.randint(0, classes, (SEQUENCES, LENGTH))
+    target[1, 3:] = target[2, 0] = -100
+    found = []
+    for columns, dtype, how in (
+        (slice(rank * COLUMNS, (rank + 1) * COLUMNS), torch.float32, {"shard": Shard()}),
+        (slice(None), torch.float64, {}),
+    ):
+        leaves = leaf(hidden.to(dtype)), leaf(weight[columns].to(dtype))
+        theirs = {
+            "reference_input": reference.to(dtype), "reference_weight": leaves[1].detach(), **how,
+        }  # fmt: skip
+        loss = loss_of(name, *leaves, target, theirs | CHUNKS[chunks])
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    (loss, of_hidden, of_weight), (exact, hidden_wanted, weight_wanted) = found
+    same_on_every_rank(loss)
+    same_on_every_rank(of_hidden)
+    assert_close(loss, exact, 1e-5)
+    assert_close(of_hidden, hidden_wanted, 1e-4)
+    mine = slice(rank * COLUMNS, (rank + 1) * COLUMNS)
+    assert_close(of_weight, weight_wanted[mine], 1e-4)
+    assert hidden_wanted.any()
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("name", ["preference", "unpaired", "policy"])
+def test_losses_of_sequences(two, name, chunks):
+    two.run(rank_loss, name, chunks)
