@@ -101,7 +101,18 @@ def run(args: argparse.Namespace) -> int:
 
 _OF_SHAPE = tuple(
     f"shape_{name}"
-    for name in ("vocab", "tokens", "hidden", "dtype", "device", "peers", "rounds", "no_memory")
+    for name in (
+        "vocab",
+        "tokens",
+        "hidden",
+        "dtype",
+        "device",
+        "peers",
+        "rounds",
+        "no_memory",
+        "out",
+        "overwrite",
+    )
 )
 """Where the options of a shape are, which must not be those of a command of the same name."""
 
@@ -123,6 +134,11 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
         help="measurements of each (default: 7)")  # fmt: skip
     add("--no-memory", action="store_const", const=True, dest="shape_no_memory",
         help="do not measure peak memory")  # fmt: skip
+    add("--out", type=Path, metavar="FOLDER", dest="shape_out",
+        help="also measure fewer classes and fewer tokens beside eager torch, and write the "
+        "results there, with a report that plots time and memory")  # fmt: skip
+    add("--overwrite", action="store_const", const=True, dest="shape_overwrite",
+        help="replace earlier results there")  # fmt: skip
     parser.set_defaults(work=_shape)
 
 
@@ -135,21 +151,29 @@ def _shape(args: argparse.Namespace) -> int:
     import torch
 
     from .report.tables import missing
+    from .results import FILE
     from .run import Runner
-    from .shape import cases_of, table
+    from .shape import cases_of, curves_of, table
     from .terminal import progress, show
 
+    out = args.shape_out
+    if args.shape_overwrite and out is None:
+        raise UserError("--overwrite needs --out: there is nothing to replace")
     name = args.shape_device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = open_device(name).type
     cases = cases_of(args.shape_vocab, args.shape_tokens, args.shape_hidden,
                      args.shape_dtype or "bfloat16", device)  # fmt: skip
-    wanted = _names(args.shape_peers)
-    runner = Runner("shape", args.shape_rounds or 7, None, wanted, not args.shape_no_memory)
+    if out is not None:
+        cases += curves_of(cases[0])
+    runner = Runner("shape", args.shape_rounds or 7, out, _names(args.shape_peers),
+                    not args.shape_no_memory, bool(args.shape_overwrite))  # fmt: skip
     with progress(len(cases)) as say:
         results = runner.run(cases, say)
     show([table(results)])
     for line in missing(results):
         print(line)
+    if out is not None:
+        print(f"results  {out / FILE}\nreport   {_try_report(out / FILE)}")
     return _status(results)
 
 

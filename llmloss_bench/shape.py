@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -43,6 +44,16 @@ def cases_of(vocab: int, tokens: int, hidden: int | None, dtype: str, device: st
     return made
 
 
+def curves_of(case: Case) -> list[Case]:
+    """The same at fewer classes and at fewer tokens, for a report's plots."""
+    of_classes = sorted({max(case.columns // by, 2) for by in (64, 16, 4, 1)})
+    of_tokens = sorted({max(case.rows // by, 1) for by in (64, 16, 4, 1)})
+    return [
+        *(replace(case, columns=columns, figure="V") for columns in of_classes),
+        *(replace(case, rows=rows, figure="N") for rows in of_tokens),
+    ]
+
+
 def _memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -52,7 +63,7 @@ def _memory(device: str) -> int:
 def table(results: Results) -> Table:
     """A line for each contender in each case, ours first."""
     lines = []
-    for row in results.rows:
+    for row in results.of_figure("peers"):
         origin = "hidden states" if row.case.is_linear else "logits"
         for name, m in row.contenders.items():
             ratio = row.times_faster(name)
@@ -67,7 +78,7 @@ def table(results: Results) -> Table:
                 "" if m.gradient_error is None else f"{m.gradient_error:.0e}",
             ])  # fmt: skip
     columns = ["loss", "time", "of llmloss's", "peak memory", "of the limit", "gradient's error"]
-    case = results.rows[0].case
+    case = next(iter(results.of_figure("peers"))).case
     features = f", D {case.features:,}" if case.is_linear else ""
     title = f"Forward and backward, N {case.rows:,}{features}, V {case.columns:,}, {case.dtype}"
     return Table(title, columns, lines)

@@ -95,6 +95,40 @@ def test_a_shape_without_hidden_states(capsys):
     assert "MiB" not in printed
 
 
+@pytest.mark.parametrize("hidden", [[], ["--hidden", "8"]])
+def test_a_report_of_a_shape(capsys, tmp_path, hidden):
+    """It has curves up to the shape, over V and over N, and keeps what was there."""
+    out = tmp_path / "out"
+    command = [
+        *SHAPE,
+        *hidden,
+        "--rounds",
+        "1",
+        "--no-memory",
+        "--peers",
+        "torch",
+        "--out",
+        str(out),
+    ]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert f"report   {out / 'report.html'}" in printed
+    assert printed.count("torch, from ") == 1 + len(hidden) // 2  # the shape alone
+    results = Results.load(out)
+    for figure, size, wanted in (
+        ("V", lambda case: case.columns, [7, 31, 125, 500]),
+        ("N", lambda case: case.rows, [1, 2, 8, 32]),
+    ):
+        rows = list(results.of_figure(figure))
+        assert [size(row.case) for row in rows] == wanted
+        assert all(row.contenders["torch"].median for row in rows)
+        assert all(row.case.is_linear == bool(hidden) for row in rows)
+    assert {"scaling-v.svg", "scaling-n.svg"} <= {path.name for path in out.iterdir()}
+    assert main(command) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
 def test_a_shape_in_which_this_library_is_wrong(capsys, monkeypatch):
     replaced(monkeypatch, "llmloss", scaled(1.01, 1.0))
     assert main([*SHAPE, "--rounds", "1", "--peers", "none", "--no-memory"]) == 1
@@ -112,6 +146,8 @@ def test_a_shape_in_which_this_library_is_wrong(capsys, monkeypatch):
         (["--vocab", "8", "--tokens", "8", "--peers", "megatron"], "unknown contenders: megatron"),
         (["--vocab", "8", "--tokens", "8", "--device", "meta"], "--device must be cpu or cuda"),
         (["--vocab", "999999", "--tokens", "999999", "--device", "cpu"], "GiB: lower --tokens"),
+        (["--vocab", "8", "--tokens", "8", "--overwrite"], "--overwrite needs --out"),
+        (["--overwrite", "report", "nowhere"], "--overwrite before report"),
         (["run", "--only", "no such case"], "no case of the suite"),
         (["run", "--peers", "megatron"], "unknown contenders"),
         ([], "needs a command (run, report, compare, trainer), or a shape"),
