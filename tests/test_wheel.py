@@ -144,6 +144,22 @@ def test_a_library_may_need_what_is_there(name):
     assert not wheel_check.may_need(name.replace("lib", "libcudart-").replace("ld", "ldcu"))
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_library_has_what_an_older_system_lacks(tmp_path):
+    source = """
+        #include <memory>
+        #include <sstream>
+        std::string text(const std::stringbuf& of) { return of.str(); }
+        std::shared_ptr<int> copied(const std::shared_ptr<int>& from) { return from; }
+    """
+    made = tmp_path / "library.so"
+    command = ["c++", "-std=c++20", "-O0", "-shared", "-fPIC", old_glibc.shim(tmp_path), "-xc++"]
+    subprocess.run([*command, "-", "-o", made], input=source, text=True, check=True)
+    content = made.read_bytes()
+    assert b"GLIBC_2.32" not in content
+    assert b"GLIBCXX_3.4.29" not in content
+
+
 def sdist_of(folder, without="", more=""):
     path = folder / "llmloss_ext-0.1.0.tar.gz"
     with tarfile.open(path, "w:gz") as archive:

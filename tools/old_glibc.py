@@ -16,9 +16,14 @@ from pathlib import Path
 OLDEST = (2, 28)
 
 _LIBRARIES = ("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1")
-# Headers of newer ones read this variable, of version 2.32, to spare atomics where there is one
-# thread. It is 0 where there may be several.
-_SHIM = 'extern "C" { extern const char __libc_single_threaded = 0; }\n'
+# What newer headers ask for. A variable of glibc 2.32 spares atomics where there is one thread; it
+# is 0 where there may be several. A function of GCC 11 came with C++20; a library of torch may
+# happen to have it, none of torch 2.11 for AArch64 does.
+_SHIM = """\
+#include <sstream>
+extern "C" { char __libc_single_threaded = 0; }
+template std::string std::stringbuf::str() const&;
+"""
 
 
 def is_newer() -> bool:
@@ -34,12 +39,18 @@ def link_flags(folder: Path) -> list[str]:
         folder: Where to keep what it makes, which takes half a minute the first time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shim = folder / "shim.o"
-    compiler = os.environ.get("CXX", "c++").split()
-    flags = ["-fPIC", "-fvisibility=hidden", "-xc++", "-c", "-", "-o", str(shim)]
-    subprocess.run([*compiler, *flags], input=_SHIM, check=True, text=True)
     libraries = [str(_folder_of_zig(folder) / name) for name in _LIBRARIES]
-    return [str(shim), "-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]
+    return [str(shim(folder)), "-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]
+
+
+def shim(folder: Path) -> Path:
+    """An object, made in a folder, of what newer headers ask for and older systems lack."""
+    made = folder / "shim.o"
+    compiler = os.environ.get("CXX", "c++").split()
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden"]
+    command = [*compiler, *flags, "-xc++", "-c", "-", "-o", str(made)]
+    subprocess.run(command, input=_SHIM, check=True, text=True)
+    return made
 
 
 def _folder_of_zig(folder: Path) -> Path:
