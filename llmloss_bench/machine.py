@@ -17,15 +17,27 @@ IDENTITY = ("cpu", "threads", "gpu")
 """Runs that agree in these are comparable in absolute times."""
 
 
+def cpu_named_in(info: str) -> str:
+    """The CPU's name in the text of Linux's /proc/cpuinfo; "" if it has none.
+
+    On Arm there are two numbers instead: who designed the core, and which of theirs it is.
+    """
+    facts: dict[str, str] = {}
+    for line in info.splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    if "model name" in facts:
+        return facts["model name"]
+    core = [facts.get(f"CPU {what}") for what in ("implementer", "part")]
+    return f"{platform.machine()} {core[0]} {core[1]}" if all(core) else ""
+
+
 def machine() -> dict[str, object]:
     """The facts of this machine, by name."""
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
+    cpu = cpu_named_in(info.read_text()) if info.exists() else ""
     return {
-        "cpu": cpu,
+        "cpu": cpu or platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "isa": instruction_set(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),

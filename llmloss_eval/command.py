@@ -83,7 +83,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--out", type=_path, help="write the result as JSON; needed to continue after Ctrl-C"
     )
-    parser.add_argument("--plot", type=_path, help="draw the reliability diagram (PNG)")
+    parser.add_argument(
+        "--plot", type=_path, help="draw the reliability diagram: .svg, .pdf, else PNG"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --out and --plot")
 
 

@@ -76,8 +76,10 @@ def save_plot(path: Path, result: dict[str, Any]) -> None:
     below.bar(left, [row["tokens"] / result["tokens"] for _, row in held], color="0.6", **bars)
     below.set_xlabel("confidence: p of the likeliest token")
     below.set_ylabel("share of tokens")
-    with writing(path):
-        replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    suffix = path.suffix[1:].lower()
+    kind = suffix if suffix in ("svg", "pdf") else "png"
+    with writing(path), mpl.rc_context({"svg.fonttype": "none"}):  # text stays text
+        replace_file(path, lambda file: figure.savefig(file, format=kind, dpi=120))
     plt.close(figure)
 
 

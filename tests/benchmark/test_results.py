@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from llmloss_bench import machine
 from llmloss_bench.results import FILE, Ceiling, Measurement, Results, Row
 from llmloss_ext.cli.errors import UserError
 
@@ -55,3 +56,21 @@ def test_a_damaged_file_is_refused(tmp_path, content, message):
         Results.load(tmp_path)
     with pytest.raises(UserError, match="cannot read"):
         Results.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        (
+            "processor\t: 0\nmodel name\t: AMD EPYC\nprocessor\t: 1\nmodel name\t: other\n",
+            "AMD EPYC",
+        ),
+        ("CPU implementer\t: 0x41\nCPU part\t: 0xd4f\n\nCPU part\t: 0xd40", "0x41 0xd4f"),
+        ("processor\t: 0\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_name_of_a_cpu(info, name):
+    found = machine.cpu_named_in(info)
+    assert found.endswith(name)
+    assert bool(found) == bool(name)

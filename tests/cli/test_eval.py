@@ -408,6 +408,10 @@ def test_what_is_printed(capsys, tmp_path):
                  "top-10 accuracy", "expected calibration error"):  # fmt: skip
         assert word in output
     assert plot.read_bytes().startswith(b"\x89PNG")
+    for suffix, begin in ((".svg", b"<?xml"), (".PDF", b"%PDF"), ("", b"\x89PNG")):
+        plot = tmp_path / f"plot{suffix}"
+        assert main(["eval", SPEC + "plain", "text.txt", "--plot", str(plot)]) == 0
+        assert plot.read_bytes().startswith(begin)
 
 
 def stop_after(batches: int, argv: list[str]) -> None:
