@@ -153,7 +153,7 @@ def _shape(args: argparse.Namespace) -> int:
     from .report.tables import missing
     from .results import FILE
     from .run import Runner
-    from .shape import cases_of, curves_of, table
+    from .shape import cases_of, curves_of, end_curves, table
     from .terminal import progress, show
 
     out = args.shape_out
@@ -169,6 +169,9 @@ def _shape(args: argparse.Namespace) -> int:
                     not args.shape_no_memory, bool(args.shape_overwrite))  # fmt: skip
     with progress(len(cases)) as say:
         results = runner.run(cases, say)
+    if out is not None:
+        end_curves(results)
+        results.save(out / FILE)
     show([table(results)])
     for line in missing(results):
         print(line)

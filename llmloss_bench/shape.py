@@ -46,11 +46,21 @@ def cases_of(vocab: int, tokens: int, hidden: int | None, dtype: str, device: st
 
 def curves_of(case: Case) -> list[Case]:
     """The same at fewer classes and at fewer tokens, for a report's plots."""
-    of_classes = sorted({max(case.columns // by, 2) for by in (64, 16, 4, 1)})
-    of_tokens = sorted({max(case.rows // by, 1) for by in (64, 16, 4, 1)})
+    of_classes = sorted({max(case.columns // by, 2) for by in (64, 16, 4)} - {case.columns})
+    of_tokens = sorted({max(case.rows // by, 1) for by in (64, 16, 4)} - {case.rows})
     return [
         *(replace(case, columns=columns, figure="V") for columns in of_classes),
         *(replace(case, rows=rows, figure="N") for rows in of_tokens),
+    ]
+
+
+def end_curves(results: Results) -> None:
+    """Adds the shape itself to the curves; it has been measured."""
+    whole = results.rows[0]
+    named = {n: m for n, m in whole.contenders.items() if n == "torch" or n.startswith("llmloss")}
+    results.rows += [
+        replace(whole, case=replace(whole.case, figure=figure), contenders=named)
+        for figure in ("V", "N")
     ]
 
 

@@ -7,6 +7,7 @@ for the linker, from lists of what each version has.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -38,6 +39,7 @@ def link_flags(folder: Path) -> list[str]:
     Args:
         folder: Where to keep what it makes, which takes half a minute the first time.
     """
+    folder = folder / f"zig-{importlib.metadata.version('ziglang')}"
     folder.mkdir(parents=True, exist_ok=True)
     libraries = [str(_folder_of_zig(folder) / name) for name in _LIBRARIES]
     return [str(shim(folder)), "-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def build_wheel(folder: Path) -> Path:
     build = ("build", "--build-lib", folder / "lib", "--build-scripts", folder / "scripts")
     bdist = ("bdist_wheel", "--bdist-dir", folder / "content", "--dist-dir", folder / "wheel")
     flags = old_glibc.link_flags(ROOT / "build" / "glibc") if old_glibc.is_newer() else []
-    linking = {"LDFLAGS": " ".join([os.environ.get("LDFLAGS", ""), *flags])}
+    linking = {"LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {shlex.join(flags)}"}
     run(sys.executable, "setup.py", "-q", *build, "egg_info", "-e", folder, *bdist, **linking)
     return only(folder / "wheel", "*.whl")
 

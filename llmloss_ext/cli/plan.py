@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     from ..linear.cost import chip_named, frontier
     from ..linear.planning import LOSS_WALKS
 
+    if args.sequence_tokens < 1:
+        raise UserError(f"--sequence-tokens must be at least 1, got {args.sequence_tokens}")
     n, d, v, dtype = args.N, args.D, args.V, _dtype(args.dtype) or torch.float32
     device = "cuda" if args.gpu else args.device
     options: dict[str, Any] = {
@@ -106,11 +108,11 @@ def run(args: argparse.Namespace) -> int:
     ):
         print(f"{name:<18} {value}")
     print(f"\n{'products':>8}  {'of references':>13}  {'peak beyond inputs':>18}  loss")
-    length = min(args.sequence_tokens, n)
+    length = max(min(args.sequence_tokens, n), 1)
     for loss, recompute, references, sequences in LOSS_WALKS:
         how = options | {"recompute": recompute, "references": references}
         if sequences:
-            how |= {"group_tokens": min(sequences * length, n)}
+            how |= {"group_tokens": min(sequences * length, max(n, 1))}
         other = plan(n, d, v, dtype, device, **chunks, **how)
         peak, what = _mebibytes(other.peak_bytes), f", {length:,} tokens each" if sequences else ""
         print(f"{other.products:>8}  {references:>13}  {peak:>18}  {loss}{what}")

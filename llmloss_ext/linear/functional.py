@@ -46,7 +46,7 @@ from . import objective as objectives
 from . import operators
 from .groups import GroupLimit, Groups
 from .operators import needs_gradients
-from .planning import Sums, chunk_limit, dtype_of_logits, groups_of_chunk, row_stride
+from .planning import Sums, chunk_limit, dtype_of_logits, row_stride, tokens_of_whole_groups
 from .projection import as_rows, check_projection, to_dtype_of_products
 from .walk import Inputs, Objective, ObjectiveCall, Targets
 
@@ -479,8 +479,8 @@ class LinearCall:
         objective: Objective,
         wanted: int,
         chunks: ChunkOptions,
-        groups: Groups | None = None,
-        most: int = 1,
+        groups: GroupLimit | None = None,
+        items: int | None = None,
     ) -> objectives.ObjectiveLoss:
         """A sum over tokens (or groups), in one walk; under transforms from whole logits.
 
@@ -488,30 +488,35 @@ class LinearCall:
             objective: The sum.
             wanted: The statistics that it reads.
             chunks: How to walk.
-            groups: Which tokens stay together.
-            most: How many groups a chunk has: see `groups_of_chunk`. 0: none is whole, and backward
-                computes the logits again.
+            groups: Which tokens stay together; of 0 tokens, backward computes the logits again.
+            items: The objective is about a mean over so many; None: over the tokens.
         """
-        if ops.in_transform() or not most:
-            stats = self.stats(wanted, chunks)
-            return objectives.of_statistics(stats, len(self.targets), objective, wanted, groups)
+        if ops.in_transform() or (groups is not None and not groups.tokens):
+            stats, which = self.stats(wanted, chunks), None if groups is None else groups.groups
+            return objectives.of_statistics(stats, len(self.targets), objective, wanted, which)
         targets = Targets(self.targets, self.weight)
-        limit = None if groups is None else GroupLimit(groups, most)
-        call = ObjectiveCall(targets, self.options, objective, wanted, chunks, groups=limit)
+        call = ObjectiveCall(
+            targets, self.options, objective, wanted, chunks, groups=groups, items=items
+        )
         return self._run(objectives.run, self.inputs, call)
 
-    def groups_of_chunk(self, groups: Groups, walk: HowChunks, chunks: ChunkOptions) -> int:
-        """How many groups a chunk holds; 0: none is whole."""
-        weight, tokens = self.inputs.linear_weight, groups.tokens
-        if must_be_opaque(self.inputs.input):
-            return 1  # there are no chunks, or what is ignored cannot be read
+    def group_limit(self, groups: Groups, walk: HowChunks, chunks: ChunkOptions) -> GroupLimit:
+        """How many tokens of whole groups a chunk has; 0: the largest does not fit, or need not."""
+        if ops.in_transform() or must_be_opaque(self.inputs.input):
+            return GroupLimit(groups, 1)  # there are no chunks, or what is ignored cannot be read
+        if not any(needs_gradients(self.inputs)):
+            return GroupLimit(groups, 0)  # no product to spare
+        largest, total = groups.tokens, len(self.targets)
         if chunks.drop_ignored:
-            counts = (self.targets != self.options.ignore_index).view(groups).sum((0, 2))
-            tokens = int(counts.max()) if groups.number else 0
+            sizes = groups.sizes(self.targets != self.options.ignore_index)
+            largest, total = max(sizes, default=0), sum(sizes)
+        weight = self.inputs.linear_weight
+        columns = weight.shape[0] if self.shard is None else self.shard.usual_count
         is_limited = walk.chunk_tokens is not None or walk.max_chunk_bytes is not None
-        row_bytes = row_stride(weight.shape[0], self.logits_dtype) * self.logits_dtype.itemsize
-        weight_bytes = 0 if is_limited else weight.nbytes
-        return groups_of_chunk(groups.number, tokens, chunks.limit, row_bytes, weight_bytes)
+        row_bytes = row_stride(columns, self.logits_dtype) * self.logits_dtype.itemsize
+        weight_bytes = 0 if is_limited else columns * weight.shape[1] * weight.itemsize
+        tokens = tokens_of_whole_groups(total, largest, chunks.limit, row_bytes, weight_bytes)
+        return GroupLimit(groups, tokens)
 
     def stats(
         self, wanted: int, chunks: ChunkOptions, accumulator: Tensor | None = None

@@ -6,6 +6,7 @@ chunk holds whole groups, that is before its logits are gone: nothing is compute
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..ops.rows import Rows, take
 from ..statistics import FloatStats
-from .planning import even_groups
+from .planning import group_cuts
 
 __all__ = ["GroupLimit", "Groups", "Part"]
 
@@ -29,6 +30,11 @@ class Groups(NamedTuple):
     def tokens(self) -> int:
         """Of a group."""
         return self.members * self.length
+
+    def sizes(self, counts: Tensor) -> list[int]:
+        """How many tokens of each group count; ``counts`` (N) bool. Waits for the device."""
+        sizes: list[int] = counts.view(self).sum((0, 2)).tolist()
+        return sizes
 
     def of_all(self, stats: FloatStats) -> FloatStats:
         """The statistics of all tokens, (members, number, length) each."""
@@ -57,22 +63,23 @@ class Part(NamedTuple):
 
 
 class GroupLimit(NamedTuple):
-    """How many groups a chunk has."""
+    """How many tokens a chunk of whole groups has; one group may have more."""
 
     groups: Groups
-    most: int
+    tokens: int
 
     def parts(self, counts: Tensor, *, drop: bool) -> list[Part]:
-        """The parts, of about as many groups each.
+        """The parts: neighbours together, in chunks of about as many tokens each.
 
         Args:
             counts: (N) bool: tokens that are not ignored.
             drop: Whether the others are left out. On CUDA their number has to be waited for.
         """
-        count = self.groups.number
-        step = even_groups(count, self.most)
-        begins = range(0, count, step)
-        return [self._part(slice(b, min(b + step, count)), counts, drop=drop) for b in begins]
+        sizes = [self.groups.tokens] * self.groups.number
+        if drop:
+            sizes = self.groups.sizes(counts)
+        cuts = group_cuts(sizes, self.tokens)
+        return [self._part(slice(*ends), counts, drop=drop) for ends in itertools.pairwise(cuts)]
 
     def _part(self, groups: slice, counts: Tensor, *, drop: bool) -> Part:
         members, number, length = self.groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -209,7 +210,7 @@ def plan(
             there have no more tokens than here, and are gone: the peak is that of the loss.
         group_tokens: Tokens of a sequence, or of the two of a pair, for a loss that needs them all
             before it knows a token's gradient: a chunk has whole ones, and where not even one fits,
-            backward computes the logits again.
+            backward computes the logits again. With ``recompute`` it does so in any case.
 
     Raises:
         ValueError: A size that is not positive, a dtype that the losses do not have, or a budget
@@ -239,14 +240,14 @@ def plan(
     weight = Sums.of(vocab_size * features, dtype, weight_dtype, sums) if with_weight else None
     limit = chunk_limit(vocab_size, logits_dtype, kind, chunk_tokens, max_chunk_bytes, weight)
     chunk, is_grouped = limit.of(tokens), False
-    if group_tokens is not None and tokens:
+    if group_tokens is not None and tokens and any(needs_grad) and not recompute:
         is_limited = chunk_tokens is not None or max_chunk_bytes is not None
         weight_bytes = 0 if is_limited else vocab_size * features * weight_dtype.itemsize
-        number = -(-tokens // group_tokens)
-        most = groups_of_chunk(number, group_tokens, limit, row_bytes, weight_bytes)
-        is_grouped, recompute = most > 0, most == 0
+        whole = tokens_of_whole_groups(tokens, group_tokens, limit, row_bytes, weight_bytes)
+        is_grouped, recompute = whole > 0, whole == 0
         if is_grouped:
-            chunk = min(even_groups(number, most) * group_tokens, tokens)
+            cuts = group_cuts([group_tokens] * -(-tokens // group_tokens), whole)
+            chunk = min(cuts[1] * group_tokens, tokens)
     if sums == torch.float16 and not recompute:
         sums = torch.float32  # as the mean and the sum do
     products = 1 + with_input + with_weight
@@ -406,31 +407,44 @@ def chunk_limit(
     return ChunkLimit(room // row_bytes, True, (room + sums.saved_bytes) // row_bytes)
 
 
-def groups_of_chunk(
-    number: int, tokens: int, limit: ChunkLimit, row_bytes: int, weight_bytes: int
+def tokens_of_whole_groups(
+    total: int, largest: int, limit: ChunkLimit, row_bytes: int, weight_bytes: int
 ) -> int:
-    """How many groups of so many tokens are whole in one chunk; 0: none is.
+    """How many tokens a chunk of whole groups has; 0: the largest group does not fit into one.
 
-    One may be larger than a chunk need be otherwise: the product that is spared is worth it.
+    That one may be larger than a chunk need be otherwise: the product that is spared is worth it.
 
     Args:
-        number: Of groups.
-        tokens: Of a group.
+        total: Tokens of all groups.
+        largest: Tokens of the largest group.
         limit: Of a chunk.
         row_bytes: Of a token's logits.
         weight_bytes: Of the weight, and 0 where the limit is the user's own.
     """
-    if number * tokens <= limit.alone:
-        return max(number, 1)
-    if tokens <= limit.tokens:
-        return limit.tokens // max(tokens, 1)
+    if total <= limit.alone:
+        return limit.alone
     room = max(_BYTES_BESIDE_SUMS, weight_bytes) if weight_bytes else 0
-    return int(tokens * row_bytes <= room)
+    fits = largest <= limit.tokens or largest * row_bytes <= room
+    return limit.tokens if fits else 0
 
 
-def even_groups(number: int, most: int) -> int:
-    """Groups of a chunk where each has about as many."""
-    return -(-number // -(-number // most)) if number else 1
+def group_cuts(sizes: Sequence[int], tokens: int) -> list[int]:
+    """Where chunks of neighbouring groups begin and end.
+
+    They have about as many tokens each: a small last one would waste a pass over the weight.
+
+    Args:
+        sizes: Tokens of each group.
+        tokens: Of a chunk at most, but for a group that is larger.
+    """
+    cuts, held = [0], 0
+    even = -(-sum(sizes) // max(-(-sum(sizes) // tokens), 1))
+    for at, size in enumerate(sizes):
+        if at > cuts[-1] and (held >= even or held + size > tokens):
+            cuts.append(at)
+            held = 0
+        held += size
+    return [*cuts, len(sizes)] if sizes else []
 
 
 def even_chunk(tokens: int, most: int) -> int:

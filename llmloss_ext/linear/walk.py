@@ -304,6 +304,8 @@ class ObjectiveCall(NamedTuple):
     """Which gradients."""
     groups: GroupLimit | None = None
     """Of an objective that is over groups: they stay together."""
+    items: int | None = None
+    """The objective is about a mean over so many, for float16; None: over the tokens."""
 
 
 class ObjectiveResults(NamedTuple):
@@ -319,15 +321,14 @@ def objective_by_chunks(inputs: Inputs, call: ObjectiveCall) -> ObjectiveResults
     The gradient of a token's loss is known with its statistics: it overwrites the logits of the
     chunk at once, so that three products are all.
     """
-    targets, logits, objective, wanted, chunks, needs, groups = call
+    targets, logits, objective, wanted, chunks, needs, groups, items = call
     input = inputs.input
     real = real_of(input)
     rows = rows_of(inputs, targets, logits, chunks)
     projection = _projection(inputs, logits, chunks)
     wholes = _columns(input, wanted, logits, chunks)
-    # Losses are mostly means over the tokens.
-    tokens = torch.full((), max(input.shape[0], 1), dtype=real, device=input.device)
-    factor = gradient_factor(input, tokens)
+    items = max(input.shape[0] if items is None else items, 1)
+    factor = gradient_factor(input, torch.full((), items, dtype=real, device=input.device))
     gradients = _LossGradients(inputs, projection, chunks, needs, factor)
     # Of no token: nan, where a mean has none to divide by.
     nothing = FloatStats(*(x[:0] for x in wholes[: len(FloatStats._fields)])).only(wanted)
@@ -361,8 +362,12 @@ def objective_by_chunks(inputs: Inputs, call: ObjectiveCall) -> ObjectiveResults
             chunk.logits, labels, stats.floats.for_backward(), stats.state,
             bool(needs.logit_scale), inplace=True,
         )  # fmt: skip
+        used = torch.stack([grad != 0 for grad in grads if grad is not None]).any(0)
+        chunk.counts = used if chunk.counts is None else used & chunk.counts
         gradients.add(chunk, scale)
         del chunk  # its buffer, before the gradient of the weight is rounded
+    if groups is not None:  # whose parts are finite where they can be; their sum is, too
+        value = value.clamp(-torch.finfo(real).max, torch.finfo(real).max)
     results = gradients.results(value.to(real), rows)
     return ObjectiveResults(results._replace(stats=tuple(wholes)), metrics)
 

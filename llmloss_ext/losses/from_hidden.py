@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linear import linear_log_probs
 from ..linear.functional import HowChunks, HowLogits, LinearCall
-from ..linear.groups import Groups
+from ..linear.groups import GroupLimit, Groups
 from ..linear.objective import ObjectiveLoss
 from ..linear.walk import Objective
 from ..options import OPTIONS, Option
@@ -145,6 +145,7 @@ class PolicyTokens:
         groups: Groups | None = None,
         *,
         in_parts: bool = True,
+        items: int | None = None,
     ) -> ObjectiveLoss:
         """A loss that is a sum over the tokens, or over groups of them, in one walk.
 
@@ -156,11 +157,14 @@ class PolicyTokens:
             names: The statistics that it reads.
             groups: How the tokens belong together; None: each is by itself.
             in_parts: Whether it is such a sum; else it needs all groups at once.
+            items: It is about a mean over so many; None: over the tokens.
         """
-        wanted, most = asked(names), int(in_parts)
-        if groups is not None and in_parts:
-            most = self.call.groups_of_chunk(groups, self._walk, self.chunks)
-        return self.call.walk(objective, wanted, self.chunks, groups, most)
+        limit = None
+        if groups is not None:
+            limit = GroupLimit(groups, 0)
+            if in_parts:
+                limit = self.call.group_limit(groups, self._walk, self.chunks)
+        return self.call.walk(objective, asked(names), self.chunks, limit, items)
 
     def log_probs(self) -> Tensor:
         """Of the tokens, in nats; 0 where they do not count."""

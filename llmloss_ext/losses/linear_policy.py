@@ -72,8 +72,8 @@ def linear_policy_loss(
     Where a token's loss is a function of its own log-probability (and entropy), its gradient is
     formed with it, chunk by chunk: three matrix products. Where it needs those of its whole
     sequence (``importance_sampling_level`` other than "token", vespo, an off-policy mask), chunks
-    have whole sequences. A sequence whose logits take more than 1 GiB (or the weight, if that is
-    more), or than ``chunk_tokens`` or ``max_chunk_bytes`` allow, goes through in parts, of which
+    have whole sequences. Where the logits of the longest take more than 1 GiB (or the weight, if
+    that is more), or than ``chunk_tokens`` or ``max_chunk_bytes`` allow, chunks cut sequences, and
     backward computes the logits again: four products, as under torch.compile. The reference, if it
     is given by its hidden states, takes one more, before the policy's chunks.
 
@@ -126,13 +126,17 @@ def linear_policy_loss(
         policy.valid, checked, policy.call.real, advantages=advantages,
         old_log_probs=old_log_probs, **known,
     )  # fmt: skip
+    number = math.prod(policy.shape[:-1])
+    items = number if checked.loss_type == "luspo" else None  # which adds up a sequence's tokens
     if checked.by_sequences:
-        length = policy.shape[-1]
-        sampling = None if sampling_log_probs is None else sampling_log_probs.reshape(-1, length)
-        sequences = Groups(1, math.prod(policy.shape[:-1]), length)
-        found = policy.walk(_OfSequences(tokens.rows(), checked, sampling), names, sequences)
+        sequences = Groups(1, number, policy.shape[-1])
+        sampling = sampling_log_probs
+        if sampling is not None:
+            sampling = sampling.reshape(number, policy.shape[-1])
+        of_sequences = _OfSequences(tokens.rows(), checked, sampling)
+        found = policy.walk(of_sequences, names, sequences, items=items)
     else:
-        found = policy.walk(_Surrogate(tokens.flat(), checked), names)
+        found = policy.walk(_Surrogate(tokens.flat(), checked), names, items=items)
     return PolicyLoss(found.loss, PolicyMetrics._make(found.metrics))
 
 

@@ -16,7 +16,7 @@ from ..ops.rows import Rows
 from ..options import documented, spelled_out
 from ..statistics import FloatStats
 from .from_hidden import HIDDEN_OPTIONS, LOG_PROB, HiddenOptions, PolicyTokens, is_of_tokens
-from .pairs import PreferenceLoss
+from .pairs import PreferenceLoss, check_vectors
 from .preference import KINDS, dpo_loss
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .sequence_scores import length_desensitized_log_probs, sequence_log_probs, wpo_weights
@@ -66,7 +66,10 @@ class _OfPairs(NamedTuple):
         assert isinstance(rows, slice)
         pairs, count = rows, self.valid.shape[1]
         log_probs, valid = stats.log_prob, self.valid[:, pairs]
-        options = {name: _of(x, pairs, count) for name, x in self.options.items()}
+        options = dict(self.options)
+        for name in _OF_PAIRS:
+            if options.get(name) is not None:
+                options[name] = options[name][pairs]
         is_part = pairs.stop - pairs.start < count
         if is_part and options.get("num_items") is None:
             options["num_items"] = count
@@ -87,10 +90,8 @@ class _OfPairs(NamedTuple):
         return composite.mean(rows, self.valid[0].sum().clamp_min(1), self.nll_items)
 
 
-def _of(option: Any, pairs: slice, count: int) -> Any:
-    """An option of some pairs: of one that is a number for each of all pairs, theirs."""
-    is_of_pairs = isinstance(option, Tensor) and option.shape == (count,)
-    return option[pairs] if is_of_pairs else option
+_OF_PAIRS = ("pair_weight", "chosen_lengths", "rejected_lengths")
+"""The options that are a number for each pair."""
 
 
 def linear_preference_loss(
@@ -107,10 +108,10 @@ def linear_preference_loss(
     """`dpo_loss`, `cpo_loss`, `simpo_loss` or `orpo_loss` of hidden states.
 
     A token's gradient is known with its pair's log-probabilities. So whole pairs go through the
-    projection, one or more in a chunk: three matrix products for the policy. A pair whose logits
-    take more than 1 GiB (or the weight, if that is more), or than ``chunk_tokens`` or
-    ``max_chunk_bytes`` allow, goes through in parts, of which backward computes the logits again:
-    four. So do kinds that compare all pairs (aot, aot_unpaired), ``reduction="none"``, an
+    projection, one or more in a chunk: three matrix products for the policy. Where the logits of
+    the longest pair take more than 1 GiB (or the weight, if that is more), or than ``chunk_tokens``
+    or ``max_chunk_bytes`` allow, chunks cut pairs, and backward computes the logits again: four.
+    So it does for kinds that compare all pairs (aot, aot_unpaired), ``reduction="none"``, an
     ``nll_loss`` that is given, and compiled graphs. A reference that is given by its hidden states
     takes one product more, before.
 
@@ -177,8 +178,12 @@ def linear_preference_loss(
         of_means=bool({*entry.of_means} & {*kinds}), has_nll=has_nll,
         nll_items=items_tensor(nll_items, "mean", input),
     )  # fmt: skip
+    of_pairs = {name: given.get(name) for name in _OF_PAIRS}
+    check_vectors(pairs=valid.new_empty(pairs.number), **of_pairs)
     names = (*LOG_PROB, "log_sum_sq_probs") if use_weighting else LOG_PROB
-    found = policy.walk(objective, names, pairs, in_parts=objective.is_a_sum(kinds))
+    found = policy.walk(
+        objective, names, pairs, in_parts=objective.is_a_sum(kinds), items=pairs.number
+    )
     return PreferenceLoss(found.loss, *found.metrics)  # type: ignore[arg-type]
 
 
@@ -203,7 +208,7 @@ def _reference_scores(
     reference: Tensor, valid: Tensor, ld_alpha: float | None
 ) -> tuple[Tensor, Tensor]:
     if is_of_tokens(reference, valid, must=ld_alpha is not None):
-        of_pairs = (2, -1, valid.shape[-1])
+        of_pairs = (2, len(valid) // 2, valid.shape[-1])
         return _scores(reference.view(of_pairs), valid.view(of_pairs), ld_alpha, False)
     chosen, rejected = reference.chunk(2)
     return chosen, rejected

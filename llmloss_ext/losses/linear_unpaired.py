@@ -84,8 +84,8 @@ class _OfSequences(NamedTuple):
         count, options = len(self.valid), dict(self.options)
         if options.get("num_items") is None and at.stop - at.start < count:
             options["num_items"] = count
-        if isinstance(weight := options.get("weight"), Tensor) and weight.shape == (count,):
-            options["weight"] = weight[at]
+        if options.get("weight") is not None:
+            options["weight"] = options["weight"][at]
         return self.function(scores, self.reference[at], self.desirable[at], **options)
 
 
@@ -108,10 +108,10 @@ def linear_unpaired_loss(
     """`kto_loss` or `bco_loss` of hidden states: each sequence is good or bad by itself.
 
     A token's gradient is known with its sequence's log-probability. So whole sequences go through
-    the projection, one or more in a chunk: three matrix products for the policy. A sequence whose
-    logits take more than 1 GiB (or the weight, if that is more), or than ``chunk_tokens`` or
-    ``max_chunk_bytes`` allow, goes through in parts, of which backward computes the logits again:
-    four. So do all with a `RunningMean`, which has to see them first, with ``reduction="none"`` and
+    the projection, one or more in a chunk: three matrix products for the policy. Where the logits
+    of the longest take more than 1 GiB (or the weight, if that is more), or than ``chunk_tokens``
+    or ``max_chunk_bytes`` allow, chunks cut sequences, and backward computes the logits again:
+    four. So it does with a `RunningMean`, which has to see all first, with ``reduction="none"`` and
     in compiled graphs. A reference that is given by its hidden states takes one product more;
     an estimate of the KL two of its own rows, one for the policy and one for the reference. These
     come one after the other, before the policy's chunks, and none has a gradient.
@@ -179,7 +179,7 @@ def linear_unpaired_loss(
     if mismatched.given:
         kl = mismatched.estimate(linear_weight, hidden)
     policy, reference = _policy(input, linear_weight, target, hidden)
-    check_vectors(reference=reference, desirable=desirable)
+    check_vectors(reference=reference, desirable=desirable, weight=given.get("weight"))
     extra = {"kl": kl} if loss == "kto" else {"shift": reward_shift}
     function = kto_loss if loss == "kto" else bco_loss
     objective = _OfSequences(function, given | extra, policy.valid, reference, desirable)
@@ -187,7 +187,7 @@ def linear_unpaired_loss(
     if not objective.is_a_sum():
         scores = sequence_log_probs(policy.log_probs(), policy.valid)
         return objective.of(scores, slice(0, len(scores)))
-    found = policy.walk(objective, LOG_PROB, sequences)
+    found = policy.walk(objective, LOG_PROB, sequences, items=sequences.number)
     (of_all,) = found.metrics
     assert of_all is not None
     with torch.no_grad():

@@ -47,6 +47,16 @@ def test_the_losses(capsys):
     assert "       3              1 " in capsys.readouterr().out
 
 
+def test_no_tokens_and_no_sequences(capsys):
+    assert main.main(["plan", "0", "768", "128256", "float32"]) == 0
+    assert len(rows_of(capsys.readouterr().out)) == 7
+    for wrong in ("0", "-3"):
+        assert main.main(["plan", "8", "768", "1000", "--sequence-tokens", wrong]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "--sequence-tokens must be at least 1" in captured.err
+
+
 def test_predictions(capsys):
     assert main.main(["plan", "8192", "4096", "128256", "--gpu", "h100"]) == 0
     out = capsys.readouterr().out

@@ -12,6 +12,7 @@ import torch
 
 import llmloss_ext
 from llmloss_ext import plan
+from llmloss_ext.linear import planning
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -149,6 +150,22 @@ def test_a_reference_takes_products_and_no_more_memory(tokens, dtype, device):
             assert plan(*size, **how, needs_grad=(False, False)).peak_bytes <= loss.peak_bytes
 
 
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "cuts"),
+    [
+        ([], 8, []),
+        ([0, 0], 8, [0, 1, 2]),
+        ([3], 8, [0, 1]),
+        ([9], 8, [0, 1]),
+        ([2] * 9, 16, [0, 5, 9]),  # not 8 and 1
+        ([1, 1, 9, 1, 1], 8, [0, 2, 3, 5]),
+        ([4, 4, 4, 4], 8, [0, 2, 4]),
+    ],
+)
+def test_cuts_between_groups(sizes, tokens, cuts):
+    assert planning.group_cuts(sizes, tokens) == cuts
+
+
 def test_groups():
     """Whole ones in a chunk; a chunk may be larger for one; no memory for it: four products."""
     size = (4096, 768, 128_256)
@@ -165,6 +182,9 @@ def test_groups():
         plan(*size, max_chunk_bytes=1 << 28).chunk_bytes,
     )
     assert plan(*size, group_tokens=4096, max_chunk_bytes=1 << 32).products == 3
+    assert plan(*size, group_tokens=64, recompute=True).products == 4
+    without = {"needs_grad": (False, False)}
+    assert plan(*size, group_tokens=1024, **without) == plan(*size, **without)
     with pytest.raises(ValueError, match="group_tokens must be at least 1"):
         plan(*size, group_tokens=0)
 

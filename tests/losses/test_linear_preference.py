@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
 
-from llmloss_ext import losses
+from llmloss_ext import linear_log_probs, losses
 from llmloss_ext.linear import planning, projection, walk
 from llmloss_ext.losses import linear_preference_loss
 
@@ -286,6 +288,132 @@ def test_compiled(device):
         assert_close(one, other, 1e-9)
 
 
+def test_lengths_that_differ(monkeypatch):
+    """Short pairs share a chunk, whatever the longest takes."""
+    seen, row_stats = [], walk.LocalRows.statistics
+
+    def counted(self, logits, target, wanted):
+        seen.append(len(logits))
+        return row_stats(self, logits, target, wanted)
+
+    monkeypatch.setattr(walk.LocalRows, "statistics", counted)
+    batch = Batch("cpu")
+    target = torch.full((2 * 20, S), -100)
+    target[:, 0] = 1
+    target[7] = 2
+    hidden = torch.randn(2 * 20, S, D, dtype=torch.float64, requires_grad=True)
+    linear_preference_loss(
+        hidden, batch.weight, target, reference_log_probs=torch.zeros(40), chunk_tokens=16
+    )
+    assert sum(seen) == 40 - 1 + S
+    assert seen == [14, 16, 16]
+
+
+@pytest.mark.parametrize("how", [{}, {"chunk_tokens": 2 * 256}, {"chunk_tokens": 64}])
+@pytest.mark.parametrize("kind", ["sppo_hard", "forward_kl"])
+def test_large_gradients_of_long_sequences_in_float16(device, how, kind):
+    """A pair's are about 1 over the pairs, not over the tokens, by which float16 is scaled."""
+    torch.manual_seed(1)
+    pairs, length = 4, 256
+    hidden = torch.randn(2 * pairs, length, 16, device=device).half()
+    weight = (torch.randn(64, 16, device=device) / 4).half()
+    target = torch.randint(0, 64, (2 * pairs, length), device=device)
+    with torch.no_grad():
+        scores = losses.sequence_log_probs(
+            linear_log_probs(hidden.double(), weight.double(), target)
+        )
+    far, options = (
+        (2.0, {"kind": kind}) if kind == "sppo_hard" else (6.0, {"f_divergence_type": kind})
+    )
+    given = {"reference_log_probs": scores + far, **options}
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        loss = linear_preference_loss(*leaves, target, **given, **how).loss
+        found.append(torch.autograd.grad(loss, leaves))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 0.1 * other.norm()  # float16 log-probabilities
+
+
+def test_vectorized(device):
+    """Of several batches, each with its own targets."""
+    batch = Batch(device)
+    targets = torch.stack([batch.target, batch.target.flip(1)])
+    hidden = torch.stack([batch.hidden, batch.hidden + 1])
+    reference = torch.randn(2 * B, device=device, dtype=torch.float64)
+
+    def loss(h, t):
+        return linear_preference_loss(h, batch.weight, t, reference_log_probs=reference).loss
+
+    found = torch.func.vmap(loss)(hidden, targets)
+    wanted = torch.stack([loss(h, t) for h, t in zip(hidden, targets, strict=True)])
+    assert_close(found, wanted, 1e-12)
+
+
+def test_without_gradients_no_chunk_is_larger(monkeypatch):
+    seen, row_stats = [], walk.LocalRows.statistics
+
+    def counted(self, logits, target, wanted):
+        seen.append(len(logits))
+        return row_stats(self, logits, target, wanted)
+
+    batch = Batch("cpu")
+    monkeypatch.setattr(planning, "_LEAST_TOKENS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(planning, "_DEFAULT_BYTES", {"cpu": 4 * 32 * 8, "cuda": 1})
+    monkeypatch.setattr(walk.LocalRows, "statistics", counted)
+    with torch.no_grad():
+        ours(batch, *batch.leaves())
+    assert max(seen) <= 4
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_options_as_long_as_there_are_pairs(device, pairs):
+    """They are none of pairs: a number of items in a tensor, weights of losses."""
+    batch = Batch(device)
+    rows = [*range(pairs), *range(B, B + pairs)]
+    call = functools.partial(
+        linear_preference_loss, batch.hidden[rows], batch.weight, batch.target[rows],
+        reference_log_probs=torch.zeros(2 * pairs, device=device),
+    )  # fmt: skip
+    assert_close(call(num_items=torch.tensor([4], device=device)).loss, call(num_items=4).loss, 0)
+    kinds = ("sigmoid", "hinge")[:pairs]
+    weights = torch.tensor([0.5, 2.0][:pairs])
+    assert_close(
+        call(kind=kinds, loss_weights=weights).loss,
+        call(kind=kinds, loss_weights=weights.tolist()).loss, 0,
+    )  # fmt: skip
+
+
+def test_sequences_of_no_token(device):
+    hidden = torch.zeros(2 * B, 0, D, device=device, requires_grad=True)
+    target = torch.zeros(2 * B, 0, dtype=torch.long, device=device)
+    weight = torch.zeros(V, D, device=device, requires_grad=True)
+    for reference in (torch.zeros(2 * B, 0), torch.zeros(2 * B)):
+        found = linear_preference_loss(
+            hidden, weight, target, reference_log_probs=reference.to(device)
+        )
+        assert found.loss.item() == pytest.approx(math.log(2))
+        found.loss.backward()
+
+
+def test_a_sum_stays_finite(device):
+    batch = Batch(device, torch.float32)
+    for how in ({}, {"chunk_tokens": 13}, {"chunk_tokens": 5}):
+        loss = ours(batch, *batch.leaves(), kind="hinge", beta=1e38, num_items=1, **how).loss
+        assert loss.isfinite()
+
+
+@pytest.mark.parametrize("chunk", [None, 13])
+def test_the_weight_is_not_spoilt_by_a_pair_without_a_gradient(device, chunk):
+    batch = Batch(device)
+    batch.hidden[0, 0] = torch.nan
+    leaves = batch.leaves()
+    weight = torch.tensor([0.0, 1.0, 1.0], device=device, dtype=torch.float64)
+    found = ours(batch, *leaves, pair_weight=weight, kind="apo_zero", chunk_tokens=chunk)
+    _, of_weight, _ = torch.autograd.grad(found.loss, leaves)
+    assert not of_weight.isnan().any()
+
+
 def test_bad_input(device):
     batch = Batch(device)
     where = (batch.hidden, batch.weight, batch.target)
@@ -300,6 +428,7 @@ def test_bad_input(device):
         ({"nll_items": 3, **batch.theirs}, "nll_items belongs"),
         ({"mask": batch.valid[:1], **batch.theirs}, "mask must have"),
         ({"beta": -1.0, **batch.theirs}, "beta"),
+        ({"pair_weight": torch.ones(2), **batch.theirs}, r"pairs \(3,\), pair_weight \(2,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             linear_preference_loss(*where, **options)

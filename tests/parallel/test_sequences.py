@@ -8,6 +8,9 @@ from helpers import assert_close
 from ranks import same_on_every_rank
 
 from llmloss_ext import Shard, losses
+from llmloss_ext.linear import planning
+from llmloss_ext.linear.groups import Groups
+from llmloss_ext.losses.from_hidden import HiddenOptions, PolicyTokens
 
 from .problem import D, leaf
 
@@ -56,6 +59,32 @@ def rank_loss(rank, ranks, name, chunks):
     mine = slice(rank * COLUMNS, (rank + 1) * COLUMNS)
     assert_close(of_weight, weight_wanted[mine], 1e-4)
     assert hidden_wanted.any()
+
+
+def rank_limit(rank, ranks, shares):
+    """Whether a pair fits is decided by the same numbers on every rank, however much each has."""
+    length = 20
+    begin, columns = sum(shares[:rank]), shares[rank]
+    hidden = torch.randn(2, length, D, requires_grad=True)
+    weight = torch.randn(columns, D, requires_grad=True)
+    target = torch.randint(0, sum(shares), (2, length))
+    shard = Shard(vocab_start=begin)
+    options = HiddenOptions.split({"shard": shard, "vocab_size": sum(shares)})[0]
+    found = []
+    for room in range(1024, 12_000, 512):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planning, "_BYTES_BESIDE_SUMS", room)
+            patch.setattr(planning, "_LEAST_TOKENS", {"cpu": 4, "cuda": 4})
+            patch.setattr(planning, "_DEFAULT_BYTES", {"cpu": 64, "cuda": 64})
+            policy = PolicyTokens(hidden, weight, target, options)
+            pair = Groups(2, 1, length)
+            found.append(policy.call.group_limit(pair, policy._walk, policy.chunks).tokens)
+    assert len(set(found)) == 2
+    same_on_every_rank(torch.tensor(found))
+
+
+def test_shards_of_several_sizes_cut_alike(two):
+    two.run(rank_limit, (40, 9))
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
