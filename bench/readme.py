@@ -27,11 +27,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "README.md": ("summary",),
     "README.zh.md": ("summary-zh",),
-    "docs/speed.md": ("machine", "speed", "options", "linear", "gpu"),
+    "docs/speed.md": ("machine", "speed", "options", "linear", "steps", "gpu"),
     "docs/training-demo.md": ("demo",),
 }
 """The blocks of each page."""
 CPU_RESULTS = ROOT / "bench" / "results" / "cpu"
+STEP_RESULTS = ROOT / "bench" / "results" / "steps"
 GPU_RESULTS = ROOT / "bench" / "results" / "h200"
 
 _BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -266,6 +267,30 @@ def _options(results: Results) -> str:
     return text
 
 
+def _steps(_: Results) -> str:
+    """Of other results: whole steps and float32 logits, measured on another machine."""
+    results = Results.load(STEP_RESULTS)
+    lines = []
+    for row in [r for r in results.rows if r.case.is_linear]:
+        for name in [n for n in row.contenders if n.startswith("llmloss")]:
+            how = ", from logits" if name.endswith("logits") else ""
+            lines.append([
+                row.case.label + how,
+                _duration(row, name),
+                *(_longer(row, other, name) for other in ("torch", "compile")),
+                _memory_beside(row, name),
+            ])  # fmt: skip
+    columns = ["step", "time", "eager torch", "torch.compile", "peak MiB: eager / compiled / here"]
+    return f"{_machine(results)}\n\n{Table('', columns, lines).markdown()}"
+
+
+def _memory_beside(row: Row, name: str) -> str:
+    """Of all that were measured; a dash for one that was not."""
+    found = [row.contenders.get(who) for who in ("torch", "compile", name)]
+    peaks = [measured and measured.peak_bytes for measured in found]
+    return " / ".join(mebibytes(peak) if peak else "-" for peak in peaks) if peaks[-1] else ""
+
+
 def _gpu(_: Results) -> str:
     """Of other results: one card's."""
     results = Results.load(GPU_RESULTS)
@@ -315,11 +340,11 @@ def _faster(row: Row, than: str, who: str) -> str:
     return row.contenders[than].status if ratio is None else f"{ratio:.1f}x faster"
 
 
-def _longer(row: Row, name: str) -> str:
+def _longer(row: Row, name: str, who: str = "llmloss") -> str:
     measurement = row.contenders.get(name)
     if measurement is None:
         return "not measured"
-    ratio = row.times_faster(name)
+    ratio = row.times_faster(name, who)
     if ratio is not None:
         return f"{ratio:.2f} times as long"
     error = measurement.loss_error
@@ -342,6 +367,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "speed": _speed,
     "linear": _linear,
     "options": _options,
+    "steps": _steps,
     "gpu": _gpu,
     "demo": lambda _: demo.render(),
 }
