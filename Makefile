@@ -1,4 +1,4 @@
-# Two commands from a clone to a result: `make demo` trains a model, `make test` runs every check.
+# Two commands from a clone to a result: `make demo` trains a model, `make test` checks it.
 # Each sets up what it needs, once, in .venv.
 #
 # PYTHON=/path/to/python uses that Python as it is (torch 2.11 or later installed, nothing is
@@ -46,7 +46,7 @@ QUIET := 2>&1 | { grep -v '^WARNING: Location' || true; }
 needs = $(PY) -c "import $(1)" 2> /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 needs_program = command -v $(1) > /dev/null || { echo "$(1) is not installed: skipped"; exit 0; }
 
-.PHONY: help setup build quick debug demo demo-distributed test test-aarch64 test-frameworks test-torch-211 \
+.PHONY: help setup build quick debug demo demo-distributed test test-all test-aarch64 test-frameworks test-torch-211 \
   kernel-repo wheel wheel-test docs check format lint types style cpp-test sanitize fuzz mutants bench \
   bench-readme clean
 
@@ -124,9 +124,13 @@ demo-distributed: build  ## Trains on two processes in three ways, beside one pr
 	  OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 2 \
 	    $(SHARED) --parallel $$how --out runs/demo-$$how --compare-to runs/demo-one; done
 
-test: build  ## Every check: style, types, C++ tests, Python tests
+test: build  ## Style, types, C++ tests, emulated kernels, Python tests (12 minutes)
 	@$(PY) -c "import pytest" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no pytest"; exit 1; }
 	@$(PY) tests/side_by_side.py "$(MAKE)"
+
+test-all: build  ## The same and what is slow: sanitizers, mutants of the kernels (half an hour; CI)
+	@$(PY) -c "import pytest" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no pytest"; exit 1; }
+	@$(PY) tests/side_by_side.py "$(MAKE)" --all
 
 test-frameworks: build kernel-repo $(FRAMEWORKS)  ## The losses inside the trainers that people use (under 8 minutes)
 	@OMP_NUM_THREADS=1 $(FRAMEWORKS_PY) -m pytest -q -p no:cacheprovider tests/frameworks

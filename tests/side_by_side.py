@@ -1,6 +1,9 @@
 """Runs the checks of `make test`, as many at a time as there are cores, with one thread each.
 
-    python tests/side_by_side.py MAKE
+    python tests/side_by_side.py MAKE [--all]
+
+``--all`` adds those that take longest for what they find: the sanitizers, the mutants of the CUDA
+kernels, and the tests marked ``slow``.
 
 Each check's output is shown in one piece when it ends. The others go on when one fails.
 """
@@ -31,18 +34,20 @@ class Check(NamedTuple):
     commands: list[list[str]]
 
 
-def checks(make: str) -> list[Check]:
-    """Every check; the longest first, so that none is left over at the end."""
+def checks(make: str, *, every: bool) -> list[Check]:
+    """The checks, or ``every`` one; the longest first, so that none is left over at the end."""
+    pytest = PYTEST if every else [*PYTEST, "-m", "not slow"]
     apart = [str(path) for path in (*EMULATED, *DOCUMENTED, *OF_THE_CORE, *FRAMEWORKS)]
     make_quietly = [make, "--no-print-directory", "-s"]
     # The sanitizers build what the other tests of the emulator build, too: not at the same time.
-    emulated = [[*make_quietly, "sanitize"], [*PYTEST, *map(str, EMULATED)]]
+    sanitizers = [[*make_quietly, "sanitize"]] if every else []
+    emulated = [*sanitizers, [*pytest, *map(str, EMULATED)]]
     # Which builds what the tests in numpy load.
-    core = [[*make_quietly, "cpp-test", "test-aarch64"], [*PYTEST, *map(str, OF_THE_CORE)]]
+    core = [[*make_quietly, "cpp-test", "test-aarch64"], [*pytest, *map(str, OF_THE_CORE)]]
     return [
         Check("emulated CUDA kernels", emulated),
-        Check("Python tests", [[*PYTEST, *(f"--ignore={path}" for path in apart)]]),
-        Check("documentation and examples", [[*PYTEST, *map(str, DOCUMENTED)]]),
+        Check("Python tests", [[*pytest, *(f"--ignore={path}" for path in apart)]]),
+        Check("documentation and examples", [[*pytest, *map(str, DOCUMENTED)]]),
         Check("style and types", [[*make_quietly, "check"]]),
         Check("C++ core", core),
     ]
@@ -73,10 +78,10 @@ def run(check: Check) -> Result:
     return Result(check.name, passed, time.monotonic() - begin, output)
 
 
-def main(make: str) -> int:
+def main(make: str, *options: str) -> int:
     """Returns the exit status: 1 if a check failed."""
     cores = os.cpu_count() or 1
-    todo, failed = checks(make), []
+    todo, failed = checks(make, every="--all" in options), []
     print(f"{len(todo)} checks, {cores} at a time", flush=True)
     with ThreadPoolExecutor(cores) as pool:
         for future in as_completed([pool.submit(run, check) for check in todo]):
@@ -90,4 +95,4 @@ def main(make: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -273,6 +273,7 @@ def test_sequences(batch, name):
     check(of_sequences(batch, SEQUENCES[name](batch)))
 
 
+@pytest.mark.slow
 def test_other_losses(batch):
     check(of_others(batch))
 

@@ -40,6 +40,7 @@ def told(program: Path, *arguments: object, fails_with: int = 0) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_first_call_asks_nothing_that_a_capture_forbids(program: Path) -> None:
     """Kernels are loaded when they are first asked for, and memory is allocated for them."""
     *lines, control = told(program)

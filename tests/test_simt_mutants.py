@@ -17,7 +17,10 @@ from simt import build  # noqa: E402
 from simt.compact import find_fault  # noqa: E402
 from simt.harness import library  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(not build.has_compiler(), reason="no C++ compiler"),
+    pytest.mark.slow,
+]
 
 DTYPE = "bfloat16"  # eight columns a vector, and every kind of misalignment
 # A file of csrc/cuda, a text that it holds once, and what takes its place: MUTANT is true in this

@@ -174,7 +174,7 @@ def linear_preference_loss(
     if nll_items is not None and not has_nll:
         raise ValueError("nll_items belongs to a loss that has a cross entropy of these tokens")
     objective = _OfPairs(
-        entry.function, given, valid.view(pairs), reference_scores, ld_alpha, use_weighting,
+        entry.function, given, valid.reshape(pairs), reference_scores, ld_alpha, use_weighting,
         of_means=bool({*entry.of_means} & {*kinds}), has_nll=has_nll,
         nll_items=items_tensor(nll_items, "mean", input),
     )  # fmt: skip
@@ -209,7 +209,7 @@ def _reference_scores(
 ) -> tuple[Tensor, Tensor]:
     if is_of_tokens(reference, valid, must=ld_alpha is not None):
         of_pairs = (2, len(valid) // 2, valid.shape[-1])
-        return _scores(reference.view(of_pairs), valid.view(of_pairs), ld_alpha, False)
+        return _scores(reference.reshape(of_pairs), valid.reshape(of_pairs), ld_alpha, False)
     chosen, rejected = reference.chunk(2)
     return chosen, rejected
 

@@ -82,6 +82,7 @@ def test_the_page_is_self_contained(report):
     assert named <= {"http://www.w3.org"}, named  # XML name spaces
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_so(report, tmp_path):
     results = Results.load(report)
     results.complete = False

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 
+@pytest.mark.slow
 def test_every_contender_trains_alike(tmp_path, capsys):
     sizes = ("--vocab", "64", "--hidden", "16", "--layers", "1", "--tokens", "8", "--steps", "2")
     assert main(["bench", "trainer", *sizes, "--rounds", "1", "--out", str(tmp_path)]) == 0

@@ -238,7 +238,7 @@ BENCH = ("bench run", "bench report", "bench compare", "bench trainer", "bench")
     [
         ("llmloss", main.main, llmloss_options, ("train", "train", *main.COMMANDS), 250),
         ("llmloss", main.main, llmloss_options, ("eval",), 250),
-        ("llmloss", main.main, llmloss_options, BENCH, 150),
+        pytest.param("llmloss", main.main, llmloss_options, BENCH, 150, marks=pytest.mark.slow),
         ("bench", bench.readme.main, readme_options, ("",), 40),
     ],
     ids=["llmloss", "eval", "bench", "readme"],

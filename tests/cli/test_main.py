@@ -124,6 +124,7 @@ def test_names_that_are_not_utf8_are_printed(capsys, monkeypatch):
     assert capsys.readouterr().out == "a\\udcffb\n"
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line():
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")

@@ -341,6 +341,7 @@ def test_a_folder_that_cannot_be_made(corpus, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_signals_save_and_exit_cleanly(corpus, tmp_path, number):
     command = [sys.executable, "-m", "llmloss_ext", "train", *SMALL, "--steps", "100000"]
     command += ["--save-every", "100000", "--text", str(corpus), "--out", str(tmp_path / "run")]
@@ -365,6 +366,7 @@ def test_default_text_is_there_and_in_a_fixed_order():
     assert len(first[0]) > 500
 
 
+@pytest.mark.slow
 def test_a_broken_cache_is_rebuilt(corpus, tmp_path, monkeypatch, real_vocabulary):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     contents = [corpus.read_text()]
@@ -435,6 +437,7 @@ def test_every_setting_is_an_option():
         ("--adversarial", "0.3", "--accumulate", "2"),
     ],
 )
+@pytest.mark.slow
 def test_objectives_agree_between_the_losses(corpus, tmp_path, options):
     for kind in ("linear", "logits", "torch"):
         assert train(corpus, tmp_path / kind, "--steps", "3", "--loss", kind, *options) == 0
@@ -458,6 +461,7 @@ def test_further_targets_stay_in_their_document():
     assert further_targets(targets, 2).tolist() == [[3, x, x, x, x, x], [3, 4, 5, 6, x, x]]
 
 
+@pytest.mark.slow
 def test_both_players_learn_and_go_on_bit_for_bit(corpus, tmp_path, capsys):
     """The discriminator begins at 2 log 2, and soon tells the samples of a new model apart."""
     options = ("--adversarial", "0.1", "--accumulate", "2", "--steps", "16", "--lr", "0.01")

@@ -428,6 +428,7 @@ def test_sixteen_bits(how):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_compiled():
     """In one graph, with the gradients of the eager model."""
     model = model_of("llama")
@@ -558,6 +559,7 @@ def test_adapters_that_no_weight_expresses(options, message):
 @pytest.mark.parametrize(
     ("nothing_in_a_step", "smoothing"), [(False, 0.0), (True, 0.0), (False, 0.2)]
 )
+@pytest.mark.slow
 def test_the_trainer(tmp_path, nothing_in_a_step, smoothing):
     """Two steps of accumulated micro-batches; in one case a step of masked examples alone."""
     pytest.importorskip("accelerate")

@@ -131,6 +131,7 @@ def test_without_a_reduction_masked_tokens_may_hold_anything(device, drop):
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_without_a_reduction_of_every_shape_and_compiled(device):
     problem = Problem(device)
     h, w, b = problem.student

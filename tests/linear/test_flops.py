@@ -87,6 +87,7 @@ def test_fake_tensors_count_every_token():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.slow
 def test_compiled(reduction):
     h, w, y = tensors()
     y[: N // 2] = -100

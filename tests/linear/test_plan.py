@@ -128,6 +128,7 @@ linux_only = pytest.mark.skipif(
      "400 64 50257 float32 sequences 100", "400 64 50257 float32 unpaired 100",
      "400 64 50257 float32 unpaired", "32 64 100000 bfloat16 unpaired 16"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_the_peak_is_what_the_plan_says(peak, case):
     """Few tokens are soon computed, and each buffer is a good part of the little that they take."""
     # Huge pages may round a measured peak up; a plan that is wrong is wrong each time.

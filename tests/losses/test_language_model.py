@@ -199,6 +199,7 @@ def test_modules_compose(device, tmp_path):
         assert torch.equal(module(*arguments), again(*arguments))
 
 
+@pytest.mark.slow
 def test_modules_compile(device):
     logits, ids = lm_batch(device)
     module = losses.LanguageModelLoss(V, label_smoothing=0.1)

@@ -193,6 +193,7 @@ def test_the_shift_is_that_of_log_probs(device):
     assert_close(*(torch.autograd.grad(x, h)[0] for x in (one, other)), 1e-12)
 
 
+@pytest.mark.slow
 def test_compiled_and_of_second_order(device):
     batch = Batch(device)
     leaves = batch.leaves()

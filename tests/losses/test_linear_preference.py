@@ -276,6 +276,7 @@ def test_other_dtypes(device, dtype, how):
         assert (one - true).norm() / norm <= 1.2 * (other - true).norm() / norm + 1e-6
 
 
+@pytest.mark.slow
 def test_compiled(device):
     batch = Batch(device)
     leaves = batch.leaves()

@@ -299,6 +299,7 @@ def test_other_dtypes(device, dtype):
         assert (one.double() - true).norm() <= 2e-2 * true.norm()
 
 
+@pytest.mark.slow
 def test_compiled(device):
     batch = Batch(device)
     leaves = batch.leaves()

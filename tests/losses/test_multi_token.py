@@ -323,6 +323,7 @@ print(peak, planned.peak_bytes, planned.chunk_bytes)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_the_peak_is_that_of_one_chunk():
     """A chunk's logits, and float32 copies of an eighth of it; not those of all tokens."""
     tests = Path(__file__).parents[1]

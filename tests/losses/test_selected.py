@@ -155,6 +155,7 @@ def test_a_token_named_often_has_one_gradient(device):
             assert (one.double() - other).norm() < 1e-5 * other.norm()
 
 
+@pytest.mark.slow
 def test_derivatives(device):
     hidden, weight, bias, index = tensors(device=device)
     scale = torch.tensor(0.8, dtype=torch.double, device=device, requires_grad=True)
@@ -280,6 +281,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_logits_are_never_there_whole():
     """Seven times the tokens cost next to nothing more: chunks are all that is held."""

@@ -178,6 +178,7 @@ def test_a_repeated_token_that_is_nearly_certain(lead):
     assert_close(grad[0, 0], torch.tensor([-p / 2, p, -p / 2]), 1e-6 if lead < 100 else 3e-4)
 
 
+@pytest.mark.slow
 def test_derivatives():
     batch = Batch(0)
     scale = torch.tensor(1.3, dtype=torch.double, requires_grad=True)
