@@ -24,6 +24,15 @@ TOKENS, WIDTH, VOCAB = 11, 16, 40
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
+class WithoutLiger:
+    """Finds what there would be if Liger were not installed."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "liger_kernel":
+            raise ModuleNotFoundError(f"No module named {name!r}", name="liger_kernel")
+
+
 @pytest.fixture
 def verl(monkeypatch):
     """Its packages, without what they import on their own."""
@@ -33,6 +42,10 @@ def verl(monkeypatch):
         package = types.ModuleType(name)
         package.__path__ = [where + name.removeprefix("verl").replace(".", "/")]
         monkeypatch.setitem(sys.modules, name, package)
+    # verl asks for Liger, and not whether the Triton of its kernels is there.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "liger_kernel"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [WithoutLiger, *sys.meta_path])
     yield importlib.import_module
     for name in [name for name in sys.modules if name.startswith("verl.")]:
         monkeypatch.delitem(sys.modules, name)
