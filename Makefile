@@ -125,12 +125,10 @@ demo-distributed: build  ## Trains on two processes in three ways, beside one pr
 	    $(SHARED) --parallel $$how --out runs/demo-$$how --compare-to runs/demo-one; done
 
 test: build  ## Style, types, C++ tests, emulated kernels, Python tests (12 minutes)
-	@$(PY) -c "import pytest" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no pytest"; exit 1; }
-	@$(PY) tests/side_by_side.py "$(MAKE)"
-
 test-all: build  ## The same and what is slow: sanitizers, mutants of the kernels (half an hour; CI)
+test test-all:
 	@$(PY) -c "import pytest" 2> /dev/null || { echo "PYTHON=$(PYTHON) has no pytest"; exit 1; }
-	@$(PY) tests/side_by_side.py "$(MAKE)" --all
+	@$(PY) tests/side_by_side.py "$(MAKE)" $(if $(filter test-all,$@),--all)
 
 test-frameworks: build kernel-repo $(FRAMEWORKS)  ## The losses inside the trainers that people use (under 8 minutes)
 	@OMP_NUM_THREADS=1 $(FRAMEWORKS_PY) -m pytest -q -p no:cacheprovider tests/frameworks

@@ -101,19 +101,9 @@ def run(args: argparse.Namespace) -> int:
 
 _OF_SHAPE = tuple(
     f"shape_{name}"
-    for name in (
-        "vocab",
-        "tokens",
-        "hidden",
-        "dtype",
-        "device",
-        "peers",
-        "rounds",
-        "no_memory",
-        "out",
-        "overwrite",
-    )
-)
+    for name in ("vocab", "tokens", "hidden", "dtype", "device", "peers", "rounds", "no_memory",
+                 "out", "overwrite")
+)  # fmt: skip
 """Where the options of a shape are, which must not be those of a command of the same name."""
 
 

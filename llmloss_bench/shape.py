@@ -88,7 +88,7 @@ def table(results: Results) -> Table:
                 "" if m.gradient_error is None else f"{m.gradient_error:.0e}",
             ])  # fmt: skip
     columns = ["loss", "time", "of llmloss's", "peak memory", "of the limit", "gradient's error"]
-    case = next(iter(results.of_figure("peers"))).case
+    case = results.rows[0].case
     features = f", D {case.features:,}" if case.is_linear else ""
     title = f"Forward and backward, N {case.rows:,}{features}, V {case.columns:,}, {case.dtype}"
     return Table(title, columns, lines)

@@ -12,6 +12,8 @@ import pytest
 np = pytest.importorskip("numpy")
 from properties import hypothesis, st  # noqa: E402
 
+from llmloss_ext.cli import info  # noqa: E402
+
 BUILD = Path(__file__).parents[1] / "build" / "core"
 sys.path.insert(0, str(BUILD))
 core = pytest.importorskip("llmloss_core", reason="the numpy binding is not built: make cpp-test")
@@ -22,6 +24,11 @@ DTYPES = ["float32", "float64", "bfloat16", "float16"]
 STATISTICS = core.statistics[: core.float_statistics]
 VALUE = {"float64": 1e-12}  # else 3e-6: statistics are float32
 GRADIENT = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 4e-3, "float16": 5e-4}
+
+
+def test_the_instruction_sets_have_their_names_in_python():
+    """In the same order: `llmloss info` reads a number."""
+    assert tuple(ISAS) == info.ISAS
 
 
 @pytest.fixture(params=range(len(ISAS)), ids=ISAS)

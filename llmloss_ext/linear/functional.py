@@ -512,10 +512,12 @@ class LinearCall:
             largest, total = max(sizes, default=0), sum(sizes)
         weight = self.inputs.linear_weight
         columns = weight.shape[0] if self.shard is None else self.shard.usual_count
-        is_limited = walk.chunk_tokens is not None or walk.max_chunk_bytes is not None
-        row_bytes = row_stride(columns, self.logits_dtype) * self.logits_dtype.itemsize
-        weight_bytes = 0 if is_limited else columns * weight.shape[1] * weight.itemsize
-        tokens = tokens_of_whole_groups(total, largest, chunks.limit, row_bytes, weight_bytes)
+        tokens = tokens_of_whole_groups(
+            total, largest, chunks.limit,
+            row_stride(columns, self.logits_dtype) * self.logits_dtype.itemsize,
+            columns * weight.shape[1] * weight.itemsize,
+            is_own=(walk.chunk_tokens, walk.max_chunk_bytes) != (None, None),
+        )  # fmt: skip
         return GroupLimit(groups, tokens)
 
     def stats(

@@ -241,9 +241,10 @@ def plan(
     limit = chunk_limit(vocab_size, logits_dtype, kind, chunk_tokens, max_chunk_bytes, weight)
     chunk, is_grouped = limit.of(tokens), False
     if group_tokens is not None and tokens and any(needs_grad) and not recompute:
-        is_limited = chunk_tokens is not None or max_chunk_bytes is not None
-        weight_bytes = 0 if is_limited else vocab_size * features * weight_dtype.itemsize
-        whole = tokens_of_whole_groups(tokens, group_tokens, limit, row_bytes, weight_bytes)
+        whole = tokens_of_whole_groups(
+            tokens, group_tokens, limit, row_bytes, vocab_size * features * weight_dtype.itemsize,
+            is_own=(chunk_tokens, max_chunk_bytes) != (None, None),
+        )  # fmt: skip
         is_grouped, recompute = whole > 0, whole == 0
         if is_grouped:
             cuts = group_cuts([group_tokens] * -(-tokens // group_tokens), whole)
@@ -408,7 +409,7 @@ def chunk_limit(
 
 
 def tokens_of_whole_groups(
-    total: int, largest: int, limit: ChunkLimit, row_bytes: int, weight_bytes: int
+    total: int, largest: int, limit: ChunkLimit, row_bytes: int, weight_bytes: int, *, is_own: bool
 ) -> int:
     """How many tokens a chunk of whole groups has; 0: the largest group does not fit into one.
 
@@ -419,11 +420,12 @@ def tokens_of_whole_groups(
         largest: Tokens of the largest group.
         limit: Of a chunk.
         row_bytes: Of a token's logits.
-        weight_bytes: Of the weight, and 0 where the limit is the user's own.
+        weight_bytes: Of the weight.
+        is_own: Whether the limit is the user's own, which no group exceeds.
     """
     if total <= limit.alone:
         return limit.alone
-    room = max(_BYTES_BESIDE_SUMS, weight_bytes) if weight_bytes else 0
+    room = 0 if is_own else max(_BYTES_BESIDE_SUMS, weight_bytes)
     fits = largest <= limit.tokens or largest * row_bytes <= room
     return limit.tokens if fits else 0
 

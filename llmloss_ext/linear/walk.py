@@ -362,7 +362,7 @@ def objective_by_chunks(inputs: Inputs, call: ObjectiveCall) -> ObjectiveResults
             chunk.logits, labels, stats.floats.for_backward(), stats.state,
             bool(needs.logit_scale), inplace=True,
         )  # fmt: skip
-        used = torch.stack([grad != 0 for grad in grads if grad is not None]).any(0)
+        used = has_gradient(grads)
         chunk.counts = used if chunk.counts is None else used & chunk.counts
         gradients.add(chunk, scale)
         del chunk  # its buffer, before the gradient of the weight is rounded
@@ -454,11 +454,15 @@ def takes_part(targets: Targets, ignore_index: int) -> Tensor | None:
     return None if weight is None or weight.requires_grad else weight != 0
 
 
+def has_gradient(grads: Sequence[Tensor | None]) -> Tensor:
+    """(n) bool: which tokens have a gradient of a statistic that is not 0."""
+    return torch.stack([grad != 0 for grad in grads if grad is not None]).any(0)
+
+
 def with_gradient(grads: Sequence[Tensor | None], targets: Targets, ignore_index: int) -> Tensor:
-    """(N) bool: which tokens take part, and have a gradient of a statistic that is not 0."""
-    has_gradient = torch.stack([grad != 0 for grad in grads if grad is not None]).any(0)
-    counts = takes_part(targets, ignore_index)
-    return has_gradient if counts is None else has_gradient & counts
+    """(N) bool: which tokens take part, and have such a gradient."""
+    counts, used = takes_part(targets, ignore_index), has_gradient(grads)
+    return used if counts is None else used & counts
 
 
 def _projection(inputs: Inputs, logits: LogitOptions, chunks: ChunkOptions) -> Projection:

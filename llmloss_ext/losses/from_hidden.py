@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,14 @@ from ..sequences import Sequences
 from ..shard import Shard
 from ..statistics import FloatStats, asked
 
-__all__ = ["HIDDEN_OPTIONS", "LOG_PROB", "HiddenOptions", "PolicyTokens", "is_of_tokens"]
+__all__ = [
+    "HIDDEN_OPTIONS",
+    "LOG_PROB",
+    "HiddenOptions",
+    "PolicyTokens",
+    "is_of_tokens",
+    "options_of_part",
+]
 
 LOG_PROB = ("log_prob", "lse")
 """The statistics that a log-probability is made of."""
@@ -170,6 +178,26 @@ class PolicyTokens:
         """Of the tokens, in nats; 0 where they do not count."""
         log_probs: Tensor = self.statistics(LOG_PROB).log_prob
         return log_probs
+
+
+def options_of_part(
+    options: dict[str, Any], of_each: Sequence[str], part: slice, number: int
+) -> dict[str, Any]:
+    """The options for some of the pairs or sequences, whose losses add up to the mean over all.
+
+    Args:
+        options: Those for all of them.
+        of_each: The names of those that are a number for each.
+        part: Which of them.
+        number: How many there are.
+    """
+    options = dict(options)
+    for name in of_each:
+        if options.get(name) is not None:
+            options[name] = options[name][part]
+    if part.stop - part.start < number and options.get("num_items") is None:
+        options["num_items"] = number
+    return options
 
 
 def is_of_tokens(reference: Tensor, valid: Tensor, *, must: bool = False) -> bool:

@@ -15,7 +15,14 @@ from ..linear.groups import Groups
 from ..ops.rows import Rows
 from ..options import documented, spelled_out
 from ..statistics import FloatStats
-from .from_hidden import HIDDEN_OPTIONS, LOG_PROB, HiddenOptions, PolicyTokens, is_of_tokens
+from .from_hidden import (
+    HIDDEN_OPTIONS,
+    LOG_PROB,
+    HiddenOptions,
+    PolicyTokens,
+    is_of_tokens,
+    options_of_part,
+)
 from .pairs import PreferenceLoss, check_vectors
 from .preference import KINDS, dpo_loss
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
@@ -66,13 +73,7 @@ class _OfPairs(NamedTuple):
         assert isinstance(rows, slice)
         pairs, count = rows, self.valid.shape[1]
         log_probs, valid = stats.log_prob, self.valid[:, pairs]
-        options = dict(self.options)
-        for name in _OF_PAIRS:
-            if options.get(name) is not None:
-                options[name] = options[name][pairs]
-        is_part = pairs.stop - pairs.start < count
-        if is_part and options.get("num_items") is None:
-            options["num_items"] = count
+        options = options_of_part(self.options, _OF_PAIRS, pairs, count)
         vectors = [*_scores(log_probs, valid, self.ld_alpha, self.of_means)]
         vectors += [scores[pairs] for scores in self.reference]
         if self.use_weighting:

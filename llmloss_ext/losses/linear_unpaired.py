@@ -13,7 +13,14 @@ from ..linear.groups import Groups
 from ..ops.rows import Rows
 from ..options import documented, spelled_out
 from ..statistics import FloatStats
-from .from_hidden import HIDDEN_OPTIONS, LOG_PROB, HiddenOptions, PolicyTokens, is_of_tokens
+from .from_hidden import (
+    HIDDEN_OPTIONS,
+    LOG_PROB,
+    HiddenOptions,
+    PolicyTokens,
+    is_of_tokens,
+    options_of_part,
+)
 from .pairs import check_vectors
 from .sequence_scores import sequence_log_probs
 from .unpaired import RunningMean, UnpairedLoss, bco_loss, kl_estimate, kto_loss
@@ -81,11 +88,7 @@ class _OfSequences(NamedTuple):
 
     def of(self, scores: Tensor, at: slice) -> UnpairedLoss:
         """The loss of some sequences, over the number of all."""
-        count, options = len(self.valid), dict(self.options)
-        if options.get("num_items") is None and at.stop - at.start < count:
-            options["num_items"] = count
-        if options.get("weight") is not None:
-            options["weight"] = options["weight"][at]
+        options = options_of_part(self.options, ("weight",), at, len(self.valid))
         return self.function(scores, self.reference[at], self.desirable[at], **options)
 
 

@@ -184,6 +184,9 @@ def test_groups():
     )
     assert plan(*size, group_tokens=4096, max_chunk_bytes=1 << 32).products == 3
     assert plan(*size, group_tokens=64, recompute=True).products == 4
+    # Where the sums of the weight's gradient are spared, all pairs are in one chunk.
+    on_gpu = (8192, 4096, 128_256, torch.bfloat16, "cuda")
+    assert plan(*on_gpu, group_tokens=4096).chunks == plan(*on_gpu).chunks == 1
     without = {"needs_grad": (False, False)}
     assert plan(*size, group_tokens=1024, **without) == plan(*size, **without)
     with pytest.raises(ValueError, match="group_tokens must be at least 1"):

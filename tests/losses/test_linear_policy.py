@@ -73,6 +73,26 @@ class Batch:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sums_over_long_sequences_in_float16(device, level):
+    """luspo's gradients are about 1 over the sequences, not over the tokens: float16 holds them."""
+    torch.manual_seed(1)
+    length = 1024
+    hidden = torch.randn(2, length, 16, device=device).half()
+    weight = (torch.randn(64, 16, device=device) / 4).half()
+    target = torch.randint(0, 64, (2, length), device=device)
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        loss = linear_policy_loss(
+            *leaves, target, advantages=torch.tensor([90.0, -80.0], device=device),
+            loss_type="luspo", importance_sampling_level=level,
+        ).loss  # fmt: skip
+        found.append(torch.autograd.grad(loss, leaves))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 2e-2 * other.norm()
+
+
 CHUNKS = {
     "all in one": {},
     "a sequence": {"chunk_tokens": S},

@@ -99,6 +99,26 @@ def ours(batch, h, w, b, **options):
     return linear_preference_loss(h, w, batch.target, linear_bias=b, **given)
 
 
+@pytest.fixture
+def chunks(monkeypatch):
+    """The tokens of each chunk whose statistics are computed, as it goes."""
+    seen, statistics = [], walk.LocalRows.statistics
+
+    def counted(self, logits, target, wanted):
+        seen.append(len(logits))
+        return statistics(self, logits, target, wanted)
+
+    monkeypatch.setattr(walk.LocalRows, "statistics", counted)
+    return seen
+
+
+@pytest.fixture
+def _chunks_of_4(monkeypatch):
+    """By default a chunk has four tokens."""
+    monkeypatch.setattr(planning, "_LEAST_TOKENS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(planning, "_DEFAULT_BYTES", {"cpu": 4 * 32 * 8, "cuda": 1})
+
+
 CHUNKS = {
     "all in one": {},
     "a pair": {"chunk_tokens": 13},
@@ -205,26 +225,18 @@ def test_walks(monkeypatch, case):
     assert sum(reference) == (31 if options.get("drop_ignored", True) else 2 * B * S)
 
 
-def test_a_pair_that_is_larger_than_a_chunk_need_be(monkeypatch):
+@pytest.mark.usefixtures("_chunks_of_4")
+def test_a_pair_that_is_larger_than_a_chunk_need_be(monkeypatch, chunks):
     """By default: it costs memory, and spares a product. Not where there is none to spare."""
-    batch, seen = Batch("cpu"), []
-    monkeypatch.setattr(planning, "_LEAST_TOKENS", {"cpu": 4, "cuda": 4})
-    monkeypatch.setattr(planning, "_DEFAULT_BYTES", {"cpu": 4 * 32 * 8, "cuda": 1})
-    row_stats = walk.LocalRows.statistics
-
-    def counted(self, logits, target, wanted):
-        seen.append(len(logits))
-        return row_stats(self, logits, target, wanted)
-
-    monkeypatch.setattr(walk.LocalRows, "statistics", counted)
+    batch = Batch("cpu")
     options = {"reference_log_probs": torch.zeros(2 * B, S)}
     how = {"reference_input": None, "reference_weight": None, "reference_bias": None} | options
     ours(batch, *batch.leaves(), **how)
-    assert seen == PAIRS
-    seen.clear()
+    assert chunks == PAIRS
+    chunks.clear()
     monkeypatch.setattr(planning, "_BYTES_BESIDE_SUMS", 12 * 32 * 8)
     ours(batch, *batch.leaves(), **how)
-    assert max(seen) <= 4
+    assert max(chunks) <= 4
 
 
 @pytest.mark.parametrize("drop", [True, False])
@@ -289,15 +301,8 @@ def test_compiled(device):
         assert_close(one, other, 1e-9)
 
 
-def test_lengths_that_differ(monkeypatch):
+def test_lengths_that_differ(chunks):
     """Short pairs share a chunk, whatever the longest takes."""
-    seen, row_stats = [], walk.LocalRows.statistics
-
-    def counted(self, logits, target, wanted):
-        seen.append(len(logits))
-        return row_stats(self, logits, target, wanted)
-
-    monkeypatch.setattr(walk.LocalRows, "statistics", counted)
     batch = Batch("cpu")
     target = torch.full((2 * 20, S), -100)
     target[:, 0] = 1
@@ -306,8 +311,8 @@ def test_lengths_that_differ(monkeypatch):
     linear_preference_loss(
         hidden, batch.weight, target, reference_log_probs=torch.zeros(40), chunk_tokens=16
     )
-    assert sum(seen) == 40 - 1 + S
-    assert seen == [14, 16, 16]
+    assert sum(chunks) == 40 - 1 + S
+    assert chunks == [14, 16, 16]
 
 
 @pytest.mark.parametrize("how", [{}, {"chunk_tokens": 2 * 256}, {"chunk_tokens": 64}])
@@ -351,20 +356,12 @@ def test_vectorized(device):
     assert_close(found, wanted, 1e-12)
 
 
-def test_without_gradients_no_chunk_is_larger(monkeypatch):
-    seen, row_stats = [], walk.LocalRows.statistics
-
-    def counted(self, logits, target, wanted):
-        seen.append(len(logits))
-        return row_stats(self, logits, target, wanted)
-
+@pytest.mark.usefixtures("_chunks_of_4")
+def test_without_gradients_no_chunk_is_larger(chunks):
     batch = Batch("cpu")
-    monkeypatch.setattr(planning, "_LEAST_TOKENS", {"cpu": 4, "cuda": 4})
-    monkeypatch.setattr(planning, "_DEFAULT_BYTES", {"cpu": 4 * 32 * 8, "cuda": 1})
-    monkeypatch.setattr(walk.LocalRows, "statistics", counted)
     with torch.no_grad():
         ours(batch, *batch.leaves())
-    assert max(seen) <= 4
+    assert max(chunks) <= 4
 
 
 @pytest.mark.parametrize("pairs", [1, 2])
