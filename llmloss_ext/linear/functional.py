@@ -506,7 +506,7 @@ class LinearCall:
             return GroupLimit(groups, 1)  # there are no chunks, or what is ignored cannot be read
         if not any(needs_gradients(self.inputs)):
             return GroupLimit(groups, 0)  # no product to spare
-        largest, total = groups.tokens, len(self.targets)
+        largest, total, sizes = groups.tokens, len(self.targets), None
         if chunks.drop_ignored:
             sizes = groups.sizes(self.targets != self.options.ignore_index)
             largest, total = max(sizes, default=0), sum(sizes)
@@ -518,7 +518,7 @@ class LinearCall:
             columns * weight.shape[1] * weight.itemsize,
             is_own=(walk.chunk_tokens, walk.max_chunk_bytes) != (None, None),
         )  # fmt: skip
-        return GroupLimit(groups, tokens)
+        return GroupLimit(groups, tokens, sizes)
 
     def stats(
         self, wanted: int, chunks: ChunkOptions, accumulator: Tensor | None = None

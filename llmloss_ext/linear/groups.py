@@ -67,21 +67,18 @@ class GroupLimit(NamedTuple):
 
     groups: Groups
     tokens: int
+    sizes: list[int] | None = None
+    """Tokens of each group that are not ignored, if the others are to be dropped."""
 
-    def parts(self, counts: Tensor, *, drop: bool) -> list[Part]:
+    def parts(self, counts: Tensor) -> list[Part]:
         """The parts: neighbours together, in chunks of about as many tokens each.
 
-        Args:
-            counts: (N) bool: tokens that are not ignored.
-            drop: Whether the others are left out. On CUDA their number has to be waited for.
+        ``counts`` (N) bool: tokens that are not ignored.
         """
-        sizes = [self.groups.tokens] * self.groups.number
-        if drop:
-            sizes = self.groups.sizes(counts)
-        cuts = group_cuts(sizes, self.tokens)
-        return [self._part(slice(*ends), counts, drop=drop) for ends in itertools.pairwise(cuts)]
+        cuts = group_cuts(self.sizes or [self.groups.tokens] * self.groups.number, self.tokens)
+        return [self._part(slice(*ends), counts) for ends in itertools.pairwise(cuts)]
 
-    def _part(self, groups: slice, counts: Tensor, *, drop: bool) -> Part:
+    def _part(self, groups: slice, counts: Tensor) -> Part:
         members, number, length = self.groups
         shape = Groups(members, groups.stop - groups.start, length)
         size = shape.tokens * shape.number
@@ -89,7 +86,7 @@ class GroupLimit(NamedTuple):
         if members > 1 and shape.number < number:
             every = torch.arange(len(counts), device=counts.device)
             rows = every.view(self.groups)[:, groups].reshape(-1)
-        if drop:
+        if self.sizes is not None:
             place = take(counts, rows).nonzero().squeeze(1)
             if place.numel() < size:
                 kept = place + rows.start if isinstance(rows, slice) else rows[place]

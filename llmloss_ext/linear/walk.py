@@ -337,7 +337,7 @@ def objective_by_chunks(inputs: Inputs, call: ObjectiveCall) -> ObjectiveResults
     value, metrics = objective(nothing, slice(0, 0))
     value = value.detach().double()
     counts, drop = targets.target != logits.ignore_index, chunks.drop_ignored
-    parts = None if groups is None else groups.parts(counts, drop=drop)
+    parts = None if groups is None else groups.parts(counts)
     every = None if parts is None else [part.rows for part in parts]
     walked = projection.chunks(chunks.limit, counts, drop=drop, every=every)
     for at, chunk in enumerate(walked):

@@ -338,7 +338,8 @@ def test_large_gradients_of_long_sequences_in_float16(device, how, kind):
         loss = linear_preference_loss(*leaves, target, **given, **how).loss
         found.append(torch.autograd.grad(loss, leaves))
     for one, other in zip(*found, strict=True):
-        assert (one - other).norm() <= 0.1 * other.norm()  # float16 log-probabilities
+        # An exponential of log-probabilities whose logits are float16 is less sure.
+        assert (one - other).norm() <= (2e-2 if kind == "sppo_hard" else 0.1) * other.norm()
 
 
 def test_vectorized(device):
