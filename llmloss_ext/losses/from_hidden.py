@@ -16,7 +16,7 @@ from ..linear.walk import Objective
 from ..options import OPTIONS, Option
 from ..sequences import Sequences
 from ..shard import Shard
-from ..statistics import FloatStats, asked
+from ..statistics import asked
 
 __all__ = [
     "HIDDEN_OPTIONS",
@@ -140,12 +140,6 @@ class PolicyTokens:
                 ignore_index=ignored, **{name: getattr(o, name) for name in _OF_BOTH},
             )  # fmt: skip
 
-    def statistics(self, names: tuple[str, ...]) -> FloatStats:
-        """Those asked for, shaped like the tokens; the others are None."""
-        wanted = asked(names)
-        stats = self.call.stats(wanted, self.chunks).floats.only(wanted)
-        return FloatStats(*(None if x is None else x.reshape(self.shape) for x in stats))
-
     def walk(
         self,
         objective: Objective,
@@ -176,8 +170,8 @@ class PolicyTokens:
 
     def log_probs(self) -> Tensor:
         """Of the tokens, in nats; 0 where they do not count."""
-        log_probs: Tensor = self.statistics(LOG_PROB).log_prob
-        return log_probs
+        log_probs: Tensor = self.call.stats(asked(LOG_PROB), self.chunks).floats.log_prob
+        return log_probs.reshape(self.shape)
 
 
 def options_of_part(
