@@ -3,8 +3,9 @@
 The public functions name their options in their signatures, for readers and editors; a test holds
 each signature to `OPTIONS`. Documentation (`documented`), the modules of `llmloss_ext.nn` and
 `llmloss_ext.parallel` are made from these definitions. On the way to the kernels, options travel as
-`LogitOptions`, `LossOptions` and `ChunkOptions`; the operators take the first two packed as lists
-(`pack`), which csrc/ops/arguments.h unpacks in the order of the fields here.
+`LogitOptions` and `LossOptions` (from hidden states with `linear.planning.ChunkOptions`); the
+operators take these two packed as lists (`pack`), which csrc/ops/arguments.h unpacks in the order
+of the fields here.
 
 A new option of the loss is a field of `LossOptions` with its check, an entry of `OPTIONS`, a place
 in `pack` and `unpack`, and the signatures of `cross_entropy` and `linear_cross_entropy`.
@@ -17,15 +18,10 @@ import math
 import operator
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .linear.planning import ChunkLimit
-    from .shard import ShardedColumns
-
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -421,17 +417,3 @@ def unpack(floats: Sequence[float], ints: Sequence[int]) -> tuple[LogitOptions, 
     ignore_index, vocab_size, classes, *reduction = ints
     logits = LogitOptions(scale, softcap, ignore_index, vocab_size, classes)
     return logits, LossOptions(*of_loss, *reduction)  # type: ignore[arg-type]
-
-
-class ChunkOptions(NamedTuple):
-    """How a linear loss walks through the tokens, and of which classes this process has the weight.
-
-    ``shard`` None: it has the weight of all classes.
-    """
-
-    limit: ChunkLimit
-    drop_ignored: bool
-    weight_grad_dtype: torch.dtype
-    shard: ShardedColumns | None = None
-    has_float32_logits: bool = False
-    """Also those of 16-bit products."""

@@ -27,7 +27,6 @@ from ..ops.derivatives import must_be_opaque
 from ..options import (
     MEAN,
     NONE,
-    ChunkOptions,
     LogitOptions,
     LossOptions,
     documented,
@@ -46,7 +45,14 @@ from . import objective as objectives
 from . import operators
 from .groups import GroupLimit, Groups
 from .operators import needs_gradients
-from .planning import Sums, chunk_limit, dtype_of_logits, row_stride, tokens_of_whole_groups
+from .planning import (
+    ChunkOptions,
+    Sums,
+    chunk_limit,
+    dtype_of_logits,
+    row_stride,
+    tokens_of_whole_groups,
+)
 from .projection import as_rows, check_projection, to_dtype_of_products
 from .walk import Inputs, Objective, ObjectiveCall, Targets
 

@@ -31,10 +31,10 @@ from ..ops.derivatives import (
 from ..ops.fake import statistics_like
 from ..ops.library import STATE, kernels
 from ..ops.namespace import qualified
-from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions, pack, unpack
+from ..options import MEAN, LogitOptions, LossOptions, pack, unpack
 from ..shard import ShardedColumns, refuse_second_order
 from ..statistics import FloatStats, RowStats, asked
-from .planning import ChunkLimit
+from .planning import ChunkLimit, ChunkOptions
 from .walk import (
     Inputs,
     LossResults,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..options import as_integer
+from ..shard import ShardedColumns
 from .cpu_products import is_upcast
 
 __all__ = ["Plan", "plan", "row_stride"]
@@ -370,6 +371,20 @@ class ChunkLimit(NamedTuple):
         if tokens <= self.alone:
             return max(tokens, 1)
         return even_chunk(tokens, self.tokens) if self.is_even else min(self.tokens, max(tokens, 1))
+
+
+class ChunkOptions(NamedTuple):
+    """How a linear loss walks through the tokens, and of which classes this process has the weight.
+
+    ``shard`` None: it has the weight of all classes.
+    """
+
+    limit: ChunkLimit
+    drop_ignored: bool
+    weight_grad_dtype: torch.dtype
+    shard: ShardedColumns | None = None
+    has_float32_logits: bool = False
+    """Also those of 16-bit products."""
 
 
 def chunk_limit(

@@ -17,10 +17,11 @@ from .. import composite
 from ..composite import real_of
 from ..ops.library import MEAN_DENOMINATOR, STATE
 from ..ops.rows import LocalRows, Rows, put, take
-from ..options import MEAN, ChunkOptions, LogitOptions, LossOptions
+from ..options import MEAN, LogitOptions, LossOptions
 from ..shard import ShardedRows
 from ..statistics import STATISTICS, FloatStats, RowStats, asked, is_asked
 from .groups import GroupLimit, Part
+from .planning import ChunkOptions
 from .projection import Chunk, Gradients, Projection
 
 _MOST_TOKENS = 2.0**40

@@ -12,8 +12,8 @@ from helpers import FLOATS, assert_close
 from llmloss_ext import linear_cross_entropy, linear_kl_div, linear_token_stats
 from llmloss_ext.linear import plan
 from llmloss_ext.linear.operators import pack_chunks
-from llmloss_ext.linear.planning import ChunkLimit
-from llmloss_ext.options import MEAN, ChunkOptions, LogitOptions, LossOptions, pack
+from llmloss_ext.linear.planning import ChunkLimit, ChunkOptions
+from llmloss_ext.options import MEAN, LogitOptions, LossOptions, pack
 from llmloss_ext.statistics import STATISTICS, FloatStats, asked
 
 from .problem import D, N, Problem, V, error, linear, reference
