@@ -23,6 +23,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 EMULATED = sorted(TESTS.glob("test_simt_*.py"))
 DOCUMENTED = [TESTS / "test_docs.py"]
 OF_THE_CORE = [TESTS / "test_core.py"]
+OF_LOSSES = [TESTS / "linear", TESTS / "losses"]
+"""About half of the time that the Python tests take."""
 FRAMEWORKS = [TESTS / "frameworks"]
 """Which `make test-frameworks` runs, in an environment of their own."""
 
@@ -37,7 +39,7 @@ class Check(NamedTuple):
 def checks(make: str, *, every: bool) -> list[Check]:
     """The checks, or ``every`` one; the longest first, so that none is left over at the end."""
     pytest = PYTEST if every else [*PYTEST, "-m", "not slow"]
-    apart = [str(path) for path in (*EMULATED, *DOCUMENTED, *OF_THE_CORE, *FRAMEWORKS)]
+    apart = [*EMULATED, *DOCUMENTED, *OF_THE_CORE, *OF_LOSSES, *FRAMEWORKS]
     make_quietly = [make, "--no-print-directory", "-s"]
     # The sanitizers build what the other tests of the emulator build, too: not at the same time.
     sanitizers = [[*make_quietly, "sanitize"]] if every else []
@@ -46,7 +48,10 @@ def checks(make: str, *, every: bool) -> list[Check]:
     core = [[*make_quietly, "cpp-test", "test-aarch64"], [*pytest, *map(str, OF_THE_CORE)]]
     return [
         Check("emulated CUDA kernels", emulated),
-        Check("Python tests", [[*pytest, *(f"--ignore={path}" for path in apart)]]),
+        Check(
+            "Python tests but those of losses", [[*pytest, *(f"--ignore={path}" for path in apart)]]
+        ),
+        Check("Python tests of losses", [[*pytest, *map(str, OF_LOSSES)]]),
         Check("documentation and examples", [[*pytest, *map(str, DOCUMENTED)]]),
         Check("style and types", [[*make_quietly, "check"]]),
         Check("C++ core", core),
