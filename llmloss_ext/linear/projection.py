@@ -239,7 +239,7 @@ class Projection:
     def _upcast_weight(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in float32, some rows at a time: in one buffer."""
         rows, columns = self.weight.shape
-        height = min(upcast_rows(columns), rows)
+        height = min(upcast_rows(columns), max(rows, 1))  # a shard may have padding alone
         buffer = self.weight.new_empty(height, columns, dtype=torch.float32)
         for block in _slices(rows, height):
             yield block, buffer[: block.stop - block.start].copy_(self.weight[block])

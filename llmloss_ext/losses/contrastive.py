@@ -19,6 +19,8 @@ from ..ops import can_read, in_transform
 __all__ = ["ClipLoss", "contrastive_loss"]
 
 _TEMPERATURE = 0.07
+_NO_ROW = torch.iinfo(torch.int64).min
+"""What the cross entropies ignore: every query has a positive, and -100 is none."""
 
 
 def contrastive_loss(
@@ -75,7 +77,7 @@ def contrastive_loss(
     k = F.normalize(keys, dim=-1)
     own = torch.arange(q.shape[0], device=q.device)
     rows = own if positives is None else positives
-    loss = linear_cross_entropy(q, k, rows, logit_scale=scale)
+    loss = linear_cross_entropy(q, k, rows, logit_scale=scale, ignore_index=_NO_ROW)
     if not symmetric:
         return loss
     back = own if positives is None else _inverse(positives)
@@ -133,7 +135,9 @@ def _among_others(
     """The sum of the losses of ``queries``, the rows of ``keys`` from ``begin`` on."""
     similarities = queries @ keys.t()
     similarities.diagonal(begin).fill_(-math.inf)  # each query's to itself
-    return functional.cross_entropy(similarities, rows, logit_scale=scale, reduction="sum")
+    return functional.cross_entropy(
+        similarities, rows, logit_scale=scale, reduction="sum", ignore_index=_NO_ROW
+    )
 
 
 class _AtMost(Function):

@@ -91,7 +91,8 @@ class _OfPairs(NamedTuple):
         return composite.mean(rows, self.valid[0].sum().clamp_min(1), self.nll_items)
 
 
-_OF_PAIRS = ("pair_weight", "chosen_lengths", "rejected_lengths")
+_LENGTHS = ("chosen_lengths", "rejected_lengths")
+_OF_PAIRS = ("pair_weight", *_LENGTHS)
 """The options that are a number for each pair."""
 
 
@@ -123,7 +124,8 @@ def linear_preference_loss(
         target: (2 B, S) int64 or int32; ``ignore_index`` at prompts and padding.
         loss: ``"dpo"``, ``"cpo"``, ``"simpo"`` or ``"orpo"``.
         ld_alpha: LD-DPO: see `length_desensitized_log_probs`. For dpo, with a reference of tokens.
-        use_weighting: WPO: each pair is weighted by its two `wpo_weights`. For dpo.
+        use_weighting: WPO: each pair is weighted by its two `wpo_weights`, which are then its
+            ``pair_weight``. For dpo.
         nll_items: The chosen sequences' tokens of all micro-batches, by which the cross entropy
             term is divided; None: those of this one.
         **options: Those of the function that ``loss`` names (kind, beta, label_smoothing,
@@ -163,6 +165,9 @@ def linear_preference_loss(
     reference = policy.reference()
     if (reference is not None) != is_dpo:
         raise ValueError(f"loss={loss!r} {'needs a' if is_dpo else 'has no'} reference")
+    for name in (*_LENGTHS, *(["pair_weight"] if use_weighting else [])):
+        if given.get(name) is not None:  # what is made here would take its place
+            raise ValueError(f"{name} comes from the tokens here: leave it out")
     kinds = given.get("kind", "sigmoid")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     pairs = Groups(2, len(valid) // 2, valid.shape[1])
@@ -170,7 +175,7 @@ def linear_preference_loss(
     if reference is not None:
         reference_scores = _reference_scores(reference, valid, ld_alpha)
     if is_dpo and {"ipo", "sigmoid_norm"} & set(kinds):
-        given["chosen_lengths"], given["rejected_lengths"] = valid.sum(-1).chunk(2)
+        given |= dict(zip(_LENGTHS, valid.sum(-1).chunk(2), strict=True))
     has_nll = _has_nll(loss, kinds, given) and given.get("nll_loss") is None
     if nll_items is not None and not has_nll:
         raise ValueError("nll_items belongs to a loss that has a cross entropy of these tokens")

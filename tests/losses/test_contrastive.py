@@ -130,6 +130,14 @@ def test_contrastive_bad_input(arguments):
         losses.contrastive_loss(torch.randn(5, D), **arguments)
 
 
+@pytest.mark.parametrize("keys", [None, torch.randn(3, D)])
+@pytest.mark.parametrize("wrong", [-100, -1, 3])
+def test_a_positive_that_is_no_row(keys, wrong):
+    """-100, too: it is not what the cross entropies ignore."""
+    with pytest.raises(IndexError, match=f"Target {wrong} at position 1"):
+        losses.contrastive_loss(torch.randn(3, D), keys, positives=torch.tensor([1, wrong, 0]))
+
+
 def test_one_view_of_one_row():
     with pytest.raises(ValueError, match="at least two rows"):
         losses.contrastive_loss(torch.randn(1, D), positives=torch.zeros(1).long())

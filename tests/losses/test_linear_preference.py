@@ -432,6 +432,11 @@ def test_bad_input(device):
         ({"nll_items": 3, **batch.theirs}, "nll_items belongs"),
         ({"mask": batch.valid[:1], **batch.theirs}, "mask must have"),
         ({"beta": -1.0, **batch.theirs}, "beta"),
+        ({"chosen_lengths": torch.ones(B), "kind": "ipo", **batch.theirs}, "chosen_lengths comes"),
+        (
+            {"pair_weight": torch.ones(B), "use_weighting": True, **batch.theirs},
+            "pair_weight comes",
+        ),
         ({"pair_weight": torch.ones(2), **batch.theirs}, r"pairs \(3,\), pair_weight \(2,\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -94,21 +94,23 @@ def test_linear_with_statistics(two, option, reduction):
     two.run(rank_linear, torch.float32, option, reduction, "stats")
 
 
-def rank_float32_logits(rank, ranks):
+def rank_float32_logits(rank, ranks, classes):
     p = Problem(rank, ranks, torch.bfloat16)
+    target = p.target.clamp_max(classes - 1)
     mine = [leaf(p.hidden), leaf(p.weight[p.columns]), leaf(p.bias[p.columns])]
     whole = [leaf(t.double()) for t in (p.hidden, p.weight, p.bias)]
-    how = {"chunk_tokens": 4, "logits_dtype": torch.float32}
+    used = {"vocab_size": classes}
+    how = {"chunk_tokens": 4, "logits_dtype": torch.float32, **used}
     loss = parallel.linear_cross_entropy(
-        mine[0], mine[1], p.target, linear_bias=mine[2], temperature=0.7, softcap=9.0, **how
+        mine[0], mine[1], target, linear_bias=mine[2], temperature=0.7, softcap=9.0, **how
     )
     expected = llmloss_ext.linear_cross_entropy(
-        whole[0], whole[1], p.target, linear_bias=whole[2], temperature=0.7, softcap=9.0
+        whole[0], whole[1], target, linear_bias=whole[2], temperature=0.7, softcap=9.0, **used
     )
     same_on_every_rank(loss)
     assert_close(loss, expected, 1e-5)
-    log_probs = parallel.linear_log_probs(*mine[:2], p.target, linear_bias=mine[2], **how)
-    exact = llmloss_ext.linear_log_probs(*whole[:2], p.target, linear_bias=whole[2])
+    log_probs = parallel.linear_log_probs(*mine[:2], target, linear_bias=mine[2], **how)
+    exact = llmloss_ext.linear_log_probs(*whole[:2], target, linear_bias=whole[2], **used)
     assert (log_probs - exact).abs().max() < 1e-4
     loss.backward()
     expected.backward()
@@ -118,8 +120,10 @@ def rank_float32_logits(rank, ranks):
         assert (ours.grad - theirs).norm() <= 2**-8 * theirs.norm()
 
 
-def test_float32_logits(two):
-    two.run(rank_float32_logits)
+@pytest.mark.parametrize("classes", [2 * COLUMNS, COLUMNS - 5])
+def test_float32_logits(two, classes):
+    """Also where a rank has nothing but padding."""
+    two.run(rank_float32_logits, classes)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
