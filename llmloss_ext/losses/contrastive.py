@@ -63,6 +63,8 @@ def contrastive_loss(
     if queries.dim() != 2 or (keys is not None and keys.shape != queries.shape):
         shapes = tuple(queries.shape), None if keys is None else tuple(keys.shape)
         raise ValueError(f"queries and keys must have one shape (B, D), got {shapes}")
+    if not queries.shape[0]:
+        raise ValueError("queries hold no row: there is nothing to tell apart")
     if positives is not None and positives.shape != queries.shape[:1]:
         raise ValueError(
             f"positives must have one row for each query, ({queries.shape[0]},), got "

@@ -135,8 +135,10 @@ def multi_token_prediction_loss(
             )
         ]  # fmt: skip
     parts = [loss * factor for loss, factor in zip(losses, factors, strict=True) if factor != 0]
-    total = torch.stack(parts).sum() if parts else torch.stack(losses).sum() * 0
-    return MultiTokenLoss(total, torch.stack([loss.detach() for loss in losses]))
+    if not parts:  # a loss of 0 has a backward, too
+        tensors = [x for x in (*inputs, *heads, *biases) if x is not None]
+        parts = [x[:0].sum().to(losses[0].dtype) for x in tensors]
+    return MultiTokenLoss(torch.stack(parts).sum(), torch.stack([loss.detach() for loss in losses]))
 
 
 @partial(documented, names=Sequences._fields)

@@ -143,6 +143,11 @@ def test_one_view_of_one_row():
         losses.contrastive_loss(torch.randn(1, D), positives=torch.zeros(1).long())
 
 
+def test_no_row_at_all():
+    with pytest.raises(ValueError, match="queries hold no row"):
+        losses.contrastive_loss(torch.randn(0, D), torch.randn(0, D))
+
+
 def test_a_key_that_is_nobodys_is_seen_in_a_graph():
     """Where no value can be looked at, the loss says so and reads no memory that nobody wrote."""
     twice = torch.tensor([0, 0, 1])

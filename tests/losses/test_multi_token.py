@@ -223,6 +223,13 @@ def test_short_texts_and_weights_of_0():
     assert_close(one.loss, alone.loss, 1e-12)
     one.loss.backward()
     assert batch.hidden[0].grad is None
+    for hidden, heads in ((batch.hidden, batch.heads), (batch.hidden[0], batch.heads[0])):
+        nothing = losses.multi_token_prediction_loss(
+            hidden, batch.ids, heads, offsets=[2, 5, 1], weights=[0.0, 0.0, 0.0]
+        )
+        leaves = [*hidden, *heads] if isinstance(hidden, list) else [hidden, heads]
+        assert nothing.loss == 0
+        assert all(not grad.any() for grad in torch.autograd.grad(nothing.loss, leaves))
     none = ours(batch, "one of both", num_items=0)
     assert none.loss == 0
     assert torch.autograd.grad(none.loss, batch.heads[0])[0].abs().max() == 0
