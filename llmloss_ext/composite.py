@@ -77,10 +77,11 @@ def token_stats(
     x = input[..., : options.vocab_size].to(real)
     if is_indices(target):
         x = only(target != options.ignore_index, x)
+    lowest = torch.finfo(real).min / _LOWEST
+    x = x.clamp_min(lowest)  # before the scale too, whose gradient would be inf * 0
     x = x * (logit_scale.to(real) if logit_scale is not None else options.scale)
     if options.softcap > 0:
         x = options.softcap * torch.tanh(x / options.softcap)
-    lowest = torch.finfo(real).min / _LOWEST
     x = x.clamp_min(lowest)
     lse = torch.logsumexp(x, dim=-1)
     log_p = x - lse.unsqueeze(-1)

@@ -247,3 +247,16 @@ def test_a_temperature_out_of_range(device, temperature):
         token_stats(logits, target, temperature=torch.tensor(temperature))
     with pytest.raises(ValueError, match="temperature must be a finite number > 0"):
         token_stats(logits, target, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_scale_over_a_temperature_is_not_rounded(device, dtype):
+    x, y = torch.randn(6, 31, device=device, dtype=dtype) * 5, torch.arange(6, device=device)
+    exact = (x.double() * 1.5 / 0.7).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for of_scale in (torch.bfloat16, torch.float16, torch.float32):
+        scale = torch.tensor(1.5, dtype=of_scale, device=device, requires_grad=True)
+        found = token_stats(x, y, logit_scale=scale, temperature=0.7).log_prob
+        torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+        (gradient,) = torch.autograd.grad(found.sum(), scale)
+        assert gradient.dtype == of_scale

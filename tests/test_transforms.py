@@ -321,3 +321,22 @@ def test_second_backward(device):
     first = leaf.grad.clone()
     loss.backward(torch.tensor(3.0, dtype=DOUBLE, device=device))
     assert_close(leaf.grad, first * 4, 1e-14)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_scale_of_minus_infinity(device, softcap):
+    """A class that is masked by -inf leaves the scale a gradient, whoever derives it."""
+    x, y = make(device)
+    x = x.detach().clone()
+    x[:, 3] = -torch.inf
+    y = torch.where(y == 3, 4, y)
+
+    def loss(scale):
+        return cross_entropy(x, y, logit_scale=scale, softcap=softcap)
+
+    scale = torch.tensor(1.5, dtype=x.dtype, device=device, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(scale), scale)
+    (again,) = torch.autograd.grad(loss(scale), scale, create_graph=True)
+    tangent = torch.func.jvp(loss, (scale.detach(),), (torch.ones_like(scale),))[1]
+    for gradient in (again, torch.func.grad(loss)(scale.detach()), tangent):
+        torch.testing.assert_close(gradient, expected)
