@@ -281,6 +281,23 @@ def test_probability_targets_of_weight_0(device, second):
             check(one, other, batch.absent, [1])
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_probability_targets_masked_by_what_follows(device, second):
+    batch = Batch(4, device)
+
+    def loss(x, q):
+        rows = cross_entropy(x, q, reduction="none", class_dim=-1)
+        return torch.where(batch.absent, 0.0, rows).square().sum()
+
+    target = batch.logits.softmax(-1)
+    clean = results(loss, batch.logits, target, second=second)
+    for value in GARBAGE[:2]:
+        dirty = (spoilt(t, batch.absent, value) for t in (batch.logits, target))
+        check(clean, results(loss, *dirty, second=second), batch.absent, [1, 2])
+        logits = (batch.logits, spoilt(target, batch.absent, value))
+        check(clean, results(loss, *logits, second=second), batch.absent, [1, 2])
+
+
 STATISTICS = ("log_prob", "lse", "entropy", "mean_log_prob", "log_sum_sq_probs")
 
 

@@ -71,6 +71,13 @@ class _Saved(NamedTuple):
         input, target, weight, token_weight, _num_items, logit_scale = inputs
         return cls(input, target, weight, token_weight, logit_scale, state, denominator)
 
+    def spared(self, grad_rows: Tensor) -> _Saved:
+        """Without what torch must not multiply by a gradient of 0: `composite.spared`."""
+        target = self.target
+        if not composite.is_indices(target):
+            target = composite.spared(target, grad_rows)
+        return self._replace(input=composite.spared(self.input, grad_rows), target=target)
+
     def gradients(self, grad_loss: Tensor, call: _Call, with_scale: bool, into: Any) -> Any:
         """What the gradient kernel ``into`` returns."""
         *inputs, state, denominator = self
@@ -134,7 +141,7 @@ class CrossEntropy(Function):
         # The gradient of probability targets is not a kernel's work.
         if needs.target or needs_differentiable_backward():
             if ctx.call.loss.reduction == NONE:
-                saved = saved._replace(input=composite.spared(saved.input, grad_loss))
+                saved = saved.spared(grad_loss)
             return (*LossInputs(**_composite(ctx.call, saved).vjp((grad_loss,))), None)
         input, target, weight, token_weight, logit_scale, state, denominator = saved
         grad_input, grad_scale = kernels.cross_entropy_backward(
