@@ -276,6 +276,8 @@ class _Step(NamedTuple):
     """(B, 1, V): the logits of the last tokens, before the model does more to them."""
     predicted: Tensor | None
     """(B, S): the argmax of the tokens with a label, where it is asked for."""
+    logits: Tensor | None = None
+    """``last`` as the model hands it to its loss, and returns it."""
 
 
 class _KeepsHooks(torch.autograd.Function):
@@ -377,9 +379,7 @@ class _Patch:
                 output = self._inner(model, (), given)
         finally:
             self._steps = None
-        if returned == "argmax":
-            return _with_logits(output, steps[-1].predicted)
-        return _with_logits(output, None) if returned == "none" else output
+        return _with_logits(output, steps[-1]) if returned in ("none", "argmax") else output
 
     def _inner(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         own = self._replaced.get("forward")
@@ -442,6 +442,7 @@ class _Patch:
             _refuse_unknown(others, {"token_weight"}, used)
         if not self._is_checked and not torch.compiler.is_compiling():
             self._is_checked = self._check(steps[0].last, logits)
+        steps[0] = steps[0]._replace(logits=logits)
         loss: Tensor = _KeepsHooks.apply(steps[0].loss, logits)  # type: ignore[no-untyped-call]
         return loss
 
@@ -487,12 +488,14 @@ def _warn_of_missing_labels() -> None:
         )
 
 
-def _with_logits(output: Any, logits: Tensor | None) -> Any:
-    """A model's output with other logits, or none."""
-    if isinstance(output, tuple):
-        return output[:1] + (() if logits is None else (logits,)) + output[2:]
-    others = {name: x for name, x in output.items() if name != "logits"}
-    return type(output)(**others | ({} if logits is None else {"logits": logits}))
+def _with_logits(output: Any, step: _Step) -> Any:
+    """A model's output with the predicted classes in place of the logits, or neither."""
+    logits = step.predicted
+    if isinstance(output, tuple):  # in which a router's loss may stand before the logits
+        kept = (x for x in output if logits is not None or x is not step.logits)
+        return tuple(logits if x is step.logits else x for x in kept)
+    named = {name: x for name, x in output.items() if name != "logits"}
+    return type(output)(**named | ({} if logits is None else {"logits": logits}))
 
 
 def _loss_and_argmax(

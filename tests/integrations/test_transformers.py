@@ -201,6 +201,16 @@ def test_evaluation(logits, return_dict):
         use_linear_cross_entropy(model, logits="some")
 
 
+@pytest.mark.parametrize("logits", ["none", "argmax"])
+def test_a_tuple_in_which_a_routers_loss_stands_before_the_logits(logits):
+    model = model_of("experts").eval()
+    use_linear_cross_entropy(model, logits=logits)
+    named, plain = (model(**batch(), return_dict=choice) for choice in (True, False))
+    assert ("logits" in named) == (logits == "argmax")
+    for one, other in zip(plain, named.to_tuple(), strict=True):
+        assert not isinstance(one, torch.Tensor) or torch.equal(one, other)
+
+
 def test_the_loss_beside_the_argmax_has_every_option():
     model = model_of("llama").eval()
     options = {"label_smoothing": 0.1, "z_loss": 1e-2, "focal_gamma": 0.0, "weight": torch.rand(V)}
