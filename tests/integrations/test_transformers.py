@@ -566,6 +566,16 @@ def test_adapters_that_no_weight_expresses(options, message):
         adapted(**batch())
 
 
+def test_an_adapter_of_three_factors():
+    peft = pytest.importorskip("peft")
+    model = model_of("llama")
+    use_linear_cross_entropy(model)
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], total_step=9)
+    adapted = peft.get_peft_model(model, config).train()
+    with pytest.raises(ValueError, match="SVDLinear"):
+        adapted(**batch())
+
+
 @pytest.mark.parametrize(
     ("nothing_in_a_step", "smoothing"), [(False, 0.0), (True, 0.0), (False, 0.2)]
 )
