@@ -454,6 +454,38 @@ def test_compiled():
     assert "forward" not in vars(model.lm_head)
 
 
+PACKED = {
+    "position_ids": [*range(5), *range(4)],
+    "seq_idx": [0] * 5 + [1] * 4,
+    "cu_seq_lens_q": [0, 5, 9],
+    "document_ids": [0] * 5 + [1] * 4,
+    "cu_seqlens": [0, 5, 9],
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("how", ["hidden states", "logits"])
+def test_packed_documents(name, how):
+    """Whoever reads it: this Mamba knows none of them, and hands all on to its loss."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=V, hidden_size=32, state_size=4, num_hidden_layers=1
+    )
+    model = transformers.MambaForCausalLM(config).train()
+    given = torch.tensor(PACKED[name], dtype=torch.int32)
+    ids = batch()["input_ids"][:1]
+    labels = ids.clone()
+    labels[0, 5] = -100  # which transformers' own loss needs
+    whole = {"input_ids": ids, "attention_mask": None}
+    expected = run(model, **whole, labels=labels)
+    if how == "logits":
+        model.loss_function = causal_lm_loss
+    else:
+        use_linear_cross_entropy(model)
+    given = given if name.startswith("cu") else given[None]
+    check_same(run(model, **whole, labels=ids, **{name: given}), expected)
+
+
 def test_labels_of_the_last_positions():
     """With logits_to_keep, labels are of as many positions."""
     model = model_of("llama")
