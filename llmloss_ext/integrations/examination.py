@@ -157,11 +157,15 @@ def _shift_of(
 
 
 class _Before(nn.Module):
-    """Stands where another module stood: passes on what it is given, or makes up an output."""
+    """Stands where another module stood: passes on what it is given, or makes up an output.
 
-    def __init__(self, original: Any, hidden: Tensor) -> None:
+    What it is given of the logits' shape comes after the layer, and is the original's to change.
+    """
+
+    def __init__(self, original: Any, hidden: Tensor, logits: torch.Size) -> None:
         super().__init__()
         self.__dict__["_original"], self.__dict__["_hidden"] = original, hidden
+        self.__dict__["_logits"] = logits
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
@@ -171,7 +175,8 @@ class _Before(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return args[0]  # a norm, a dropout
+            is_after = args[0].shape == self._logits  # a softcap that is a module
+            return self._original(*args) if is_after else args[0]  # a norm, a dropout
         return _Output(self._hidden)
 
 
@@ -225,7 +230,7 @@ def _replaced_modules(model: Any, head: Any, returned: Tensor) -> Iterator[None]
     for name in (*way, last):
         for child, original in module._modules.items():
             if original is not None and child != name:
-                replaced.append((module, child, _Before(original, hidden)))
+                replaced.append((module, child, _Before(original, hidden, returned.shape)))
         parent, module = module, module._modules[name]
     replaced.append((parent, last, _Layer(head, returned)))
     originals = [(module, name, module._modules[name]) for module, name, _ in replaced]

@@ -103,7 +103,9 @@ def columns_of(layer: Any) -> int:
 
 
 def _is_lora(layer: Any) -> bool:
-    return all(hasattr(layer, name) for name in ("base_layer", "lora_A", "lora_B", "scaling"))
+    """Whether it adds the product of two linear layers; AdaLoRA's parameters are three factors."""
+    layers = isinstance(getattr(layer, "lora_A", None), torch.nn.ModuleDict)
+    return layers and all(hasattr(layer, name) for name in ("base_layer", "lora_B", "scaling"))
 
 
 def _check(layer: Any) -> None:

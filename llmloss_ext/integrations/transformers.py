@@ -65,6 +65,8 @@ _FROM_LOGITS = inspect.signature(cross_entropy).parameters.keys() - _DETERMINED 
 _FROM_HIDDEN = inspect.signature(linear_cross_entropy).parameters.keys() - _DETERMINED - _PER_LABEL
 _FROM_HIDDEN -= {"linear_weight", "linear_bias", "shift", "options", "reduction", "shard"}
 _OF_LOSSES = {"label_smoothing", "z_loss", "focal_gamma"}
+_THEIR_NAMES = {"document_ids": "seq_idx", "cu_seqlens": "cu_seq_lens_q"}
+"""What transformers' collators and models call those of the sequences."""
 _OF_MODELS = {"input_ids", "inputs_embeds", "token_type_ids", "decoder_attention_mask"}
 """What has the shape of the labels in a model's call, and is no business of the loss."""
 
@@ -100,7 +102,7 @@ def causal_lm_loss(
         attention_mask: As in `llmloss_ext.linear_cross_entropy`, and so the next three. Not used
             with ``shift_labels``.
         position_ids: Of packed documents.
-        document_ids: Of packed documents.
+        document_ids: Of packed documents; a model's ``seq_idx`` is taken, too.
         cu_seqlens: Of packed documents; a model's ``cu_seq_lens_q`` is taken, too.
         options: Other options of `llmloss_ext.cross_entropy`. What else models pass on has no
             effect.
@@ -112,9 +114,8 @@ def causal_lm_loss(
         ValueError: Neither labels nor shift_labels are given; and as `llmloss_ext.cross_entropy`.
         TypeError: An argument of the labels' shape, or a number, that the loss does not know.
     """
-    if cu_seqlens is None:
-        cu_seqlens = options.get("cu_seq_lens_q")
-    sequences = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)
+    named = Sequences(attention_mask, position_ids, document_ids, cu_seqlens)._asdict()
+    sequences = _sequences_of(options | named)
     shifted = _Shifted.of(labels, shift_labels, token_weight, ignore_index, sequences)
     _refuse_unknown(options, _FROM_LOGITS, shifted.target)
     target, token_weight = shifted.on(logits.device)
@@ -172,9 +173,9 @@ def use_linear_cross_entropy(model: Any, *, logits: Logits | None = None, **opti
     layer's weight (FSDP, FSDP2, ZeRO-3) gathers it once, and terms that the model adds to its loss,
     such as a router's load balancing, are kept. Generation and calls without labels do not change.
 
-    The ``attention_mask`` (B, S), ``position_ids`` and ``cu_seq_lens_q`` of a call tell which
-    tokens are real and of one document: no padding predicts a token, and none the first of the
-    next document. A ``token_weight`` (B, S) of a call weighs its labels.
+    The ``attention_mask`` (B, S), ``position_ids``, ``cu_seq_lens_q`` and ``seq_idx`` of a call
+    tell which tokens are real and of one document: no padding predicts a token, and none the first
+    of the next document. A ``token_weight`` (B, S) of a call weighs its labels.
 
     A final softcap or scale of the logits, and whether a position predicts the next label or its
     own, is found by calling the model's own code with chosen logits, without its layers. The first
@@ -276,6 +277,8 @@ class _Step(NamedTuple):
     """(B, 1, V): the logits of the last tokens, before the model does more to them."""
     predicted: Tensor | None
     """(B, S): the argmax of the tokens with a label, where it is asked for."""
+    logits: Tensor | None = None
+    """``last`` as the model hands it to its loss, and returns it."""
 
 
 class _KeepsHooks(torch.autograd.Function):
@@ -377,9 +380,7 @@ class _Patch:
                 output = self._inner(model, (), given)
         finally:
             self._steps = None
-        if returned == "argmax":
-            return _with_logits(output, steps[-1].predicted)
-        return _with_logits(output, None) if returned == "none" else output
+        return _with_logits(output, steps[-1]) if returned in ("none", "argmax") else output
 
     def _inner(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         own = self._replaced.get("forward")
@@ -392,9 +393,7 @@ class _Patch:
         weight, bias = weights_of(layer)
         hidden = beside(hidden, weight)
         ignore_index = given.get("ignore_index", -100)
-        sequences = Sequences(
-            given.get("attention_mask"), given.get("position_ids"), None, given.get("cu_seq_lens_q")
-        )
+        sequences = _sequences_of(given)
         labels, shift_labels = given.get("labels"), given.get("shift_labels")
         if not self._shift:
             labels, shift_labels = None, labels
@@ -439,9 +438,10 @@ class _Patch:
             raise ValueError(_UNKNOWN_LOGITS)
         used = labels if shift_labels is None else shift_labels
         if used is not None:
-            _refuse_unknown(others, {"token_weight"}, used)
+            _refuse_unknown(others, _PER_LABEL, used)
         if not self._is_checked and not torch.compiler.is_compiling():
             self._is_checked = self._check(steps[0].last, logits)
+        steps[0] = steps[0]._replace(logits=logits)
         loss: Tensor = _KeepsHooks.apply(steps[0].loss, logits)  # type: ignore[no-untyped-call]
         return loss
 
@@ -487,12 +487,14 @@ def _warn_of_missing_labels() -> None:
         )
 
 
-def _with_logits(output: Any, logits: Tensor | None) -> Any:
-    """A model's output with other logits, or none."""
-    if isinstance(output, tuple):
-        return output[:1] + (() if logits is None else (logits,)) + output[2:]
-    others = {name: x for name, x in output.items() if name != "logits"}
-    return type(output)(**others | ({} if logits is None else {"logits": logits}))
+def _with_logits(output: Any, step: _Step) -> Any:
+    """A model's output with the predicted classes in place of the logits, or neither."""
+    logits = step.predicted
+    if isinstance(output, tuple):  # in which a router's loss may stand before the logits
+        kept = (x for x in output if logits is not None or x is not step.logits)
+        return tuple(logits if x is step.logits else x for x in kept)
+    named = {name: x for name, x in output.items() if name != "logits"}
+    return type(output)(**named | ({} if logits is None else {"logits": logits}))
 
 
 def _loss_and_argmax(
@@ -560,10 +562,19 @@ class _Shifted(NamedTuple):
         return _Shifted(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 
 
+def _sequences_of(given: dict[str, Any]) -> Sequences:
+    """What a call says of its tokens, under our names or transformers'."""
+    named = {name: given.get(name) for name in Sequences._fields}
+    for ours, theirs in _THEIR_NAMES.items():
+        if named[ours] is None:
+            named[ours] = given.get(theirs)
+    return Sequences(**named)
+
+
 def _refuse_unknown(given: dict[str, Any], known: Collection[str], labels: Tensor) -> None:
     """Raises a TypeError for an argument that would change the loss if somebody read it."""
     for name, value in given.items():
-        if name in known or name in _OF_MODELS:
+        if name in known or name in _OF_MODELS or name in _THEIR_NAMES.values():
             continue
         is_per_label = isinstance(value, Tensor) and value.shape == labels.shape
         if is_per_label or isinstance(value, float):

@@ -35,10 +35,15 @@ class Body(nn.Module):
         raise AssertionError("the layers are not called")
 
 
+class Softcap(nn.Module):
+    def forward(self, logits):
+        return 5 * torch.tanh(logits / 5)
+
+
 class Model(nn.Module):
-    def __init__(self, after=lambda x, body: x, added=lambda x: 0.0, loss=next_token_loss, moved=0):
+    def __init__(self, after=lambda x, _: x, added=lambda x: 0.0, loss=next_token_loss, moved=0):
         super().__init__()
-        self.body, self.norm = Body(), nn.LayerNorm(D)
+        self.body, self.norm, self.softcap = Body(), nn.LayerNorm(D), Softcap()
         self.head = nn.Linear(D, V, device="meta")
         self.after, self.added, self.moved = after, added, moved
         self._loss_function = loss
@@ -54,7 +59,7 @@ class Model(nn.Module):
     def forward(self, input_ids, labels=None, use_cache=True, **kwargs):
         assert not use_cache
         hidden = self.norm(self.body(input_ids, labels=labels).last_hidden_state)
-        logits = self.after(self.head(hidden), self.body)
+        logits = self.after(self.head(hidden), self)
         labels = labels + self.moved
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=V, **kwargs)
         return SimpleNamespace(loss=loss + self.added(logits))
@@ -70,7 +75,8 @@ def found(model):
         (lambda x, _: x, 1.0, 0.0),
         (lambda x, _: x.mul_(0.3), 0.3, 0.0),
         (lambda x, _: x / -16.0, -1 / 16, 0.0),
-        (lambda x, body: body.cap * torch.tanh(x / body.cap), 1.0, 5.0),
+        (lambda x, m: m.body.cap * torch.tanh(x / m.body.cap), 1.0, 5.0),
+        (lambda x, m: m.softcap(x), 1.0, 5.0),
         (lambda x, _: 30 * torch.tanh(0.2 * x.bfloat16() / 30), 0.2, 30.0),
         (lambda x, _: 50 * torch.tanh(-2 * x / 50), -2.0, 50.0),
     ],
@@ -106,7 +112,7 @@ def test_terms_that_do_not_depend_on_the_logits():
         (Model(added=lambda x: 1e-3 * x.logsumexp(-1).square().mean()), "adds terms of its logits"),
         (Model(loss=lambda *_, **__: torch.zeros(())), "not the mean cross entropy of its labels"),
         (Model(loss=lambda *_: torch.zeros(())), "not the mean cross entropy of its labels"),
-        (Model(lambda x, body: body.missing), "cannot be examined .*AttributeError.*missing"),
+        (Model(lambda _, m: m.body.missing), "cannot be examined .*AttributeError.*missing"),
     ],
 )
 def test_refusals(model, message):

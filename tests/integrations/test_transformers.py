@@ -201,6 +201,16 @@ def test_evaluation(logits, return_dict):
         use_linear_cross_entropy(model, logits="some")
 
 
+@pytest.mark.parametrize("logits", ["none", "argmax"])
+def test_a_tuple_in_which_a_routers_loss_stands_before_the_logits(logits):
+    model = model_of("experts").eval()
+    use_linear_cross_entropy(model, logits=logits)
+    named, plain = (model(**batch(), return_dict=choice) for choice in (True, False))
+    assert ("logits" in named) == (logits == "argmax")
+    for one, other in zip(plain, named.to_tuple(), strict=True):
+        assert not isinstance(one, torch.Tensor) or torch.equal(one, other)
+
+
 def test_the_loss_beside_the_argmax_has_every_option():
     model = model_of("llama").eval()
     options = {"label_smoothing": 0.1, "z_loss": 1e-2, "focal_gamma": 0.0, "weight": torch.rand(V)}
@@ -444,6 +454,38 @@ def test_compiled():
     assert "forward" not in vars(model.lm_head)
 
 
+PACKED = {
+    "position_ids": [*range(5), *range(4)],
+    "seq_idx": [0] * 5 + [1] * 4,
+    "cu_seq_lens_q": [0, 5, 9],
+    "document_ids": [0] * 5 + [1] * 4,
+    "cu_seqlens": [0, 5, 9],
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("how", ["hidden states", "logits"])
+def test_packed_documents(name, how):
+    """Whoever reads it: this Mamba knows none of them, and hands all on to its loss."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=V, hidden_size=32, state_size=4, num_hidden_layers=1
+    )
+    model = transformers.MambaForCausalLM(config).train()
+    given = torch.tensor(PACKED[name], dtype=torch.int32)
+    ids = batch()["input_ids"][:1]
+    labels = ids.clone()
+    labels[0, 5] = -100  # which transformers' own loss needs
+    whole = {"input_ids": ids, "attention_mask": None}
+    expected = run(model, **whole, labels=labels)
+    if how == "logits":
+        model.loss_function = causal_lm_loss
+    else:
+        use_linear_cross_entropy(model)
+    given = given if name.startswith("cu") else given[None]
+    check_same(run(model, **whole, labels=ids, **{name: given}), expected)
+
+
 def test_labels_of_the_last_positions():
     """With logits_to_keep, labels are of as many positions."""
     model = model_of("llama")
@@ -553,6 +595,16 @@ def test_adapters_that_no_weight_expresses(options, message):
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], **options)
     adapted = peft.get_peft_model(model, config).train()
     with pytest.raises(ValueError, match=message):
+        adapted(**batch())
+
+
+def test_an_adapter_of_three_factors():
+    peft = pytest.importorskip("peft")
+    model = model_of("llama")
+    use_linear_cross_entropy(model)
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], total_step=9)
+    adapted = peft.get_peft_model(model, config).train()
+    with pytest.raises(ValueError, match="SVDLinear"):
         adapted(**batch())
 
 
