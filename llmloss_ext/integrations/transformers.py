@@ -491,8 +491,8 @@ def _with_logits(output: Any, step: _Step) -> Any:
     """A model's output with the predicted classes in place of the logits, or neither."""
     logits = step.predicted
     if isinstance(output, tuple):  # in which a router's loss may stand before the logits
-        kept = (x for x in output if logits is not None or x is not step.logits)
-        return tuple(logits if x is step.logits else x for x in kept)
+        place = next((at for at, x in enumerate(output) if x is step.logits), 1)
+        return output[:place] + (() if logits is None else (logits,)) + output[place + 1 :]
     named = {name: x for name, x in output.items() if name != "logits"}
     return type(output)(**named | ({} if logits is None else {"logits": logits}))
 
