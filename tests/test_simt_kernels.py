@@ -237,6 +237,32 @@ def test_rows_without_statistics(kernels: Any, dtype: str, special: float) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", [-1e6, -1e9, -3e9, -1e10, -1e20, -1e30])
+def test_large_finite_masks(kernels: Any, dtype: str, mask: float) -> None:
+    """A lane may meet nothing else, and so may a row: no power of two may overflow meanwhile."""
+    for columns in (61, 6200):
+        p = problem(columns)
+        p.logits[:, columns // 4 :] = mask
+        p.logits[2] = mask if dtype != "float16" else -6e4
+        p.target[[0, 2]] = 3, columns - 1
+        for options in ({}, {"scale": 0.7}):
+            case = Case(kernels, dtype, dataclasses.replace(p, **options))
+            check_stats(case, case.row_stats())
+            check_stats(case, case.row_stats(PLAIN))
+            for label_smoothing in (0.0, 0.1):
+                q = dataclasses.replace(case.problem, label_smoothing=label_smoothing)
+                grad, _ = Case(kernels, dtype, q).row_grad(grad_loss=np.ones(3), skew=0)
+                check_gradient(case, grad, cross_entropy_gradient(q).logits)
+            upstream = {name: np.ones(3) for name in ("entropy", "log_sum_sq_probs")}
+            grad, _ = case.row_grad(upstream, skew=0)
+            check_gradient(case, grad, stats_gradient(case.problem, **upstream).logits)
+        case = Case(kernels, dtype, p)
+        out, grad = case.fused()
+        check_stats(case, out)
+        check_gradient(case, grad, cross_entropy_gradient(case.problem).logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_are_not_active_are_not_read(kernels: Any, dtype: str) -> None:
     p = problem(9000, rows=5)
     p.target[[1, 2]] = -100

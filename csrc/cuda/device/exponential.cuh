@@ -18,9 +18,9 @@ class ExpFrom {
 
   __device__ __forceinline__ explicit ExpFrom(Real reference) : scaled_(reference) {
     if constexpr (is_fast) {
-      // Beyond 2^100, where the product could overflow, 16-bit logits are so far apart that e^x is
-      // 1 or 0, and so is 2^x.
-      const bool is_far = !(::fabsf(reference) < 0x1p100f);
+      // Beyond 2^24, where `scaled` could lack more than 1, and soon more than a power of two can
+      // make up for, 16-bit logits are so far apart that e^x is 1 or 0, and so is 2^x.
+      const bool is_far = !(::fabsf(reference) < 0x1p24f);
       unit_ = is_far ? Real(1) : log2_e;
       inverse_unit_ = is_far ? Real(1) : ln_2;
       scaled_ = reference * unit_;
