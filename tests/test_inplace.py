@@ -49,6 +49,23 @@ def test_upstream_factor(device, factor):
     assert_close(leaf.grad, other.grad, 2e-6)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_upstream_factor_of_0(device, dtype, reduction):
+    """It leaves nothing of a nan, as where the gradient is written in backward."""
+    leaf, target = make(device, dtype)
+    logits = leaf.detach().clone()
+    logits[0] = torch.nan
+    logits.requires_grad_()
+    scale = torch.tensor(2.0, device=device, requires_grad=True)
+    for factor in (torch.zeros((), device=device), 0.0):
+        loss = cross_entropy(
+            logits * 1, target, reduction=reduction, logit_scale=scale, inplace=True
+        )
+        assert loss.isnan()
+        assert not any(g.any() for g in torch.autograd.grad(loss * factor, (logits, scale)))
+
+
 def test_a_loss_scale_goes_in_before_the_rounding(device):
     """float16: 1 / N alone is subnormal; with the scale of mixed precision it is not."""
     rows, scale = 70_000, 65536.0

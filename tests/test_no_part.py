@@ -298,6 +298,22 @@ def test_probability_targets_masked_by_what_follows(device, second):
         check(clean, results(loss, *logits, second=second), batch.absent, [1, 2])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_times_0(device, compiled):
+    """Of what the forward pass has made from nan, nothing is left."""
+    batch = Batch(4, device)
+    scale, bias = torch.tensor(2.0), torch.zeros(V)
+    leaves = (spoilt(batch.hidden, batch.absent, float("nan")), batch.weight, bias, scale)
+    leaves = tuple(x.detach().to(device).clone().requires_grad_() for x in leaves)
+
+    def loss(h, w, b, s):
+        return linear_cross_entropy(h, w, batch.target % V, linear_bias=b, logit_scale=s) * 0
+
+    if compiled:
+        loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert not any(g.any() for g in torch.autograd.grad(loss(*leaves), leaves))
+
+
 STATISTICS = ("log_prob", "lse", "entropy", "mean_log_prob", "log_sum_sq_probs")
 
 

@@ -613,6 +613,10 @@ def test_scale(kernels: Any, dtype: str, columns: int) -> None:
         expected = case.logits.values() * 0.5
         check_gradient(case, case.scaled(0.5), expected)
         assert (case.logits.gaps() == 7).all()
+        garbage = problem(columns)
+        garbage.logits[0, :] = np.nan
+        garbage.logits[1, -1] = np.inf
+        assert (Case(kernels, dtype, garbage, skew, gap=1).scaled(0.0) == 0).all()
     case = Case(kernels, dtype, problem(columns))
     address = case.logits.row(0).nbytes
     case.logits.memory.hide(0, 3 * address)  # a factor of 1 reads nothing

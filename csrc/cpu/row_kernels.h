@@ -325,6 +325,10 @@ void fused(const RowInputs<T>& in, const RowOutputs<real_t<T>>& out,
 
 template <typename T>
 void scale(T* data, int64_t count, real_t<T> factor) {
+  if (factor == 0) {  // of nan and inf, too
+    for (int64_t i = 0; i < count; ++i) from_real(real_t<T>(0), data[i]);
+    return;
+  }
   using V = Vec<real_t<T>>;
   const auto by = V::broadcast(factor);
   int64_t i = 0;

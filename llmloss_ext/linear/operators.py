@@ -247,7 +247,10 @@ class LinearCrossEntropy(Function):
             results = LossResults(*saved)
             factor = grad_loss * results.factor
             every = zip(results.gradients, inputs, ctx.needs, strict=True)
-            return (*((g * factor).to(x.dtype) if need else None for g, x, need in every), *others)
+            return (
+                *(_times(g, factor, x.dtype) if need else None for g, x, need in every),
+                *others,
+            )
         if needs_differentiable_backward():
             refuse_second_order(ctx.options.chunks.shard)
             by_name = _loss_composite(inputs, targets, ctx.options).vjp((grad_loss,))
@@ -268,11 +271,15 @@ def scaled(
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiplies in place, by 1 without touching it; rounds after, if it has to."""
+    """Multiplies in place, by 1 without touching it, and by 0 to 0; rounds after, if it has to."""
     if gradient.dim() == 2 and gradient.numel():
         kernels.scale_(gradient, factor)
         return gradient.to(dtype)
-    return (gradient * factor).to(dtype)
+    return _times(gradient, factor, dtype)
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (composite.without_garbage(gradient, factor) * factor).to(dtype)
 
 
 def _loss_composite(inputs: Inputs, targets: Targets, options: _Options) -> Composite:

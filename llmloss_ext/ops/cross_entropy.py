@@ -269,7 +269,8 @@ class CrossEntropyInplace(Function):
         if ctx.written:
             logits, logit_scale, grad_scale = saved
             kernels.scale_(logits, grad_loss)
-            grad_scale = grad_scale * grad_loss if ctx.with_scale else None
+            if ctx.with_scale:
+                grad_scale = composite.without_garbage(grad_scale, grad_loss) * grad_loss
         else:
             inputs = _Saved(*saved)
             logits, logit_scale = inputs.input, inputs.logit_scale
